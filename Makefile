@@ -1,0 +1,59 @@
+# `make help` lists the targets. Each one makes the virtual environment first if there is none.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Newer than both files it depends on, or the environment is brought up to date.
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint ruff format-check types format test test-slow golden demo bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+install: $(STAMP) ## make the environment, or bring it up to date
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== install into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+lint: ruff format-check types ## ruff check, ruff format --check, mypy
+
+ruff: $(STAMP) ## ruff check alone
+	@echo "== ruff check"
+	@$(BIN)/ruff check --quiet .
+
+format-check: $(STAMP) ## ruff format --check alone
+	@echo "== ruff format --check"
+	@$(BIN)/ruff format --check --quiet .
+
+types: $(STAMP) ## mypy alone
+	@echo "== mypy"
+	@$(BIN)/mypy
+
+format: $(STAMP) ## rewrite the files: ruff's safe fixes, then its format
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+test: lint ## lint, then the default tests and doctests with coverage
+	@echo "== pytest"
+	@$(BIN)/pytest -q --cov --cov-report=term
+
+test-slow: $(STAMP) ## the tests marked slow
+	@echo "== pytest -m slow"
+	@$(BIN)/pytest -q -m slow
+
+golden: $(STAMP) ## write the golden files anew: read the diff before you commit it
+	@echo "== pytest -k golden, accepting"
+	@EXPECTTEST_ACCEPT=1 $(BIN)/pytest -q tests -k golden
+
+demo: $(STAMP) ## grow a network on the digits data set
+	@$(BIN)/python examples/digits.py
+
+bench: $(STAMP) ## the overhead benchmark, on the CPU
+	@$(BIN)/python benchmarks/overhead.py --device cpu
+
+clean: ## remove caches and build outputs, keep the environment
+	rm -rf build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find kasmina_fx passes tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,117 @@
+"""Every private name of torch that the package needs, and why; nothing else imports one.
+
+Checked on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._inductor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._inductor import config as inductor_config
+from torch._subclasses import FakeTensor, FakeTensorMode
+
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+
+from kasmina_fx.errors import InvalidArgument
+
+
+def in_backward() -> bool:
+    """Is this thread running inside ``backward()`` (as a recomputed forward does)?"""
+    # -1 outside the autograd engine; there is no public way to ask.
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def mark_dynamic(t: torch.Tensor, dim: int) -> None:
+    """Let Dynamo treat a dimension as symbolic from the first compile on, without insisting on it."""
+    torch._dynamo.maybe_mark_dynamic(t, dim)
+
+
+#: What Dynamo writes around an autocast region inside a graph; arguments: device type, dtype, enabled, cache.
+ENTER_AUTOCAST = torch.amp._enter_autocast
+EXIT_AUTOCAST = torch.amp._exit_autocast
+
+
+class SymbolicSizes:
+    """Sizes that are symbols in a shape environment of its own, and a mode for fake tensors of such sizes."""
+
+    def __init__(self) -> None:
+        # Without duck shaping: two sizes that are equal by chance stay two symbols.
+        self.shape_env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.shape_env)
+        self._symbols: dict[str, torch.SymInt] = {}
+
+    def symbol(self, name: str) -> torch.SymInt:
+        """The size of that name."""
+        if name not in self._symbols:
+            # A stack's capacity (c) must not look smaller than the slots in use (k).
+            hint = (101 if name.startswith("c") else 11) + 2 * len(self._symbols)
+            source = ConstantSource(f"kasmina_{name}")
+            symbol = self.shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+            made = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+            self._symbols[name] = made
+        return self._symbols[name]
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """For ``make_fx`` on fake tensors with such sizes."""
+        # Without the dispatcher: "SymIntArrayRef expected to contain only concrete integers".
+        with self.mode, enable_python_dispatcher():
+            yield
+
+
+def fake_call(
+    target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], like: Any
+) -> Any:
+    """Call an operator on fake tensors in the mode that ``like`` belongs to: nothing is computed."""
+    mode = like.fake_mode
+
+    def fake(value: Any) -> Any:
+        is_real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+        return mode.from_tensor(value) if is_real else value
+
+    args, kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def inductor_option_names() -> frozenset[str]:
+    """Names that ``torch._inductor.config`` has."""
+    return frozenset(inductor_config.get_config_copy())
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """What a mode of ``torch.compile`` means to Inductor.
+
+    Raises:
+        InvalidArgument: No such mode.
+    """
+    modes: dict[str, dict[str, Any]] = torch._inductor.list_mode_options()
+    if mode is not None and mode not in modes:
+        raise InvalidArgument(f"mode {mode!r}: there are {', '.join(modes)}")
+    return dict(modes[mode]) if mode is not None else {}
+
+
+def compile_with_inductor(
+    gm: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    patches: dict[str, Any],
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> Callable[..., Any]:
+    """``compile_fx`` with options for this compile alone, and decompositions beside Inductor's own."""
+    from torch._inductor.compile_fx import compile_fx  # seconds to import: only where it compiles
+    from torch._inductor.decomposition import select_decomp_table
+
+    compiled: Callable[..., Any] = compile_fx(
+        gm,
+        example_inputs,  # type: ignore[arg-type]  # a list in every release
+        config_patches=patches or None,
+        decompositions={**select_decomp_table(), **decompositions},
+    )
+    return compiled

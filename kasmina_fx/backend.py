@@ -1,0 +1,93 @@
+"""``torch.compile(model, backend="kasmina")``: the passes, then Inductor.
+
+One module-level function, found through the entry point ``torch_dynamo_backends``. Options reach Inductor as patches
+for this compile; global config is never touched.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from torch.fx import GraphModule
+
+from kasmina_fx._torch_compat import compile_with_inductor, inductor_option_names, mode_options
+from kasmina_fx.errors import InvalidArgument, UnknownOption
+from kasmina_fx.ops import DECOMPOSITIONS
+from kasmina_fx.passes import GraphPass, passes_for, run_passes
+
+_LOG = logging.getLogger(__name__)
+_OWN: Final = ("lowering", "strict", "disabled_passes", "debug_dir")
+
+
+def kasmina(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrite a graph that Dynamo captured and compile it with Inductor.
+
+    Args:
+        gm: The captured graph; rewritten in place. Without a KasminaLayer in it, it is compiled as it is.
+        example_inputs: As Dynamo gives them.
+        mode: As of ``torch.compile``: "default", "reduce-overhead", "max-autotune", ...
+        options: ``lowering``, ``strict`` (fail when a KasminaLayer was not rewritten), ``disabled_passes``,
+            ``debug_dir`` (write the graph before and after there); any other key is an Inductor option.
+
+    Raises:
+        UnknownOption: A key that neither has; the message names the closest.
+    """
+    passes, patches = split_options(mode, options)
+    debug_dir = (options or {}).get("debug_dir")
+    before = gm.print_readable(print_output=False) if debug_dir else ""
+    modified = run_passes(gm, passes).modified
+    if debug_dir:
+        _write_debug(Path(debug_dir), before, gm.print_readable(print_output=False))
+    _LOG.info("rewrote a graph" if modified else "nothing to rewrite")
+    return compile_with_inductor(gm, example_inputs, patches, DECOMPOSITIONS)
+
+
+def split_options(
+    mode: str | None, options: Mapping[str, Any] | None
+) -> tuple[tuple[GraphPass, ...], dict[str, Any]]:
+    """The pipeline and the Inductor patches that a mode and options ask for.
+
+    Raises:
+        UnknownOption, InvalidArgument: Says what is allowed.
+    """
+    given = dict(options or {})
+    disabled = given.pop("disabled_passes", ())
+    if isinstance(disabled, str):
+        raise InvalidArgument(f"disabled_passes={disabled!r}: give a list of pass names")
+    passes = passes_for(
+        given.pop("lowering", "auto"), strict=bool(given.pop("strict", False)), disabled=disabled
+    )
+    given.pop("debug_dir", None)
+    known = inductor_option_names()
+    for key in given:
+        if key.replace("-", "_") not in known:
+            close = difflib.get_close_matches(key, [*_OWN, *known], n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UnknownOption(
+                f"unknown option {key!r}: {hint}kasmina's own are {', '.join(_OWN)}; all others are names "
+                "of torch._inductor.config"
+            )
+    patches = mode_options(mode) | {key.replace("-", "_"): value for key, value in given.items()}
+    return passes, patches
+
+
+def _write_debug(folder: Path, before: str, after: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    number = sum(1 for _ in folder.glob(f"graph_{os.getpid()}_*_before.py"))
+    for name, text in (("before", before), ("after", after)):
+        path = folder / f"graph_{os.getpid()}_{number}_{name}.py"
+        path.write_text(text, encoding="utf-8")
+
+
+__all__ = ["kasmina", "split_options"]

@@ -1,0 +1,193 @@
+"""A bank: all blueprints of one class for the chunks of one run, stacked.
+
+Each *slot* of a bank holds one set of blueprint parameters; the table ``slots`` says whose, by blueprint id. What
+the graph reads (``seeds``, ``positions``, ``alphas``: who sits where) is derived from that table and the state
+tensor, on the host, and published as new tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_fx._torch_compat import mark_dynamic
+from kasmina_fx.blueprints import Blueprint, lookup
+from kasmina_fx.layout import BankSpec, Run
+from kasmina_fx.transfer import to_device
+
+#: Dynamo specialises sizes 0 and 1, so a dimension that grows never has them.
+SMALLEST = 2
+
+
+class StackedParameter(nn.Parameter):
+    """One tensor of every slot's blueprint, ``(capacity, ...)``.
+
+    A subclass, because Dynamo (torch 2.11 to 2.13) forces shapes static where ``type(t) is nn.Parameter``.
+    """
+
+
+class Bank(nn.Module):
+    """Stacked parameters of one blueprint class, and who sits in which slot.
+
+    Args:
+        kind: Name of the blueprint.
+        run_index: Which run of the layer, and ``run`` itself.
+        shared: One set of parameters for all seeds with the same id (else every id has one seed).
+        capacity: Slots to start with.
+        dtype: Of the parameters.
+        device: Of all tensors.
+    """
+
+    slots: Tensor
+    seeds: Tensor
+    positions: Tensor
+    alphas: Tensor
+
+    def __init__(
+        self,
+        kind: str,
+        run_index: int,
+        run: Run,
+        *,
+        shared: bool,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.blueprint: Blueprint = lookup(kind)
+        self.run, self._dtype = run, dtype
+        self.tensor_specs = self.blueprint.specs(run.size)
+        self.spec = BankSpec(kind, run_index, shared, len(self.tensor_specs))
+        self.held = torch.zeros(0, dtype=torch.int64)  # the host's copy of ``slots``
+        self.register_buffer("slots", torch.zeros(0, dtype=torch.int64, device=device))
+        for name in ("seeds", "positions", "alphas"):
+            self.register_buffer(name, torch.empty(0, device=device), persistent=False)
+        self.grow(capacity)
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated."""
+        return len(self.held)
+
+    @property
+    def key(self) -> str:
+        """Name in its layer: ``mlp_run0``, ``mlp_shared_run0``."""
+        return f"{self.spec.kind}{'_shared' if self.spec.shared else ''}_run{self.spec.run}"
+
+    def tensors(self) -> list[Tensor]:
+        """The registered stacks, in the order of the blueprint's specs."""
+        return list(self._parameters.values())  # type: ignore[arg-type]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` slots; old slots keep their values, new ones are zero.
+
+        The stacks become new Parameter objects, of which optimizers have to be told.
+        """
+        device, used = self.slots.device, self.capacity
+        for spec in self.tensor_specs:
+            name = _registered(spec.name)
+            old = self._parameters.get(name)
+            dtype = spec.dtype or (self._dtype if old is None else old.dtype)
+            fresh = torch.zeros(capacity, *spec.shape, dtype=dtype, device=device)
+            if old is not None:
+                fresh[:used] = old.detach()
+            self.register_parameter(name, StackedParameter(fresh, requires_grad=spec.trainable))
+        held = torch.zeros(capacity, dtype=torch.int64)
+        held[:used] = self.held
+        self.held, self.slots = held, to_device(held, device)
+
+    def acquire(self, ids: Tensor) -> None:
+        """Give each blueprint id (int64 ``(n,)``) a free slot with freshly initialised parameters."""
+        free = (self.held == 0).nonzero().flatten()
+        if len(free) < len(ids):
+            room = self.capacity
+            while room < self.capacity + len(ids) - len(free):
+                room *= 2
+            self.grow(room)
+            free = (self.held == 0).nonzero().flatten()
+        taken = free[: len(ids)]
+        self.held[taken] = ids
+        where = taken.to(self.slots.device)
+        fresh = self.blueprint.initial(self.run.size, len(ids))
+        for stack, values in zip(self.tensors(), fresh, strict=True):
+            # .data: a backward still to run doesn't read a free slot, so its saved stacks stay valid.
+            stack.data[where] = values.to(stack.device, stack.dtype)
+
+    def slot_of(self, blueprint_ids: Tensor) -> Tensor:
+        """Slot of each blueprint id, -1 where the bank holds none: int64 ``(n,)`` on the CPU."""
+        order = self.held.argsort()
+        ids = blueprint_ids.long()
+        found = torch.searchsorted(self.held[order], ids).clamp_max(self.capacity - 1)
+        slots = order[found]
+        return torch.where((self.held[slots] == ids) & (ids > 0), slots, -1)
+
+    def publish(self, blueprint_ids: Tensor, holding: Tensor, blended: Tensor, alpha: Tensor) -> None:
+        """Derive what the graph reads from the run's seeds, each argument ``(n,)`` on the CPU.
+
+        A private slot whose seed let go of its blueprint becomes free.
+        """
+        slot = self.slot_of(torch.where(holding, blueprint_ids, 0))
+        if not self.spec.shared:
+            kept = torch.zeros(self.capacity, dtype=torch.bool)
+            kept[slot[slot >= 0]] = True
+            self.held = torch.where(kept, self.held, 0)
+        used = int(self.held.nonzero().max()) + 1 if bool(self.held.any()) else 0
+        height = max(used, min(SMALLEST, self.capacity))
+        positions = torch.full((self.run.count,), -1, dtype=torch.int64)
+        inside = (blended & (slot >= 0)).nonzero().flatten()
+        order = slot[inside].argsort(stable=True)
+        inside, width = inside[order], 1
+        rows = slot[inside]
+        rank = torch.zeros_like(rows)
+        if self.spec.shared:
+            sizes = torch.bincount(rows, minlength=height)
+            width = max(SMALLEST, int(sizes.max()))
+            rank = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]
+        positions[inside] = rows * width + rank
+        seeds = torch.full((height, width), -1, dtype=torch.int64)
+        seeds.view(-1)[positions[inside]] = inside
+        alphas = torch.zeros(height, width, dtype=torch.float32)
+        alphas.view(-1)[positions[inside]] = alpha[inside]
+        device = self.slots.device
+        self.slots, self.seeds = to_device(self.held, device), to_device(seeds, device)
+        self.positions, self.alphas = to_device(positions, device), to_device(alphas, device)
+        self.mark()
+
+    def mark(self) -> None:
+        """Tell Dynamo which dimensions change as a layer grows."""
+        if self.capacity >= SMALLEST:
+            for stack in self.tensors():
+                mark_dynamic(stack, 0)
+        for table in (self.seeds, self.alphas):
+            for dim, size in enumerate(table.shape):
+                if size >= SMALLEST:
+                    mark_dynamic(table, dim)
+
+    def extra_repr(self) -> str:
+        """Class, run and slots in use."""
+        return f"{self.spec}, {int((self.held > 0).sum())} of {self.capacity} slots in use"
+
+    def slot_tensors(self, slot: int) -> dict[str, Tensor]:
+        """One slot's parameters and buffers under the names of ``blueprint.module(size)``, as views."""
+        return {
+            spec.name: stack[slot]
+            for spec, stack in zip(self.tensor_specs, self.tensors(), strict=True)
+        }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint may hold more or fewer slots than are allocated here: take its capacity.
+        slots = state_dict.get(prefix + "slots")
+        if slots is not None and len(slots) != self.capacity:
+            self.held = self.held[:0]
+            for name in list(self._parameters):
+                del self._parameters[name]
+            self.grow(len(slots))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _registered(name: str) -> str:
+    # A parameter's name can't contain a dot; '/' reads the same and can't occur in one.
+    return name.replace(".", "/")

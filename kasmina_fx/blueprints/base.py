@@ -1,0 +1,84 @@
+"""What a blueprint is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a blueprint's module: its name there, shape, and whether it trains.
+
+    ``dtype`` is None for floating point: that follows the host's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool
+    dtype: torch.dtype | None = None
+
+
+class Blueprint(ABC):
+    """A class of small modules that keep the shape of a chunk.
+
+    ``kind`` names it in graphs, layouts and checkpoints.
+    """
+
+    kind: str
+
+    @abstractmethod
+    def module(self, size: int) -> nn.Module:
+        """The logical view: a freshly initialised module for one chunk of ``size`` features."""
+
+    @abstractmethod
+    def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
+        """The physical view: ``K`` blueprints on ``M`` chunks each.
+
+        Args:
+            params: The module's tensors in the order of :meth:`specs`, each ``(K, *shape)``.
+            chunks: ``(K, M, ..., size, ...)``: as the host lays its output out, ``size`` features along ``dim``.
+            dim: The feature dim, negative.
+
+        Returns:
+            The shape of ``chunks``, in the dtype that the blueprint computes in.
+        """
+
+    def accepts(self, size: int) -> bool:
+        """Can it serve chunks of ``size`` features?"""
+        return size >= 1
+
+    def specs(self, size: int) -> tuple[TensorSpec, ...]:
+        """The tensors of ``module(size)``: parameters, then buffers."""
+        with torch.random.fork_rng(devices=[]):  # asking for shapes must not move the user's seed
+            module = self.module(size)
+        return tuple(
+            TensorSpec(
+                name,
+                tuple(t.shape),
+                isinstance(t, nn.Parameter) and t.requires_grad,
+                None if t.dtype.is_floating_point else t.dtype,
+            )
+            for name, t in (*module.named_parameters(), *module.named_buffers())
+        )
+
+    def initial(self, size: int, count: int) -> list[Tensor]:
+        """Fresh values for ``count`` modules, each ``(count, *shape)`` on the CPU."""
+        modules = [self.module(size) for _ in range(count)]
+        rows = [[*m.parameters(), *m.buffers()] for m in modules]
+        return [torch.stack([t.detach() for t in column]) for column in zip(*rows, strict=True)]
+
+
+def as_rows(chunks: Tensor, dim: int) -> Tensor:
+    """``(K, rows, size)`` from chunks ``(K, M, ..., size, ...)``: features last, all else flat."""
+    moved = chunks.movedim(dim, -1)
+    return moved.reshape(moved.shape[0], -1, moved.shape[-1])
+
+
+def from_rows(rows: Tensor, like: Tensor, dim: int) -> Tensor:
+    """The inverse of :func:`as_rows` for chunks shaped ``like``."""
+    return rows.reshape(like.movedim(dim, -1).shape).movedim(-1, dim)

@@ -1,0 +1,198 @@
+"""The built-in blueprints: a plain module each, and the same function for a whole stack of them.
+
+All act on the feature dim alone: on a convolution's chunk they are 1x1 convolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kasmina_fx.blueprints.base import Blueprint, as_rows, from_rows
+
+
+class _PerFeature(nn.Module):
+    """Runs a module that takes features last on a chunk that may have them elsewhere."""
+
+    def __init__(self, dim: int = -1) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The function, features last."""
+        raise NotImplementedError(type(self).__name__)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x.movedim(self.dim, -1)).movedim(-1, self.dim)
+
+
+class Mlp(_PerFeature):
+    """Linear c -> 2c, ReLU, Linear 2c -> c."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``down(relu(up(x)))``."""
+        out: Tensor = self.down(F.relu(self.up(x)))
+        return out
+
+
+class Lora(_PerFeature):
+    """``x + up(down(x))`` at low rank; up starts at zero (Hu et al., "LoRA", 2021)."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(size, rank, bias=False)
+        self.up = nn.Linear(rank, size, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x + up(down(x))``."""
+        out: Tensor = x + self.up(self.down(x))
+        return out
+
+
+class Affine(_PerFeature):
+    """``scale * x + shift`` a feature; starts as the identity."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x * scale + shift``."""
+        return x * self.scale + self.shift
+
+
+class Bottleneck(_PerFeature):
+    """``x + up(gelu(down(norm(x))))``, half as wide inside (Houlsby et al., 2019); up starts at zero."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        inner = max(1, size // 2)
+        self.norm = nn.LayerNorm(size)
+        self.down, self.up = nn.Linear(size, inner), nn.Linear(inner, size)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``x + up(gelu(down(norm(x))))``."""
+        out: Tensor = x + self.up(F.gelu(self.down(self.norm(x))))
+        return out
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``K`` linear layers: rows ``(K, R, in)``, weight ``(K, out, in)``, bias ``(K, out)``."""
+    # Products and a sum, not baddbmm: that one is not autocast on every device.
+    product = torch.bmm(rows, weight.mT)
+    return product if bias is None else product + bias.unsqueeze(1).to(product.dtype)
+
+
+class MlpBlueprint(Blueprint):
+    """``mlp``: Linear c -> 2c, ReLU, Linear 2c -> c."""
+
+    kind = "mlp"
+
+    def module(self, size: int) -> nn.Module:
+        """See :class:`Mlp`."""
+        return Mlp(size)
+
+    def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
+        """See :meth:`Blueprint.stacked`."""
+        up, up_bias, down, down_bias = params
+        hidden = F.relu(_linear(as_rows(chunks, dim), up, up_bias))
+        return from_rows(_linear(hidden, down, down_bias), chunks, dim)
+
+    def initial(self, size: int, count: int) -> list[Tensor]:
+        """What ``count`` fresh modules hold, drawn at once."""
+        return [*_uniform_linear(size, 2 * size, count), *_uniform_linear(2 * size, size, count)]
+
+
+class LoraBlueprint(Blueprint):
+    """``lora``: a residual of rank ``min(4, size)``."""
+
+    kind = "lora"
+
+    def module(self, size: int) -> nn.Module:
+        """See :class:`Lora`."""
+        return Lora(size, min(4, size))
+
+    def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
+        """See :meth:`Blueprint.stacked`."""
+        down, up = params
+        rows = as_rows(chunks, dim)
+        return from_rows(rows + _linear(_linear(rows, down), up), chunks, dim)
+
+    def initial(self, size: int, count: int) -> list[Tensor]:
+        """What ``count`` fresh modules hold, drawn at once."""
+        rank = min(4, size)
+        return [_uniform_linear(size, rank, count)[0], torch.zeros(count, size, rank)]
+
+
+class AffineBlueprint(Blueprint):
+    """``affine``: scale and shift a feature."""
+
+    kind = "affine"
+
+    def module(self, size: int) -> nn.Module:
+        """See :class:`Affine`."""
+        return Affine(size)
+
+    def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
+        """See :meth:`Blueprint.stacked`."""
+        scale, shift = (p.unsqueeze(1) for p in params)
+        return from_rows(as_rows(chunks, dim) * scale + shift, chunks, dim)
+
+    def initial(self, size: int, count: int) -> list[Tensor]:
+        """What ``count`` fresh modules hold."""
+        return [torch.ones(count, size), torch.zeros(count, size)]
+
+
+class BottleneckBlueprint(Blueprint):
+    """``bottleneck``: LayerNorm, down, GELU, up, residual."""
+
+    kind = "bottleneck"
+
+    def module(self, size: int) -> nn.Module:
+        """See :class:`Bottleneck`."""
+        return Bottleneck(size)
+
+    def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
+        """See :meth:`Blueprint.stacked`."""
+        gain, offset, down, down_bias, up, up_bias = params
+        rows = as_rows(chunks, dim)
+        # The affine part of LayerNorm differs from slot to slot, so it stands outside the operator.
+        normed = F.layer_norm(rows, rows.shape[-1:])
+        normed = normed * gain.unsqueeze(1) + offset.unsqueeze(1)
+        hidden = F.gelu(_linear(normed.to(_matmul_dtype(normed, down)), down, down_bias))
+        return from_rows(rows + _linear(hidden, up, up_bias), chunks, dim)
+
+    def initial(self, size: int, count: int) -> list[Tensor]:
+        """What ``count`` fresh modules hold, drawn at once."""
+        inner = max(1, size // 2)
+        return [
+            torch.ones(count, size),
+            torch.zeros(count, size),
+            *_uniform_linear(size, inner, count),
+            torch.zeros(count, size, inner),
+            torch.zeros(count, size),
+        ]
+
+
+BUILTINS = (MlpBlueprint(), LoraBlueprint(), AffineBlueprint(), BottleneckBlueprint())
+
+
+def _matmul_dtype(rows: Tensor, weight: Tensor) -> torch.dtype:
+    return rows.dtype if torch.is_autocast_enabled(rows.device.type) else weight.dtype
+
+
+def _uniform_linear(fan_in: int, fan_out: int, count: int) -> list[Tensor]:
+    """Weights and biases as ``nn.Linear`` draws them: uniform in +-1/sqrt(fan_in)."""
+    bound = fan_in**-0.5
+    weight = torch.empty(count, fan_out, fan_in).uniform_(-bound, bound)
+    return [weight, torch.empty(count, fan_out).uniform_(-bound, bound)]

@@ -1,0 +1,59 @@
+"""Every error that the package raises on purpose.
+
+Each one is a :class:`KasminaError` and the built-in exception that fits, so that both ``except KasminaError``
+and ``except ValueError`` work. Messages say what was given, what is allowed, and which layer and seed.
+"""
+
+from __future__ import annotations
+
+
+class KasminaError(Exception):
+    """Base class of all errors of this package."""
+
+
+class InvalidArgument(KasminaError, ValueError):
+    """An argument has the right type and a wrong value."""
+
+
+class InvalidType(KasminaError, TypeError):
+    """An argument has a wrong type."""
+
+
+class SeedIndexError(KasminaError, IndexError, ValueError):
+    """A seed id lies outside the layer (a ``ValueError`` as well, as older code expects)."""
+
+
+class UnknownBlueprint(KasminaError, ValueError):
+    """A blueprint id or name that was never registered."""
+
+
+class InvalidBlueprint(KasminaError, ValueError):
+    """A blueprint that breaks the contract: it changes the shape or dtype, or mutates buffers."""
+
+
+class IllegalTransition(KasminaError, ValueError):
+    """A lifecycle transition that the lifecycle does not have; names from, to and the legal ones."""
+
+
+class LayoutMismatch(KasminaError, RuntimeError):
+    """A state dict written for another layout of seeds, chunks or blueprints."""
+
+
+class NoTargets(KasminaError, ValueError):
+    """``kasminify`` found nothing to wrap."""
+
+
+class UnknownOption(KasminaError, ValueError):
+    """A backend option that neither kasmina_fx nor Inductor has."""
+
+
+class RewriteError(KasminaError, RuntimeError):
+    """A graph that could not be rewritten, or a pass whose postcondition does not hold."""
+
+
+class StillGrowing(KasminaError, RuntimeError):
+    """``unkasminify`` would lose what blended seeds contribute."""
+
+
+class GraphMismatch(KasminaError, AssertionError):
+    """A golden file or a recompile check that does not hold."""

@@ -1,0 +1,106 @@
+"""State dicts: a wrapped layer keeps the names of its base, so that plain checkpoints load before and after.
+
+A :class:`~kasmina_fx.KasminaLayer` at ``fc`` saves ``fc.weight`` (not ``fc.base.weight``) and its seeds' tensors under
+``fc.kasmina.``. Loading a plain checkpoint leaves the latter as they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor, nn
+
+from kasmina_fx.blueprints.registry import lookup
+from kasmina_fx.errors import KasminaError, LayoutMismatch
+from kasmina_fx.layout import parse_banks
+from kasmina_fx.seed_store import LAYOUT_VERSION
+
+if TYPE_CHECKING:
+    from kasmina_fx.layer import KasminaLayer
+
+OWN: Final = "kasmina."
+_BASE: Final = "base."
+
+
+def attach(layer: KasminaLayer) -> None:
+    """Give a layer the hooks that rename its base's entries and read its own."""
+    layer.register_state_dict_post_hook(_strip_base)
+    layer.register_load_state_dict_pre_hook(_prepare)
+    layer.register_load_state_dict_post_hook(_after_load)
+
+
+def floating_tensor(module: nn.Module) -> Tensor | None:
+    """A floating-point parameter or buffer of a module: its dtype and device stand for the module's."""
+    tensors = (*module.parameters(), *module.buffers())
+    return next((t for t in tensors if t.dtype.is_floating_point), None)
+
+
+def check(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str) -> None:
+    """Refuse entries that were written for another layer; changes nothing.
+
+    Raises:
+        LayoutMismatch: Says what the entries hold and what this layer takes.
+    """
+    own, name = prefix + OWN, layer.layer_id
+    extra = state_dict.get(own + "_extra_state")
+    if extra is not None:
+        if not isinstance(extra, dict) or extra.get("version") != LAYOUT_VERSION:
+            raise LayoutMismatch(
+                f"{name}: the state dict's kasmina entries have version "
+                f"{extra.get('version') if isinstance(extra, dict) else extra!r}; "
+                f"this release reads version {LAYOUT_VERSION}"
+            )
+        if extra["layout"] != str(layer.kasmina.layout):
+            raise LayoutMismatch(
+                f"{name}: the state dict was written for chunks [{extra['layout']}]; this layer has "
+                f"[{layer.kasmina.layout}]. Give kasminify the same num_seeds"
+            )
+        for kind in (*extra["blueprints"].values(), *(b.split("@")[0] for b in _specs(extra))):
+            try:
+                lookup(kind.removesuffix(":shared"))
+            except KasminaError as error:
+                raise LayoutMismatch(
+                    f"{name}: the state dict needs a blueprint that is not registered here: {error}"
+                ) from error
+    state = state_dict.get(own + "state.state_tensor")
+    if state is not None:
+        layer.state.check_values(state, state_dict.get(own + "state.alpha"))
+    telemetry = state_dict.get(own + "telemetry.accumulated")
+    expected = layer.kasmina.telemetry.accumulated.shape
+    if telemetry is not None and telemetry.shape != expected:
+        raise LayoutMismatch(
+            f"{name}: telemetry of shape {tuple(telemetry.shape)}; this layer takes {tuple(expected)}"
+        )
+
+
+def _specs(extra: dict[str, Any]) -> list[str]:
+    return list(extra["banks"].values())
+
+
+def _strip_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix + _BASE)]:
+        state_dict[prefix + key.removeprefix(prefix + _BASE)] = state_dict.pop(key)
+
+
+def _prepare(
+    layer: KasminaLayer, state_dict: dict[str, Any], prefix: str, *rest: Any
+) -> None:
+    check(layer, state_dict, prefix)
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if not name.startswith(OWN):
+            state_dict[prefix + _BASE + name] = state_dict.pop(key)
+    own = prefix + OWN
+    extra = state_dict.get(own + "_extra_state")
+    for key, text in (extra or {"banks": {}})["banks"].items():
+        if key not in layer.kasmina.banks:
+            (spec,) = parse_banks(text)
+            layer.allocate(spec.kind, shared=spec.shared)
+    # A plain checkpoint has none of these, and one from before a germination not all: they stay.
+    current = layer.kasmina.state_dict()
+    for name, value in current.items():
+        state_dict.setdefault(own + name, value)
+
+
+def _after_load(layer: KasminaLayer, incompatible_keys: Any) -> None:
+    layer.reload()

@@ -1,0 +1,117 @@
+"""How a layer's features are cut into chunks, and which blueprint banks act on them.
+
+This is the *static* part of a marker: it travels through every front end as a short string, so that a graph
+alone says how to lower it. Everything that changes while a network trains is tensor data instead.
+
+    >>> chunks = ChunkLayout.of([2, 2, 1, 1, 1], feature_dim=-1)
+    >>> str(chunks)
+    'dim=-1 runs=2x2+3x1'
+    >>> chunks.runs[1]
+    Run(first_seed=2, count=3, offset=4, size=1)
+    >>> ChunkLayout.parse(str(chunks)) == chunks
+    True
+    >>> str(BankSpec("mlp", run=0, shared=False, num_params=4))
+    'mlp@0*4'
+    >>> parse_banks("mlp@0*4 lora:shared@1*2")[1]
+    BankSpec(kind='lora', run=1, shared=True, num_params=2)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import groupby
+
+_RUN = re.compile(r"(\d+)x(\d+)")
+_BANK = re.compile(r"(?P<kind>[^@\s:]+(?:#\d+)?)(?P<shared>:shared)?@(?P<run>\d+)\*(?P<num>\d+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of ``count`` neighbouring chunks of equal ``size``: one strided view of the features."""
+
+    first_seed: int
+    count: int
+    offset: int
+    size: int
+
+    @property
+    def width(self) -> int:
+        """Features that the run covers."""
+        return self.count * self.size
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """The runs of a layer and the dimension that they cut."""
+
+    feature_dim: int
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def of(cls, sizes: Iterable[int], feature_dim: int) -> ChunkLayout:
+        """The layout of chunks of the given sizes, in order; equal neighbours share a run."""
+        runs: list[Run] = []
+        seed = offset = 0
+        for size, group in groupby(sizes):
+            count = sum(1 for _ in group)
+            runs.append(Run(seed, count, offset, size))
+            seed, offset = seed + count, offset + count * size
+        return cls(feature_dim, tuple(runs))
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> ChunkLayout:
+        """The inverse of ``str(layout)``."""
+        head, _, tail = text.partition(" runs=")
+        sizes = [int(size) for count, size in _RUN.findall(tail) for _ in range(int(count))]
+        return ChunkLayout.of(sizes, int(head.removeprefix("dim=")))
+
+    def __str__(self) -> str:
+        """The form that markers carry."""
+        return f"dim={self.feature_dim} runs=" + "+".join(f"{r.count}x{r.size}" for r in self.runs)
+
+    @cached_property
+    def num_seeds(self) -> int:
+        """Seeds (and chunks) of the layer."""
+        return sum(run.count for run in self.runs)
+
+    @cached_property
+    def width(self) -> int:
+        """Features of the layer."""
+        return sum(run.width for run in self.runs)
+
+
+@dataclass(frozen=True)
+class BankSpec:
+    """One bank: all blueprints of one class for the chunks of one run."""
+
+    kind: str
+    run: int
+    shared: bool
+    num_params: int
+
+    def __str__(self) -> str:
+        """The form that markers carry."""
+        return f"{self.kind}{':shared' if self.shared else ''}@{self.run}*{self.num_params}"
+
+
+def format_banks(banks: Sequence[BankSpec]) -> str:
+    """The form of several banks that markers carry."""
+    return " ".join(map(str, banks))
+
+
+@lru_cache(maxsize=4096)
+def parse_banks(text: str) -> tuple[BankSpec, ...]:
+    """The inverse of :func:`format_banks`."""
+    banks = []
+    for part in text.split():
+        found = _BANK.fullmatch(part)
+        if found is None:
+            raise ValueError(f"not a bank: {part!r}")
+        banks.append(
+            BankSpec(found["kind"], int(found["run"]), bool(found["shared"]), int(found["num"]))
+        )
+    return tuple(banks)

@@ -1,0 +1,95 @@
+"""The stages of a seed, and which may follow which.
+
+    DORMANT -> GERMINATED -> TRAINING -> GRAFTING -> STABILIZATION -> EVALUATING -> FINE_TUNING -> FOSSILIZED
+
+with CULLED, CANCELLED and ROLLED_BACK as ways out. One table, :data:`LEGAL`, is the truth; everything that
+changes a stage asks it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+import torch
+from torch import Tensor
+
+
+class SeedLifecycle(IntEnum):
+    """Stage of a seed: column 0 of the state tensor."""
+
+    DORMANT = 0
+    GERMINATED = 1
+    TRAINING = 2
+    GRAFTING = 3
+    STABILIZATION = 4
+    EVALUATING = 5
+    FINE_TUNING = 6
+    FOSSILIZED = 7
+    CULLED = 8
+    CANCELLED = 9
+    ROLLED_BACK = 10
+
+
+class GraftingStrategy(IntEnum):
+    """How alpha is to ramp: column 3 of the state tensor."""
+
+    FIXED_RAMP = 0
+    PERFORMANCE_LINKED = 1
+    DRIFT_CONTROLLED = 2
+    GRAD_NORM_GATED = 3
+
+
+_S = SeedLifecycle
+
+LEGAL: Final[dict[SeedLifecycle, frozenset[SeedLifecycle]]] = {
+    _S.DORMANT: frozenset({_S.GERMINATED}),
+    _S.GERMINATED: frozenset({_S.TRAINING, _S.CANCELLED}),
+    _S.TRAINING: frozenset({_S.GRAFTING, _S.CULLED, _S.CANCELLED, _S.ROLLED_BACK}),
+    _S.GRAFTING: frozenset({_S.STABILIZATION, _S.CULLED, _S.ROLLED_BACK}),
+    _S.STABILIZATION: frozenset({_S.EVALUATING, _S.ROLLED_BACK}),
+    _S.EVALUATING: frozenset({_S.FINE_TUNING, _S.CULLED, _S.ROLLED_BACK}),
+    _S.FINE_TUNING: frozenset({_S.FOSSILIZED, _S.CULLED, _S.ROLLED_BACK}),
+    _S.FOSSILIZED: frozenset(),
+    _S.CULLED: frozenset({_S.DORMANT}),
+    _S.CANCELLED: frozenset({_S.DORMANT}),
+    _S.ROLLED_BACK: frozenset(),
+}
+
+#: Stages in which a seed with a blueprint is blended into the host's output.
+BLENDED: Final = frozenset(
+    {_S.GRAFTING, _S.STABILIZATION, _S.EVALUATING, _S.FINE_TUNING, _S.FOSSILIZED}
+)
+
+#: Stages in which a seed holds a blueprint of its own (and a slot for its parameters).
+HOLDS_BLUEPRINT: Final = BLENDED | {_S.GERMINATED, _S.TRAINING}
+
+#: What ``KasminaLayer.advance`` reaches in this release. The stages behind GRAFTING blend frozen parameters,
+#: which the graph can't do yet; a stage that would behave wrongly is refused rather than half built.
+REACHABLE: Final = frozenset(
+    {_S.DORMANT, _S.GERMINATED, _S.TRAINING, _S.GRAFTING, _S.CULLED, _S.CANCELLED}
+)
+
+
+def _table(members: frozenset[SeedLifecycle]) -> Tensor:
+    return torch.tensor([stage in members for stage in SeedLifecycle])
+
+
+_LEGAL_TABLE: Final = torch.stack([_table(LEGAL[stage]) for stage in SeedLifecycle])
+_BLENDED_TABLE: Final = _table(BLENDED)
+_HOLDS_TABLE: Final = _table(HOLDS_BLUEPRINT)
+
+
+def is_legal(stages: Tensor, to: SeedLifecycle) -> Tensor:
+    """Bool ``(n,)``: may each of the ``stages`` (int ``(n,)``, CPU) be followed by ``to``?"""
+    return _LEGAL_TABLE[stages.long(), int(to)]
+
+
+def is_blended(stages: Tensor) -> Tensor:
+    """Bool ``(n,)``: is a seed in each of the ``stages`` (int ``(n,)``, CPU) blended?"""
+    return _BLENDED_TABLE[stages.long()]
+
+
+def holds_blueprint(stages: Tensor) -> Tensor:
+    """Bool ``(n,)``: does a seed in each of the ``stages`` (int ``(n,)``, CPU) hold a blueprint?"""
+    return _HOLDS_TABLE[stages.long()]

@@ -1,0 +1,109 @@
+"""The physical view: one layer's seeds as a handful of tensor operations whose number does not depend on S.
+
+These functions are the meaning of the markers. Eager execution calls them; the passes trace them once per
+layout and splice the graph in place of the marker.
+
+    y --narrow, unflatten--> chunks (n, ..., size, ...) --gather--> (K, M, ..., size, ...)
+      --stacked blueprints--> --pull--> chunks + alpha * (blueprint(chunks) - chunks)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kasmina_fx.blueprints.registry import lookup
+from kasmina_fx.layout import BankSpec, ChunkLayout, Run, parse_banks
+from kasmina_fx.telemetry import merge_statistics
+
+
+def blend(
+    y: Tensor,
+    seeds: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    alphas: Sequence[Tensor],
+    params: Sequence[Tensor],
+    chunks: str,
+    banks: str,
+) -> tuple[Tensor, Tensor]:
+    """``kasmina::blend``; shapes in :mod:`kasmina_fx.ops`."""
+    layout, specs = ChunkLayout.parse(chunks), parse_banks(banks)
+    if not specs:
+        return y.clone(), y.new_zeros(layout.num_seeds, dtype=torch.int32)
+    dim = layout.feature_dim % y.dim() - y.dim()
+    parts, rejected, first = [], [], 0
+    tensors = []
+    for spec in specs:
+        tensors.append(params[first : first + spec.num_params])
+        first += spec.num_params
+    for index, run in enumerate(layout.runs):
+        part = chunks_of(y, run, dim)
+        flags = y.new_zeros(run.count, dtype=torch.int32)
+        mine = [i for i, spec in enumerate(specs) if spec.run == index]
+        host = part
+        for i in mine:
+            part, bad = _blend_bank(
+                part, host, specs[i], seeds[i], positions[i], alphas[i], tensors[i], dim
+            )
+            flags = flags + bad
+        parts.append(part.movedim(0, dim - 1).flatten(dim - 1, dim))
+        rejected.append(flags)
+    return (torch.cat(parts, dim), torch.cat(rejected)) if len(parts) > 1 else (parts[0], flags)
+
+
+def chunks_of(y: Tensor, run: Run, dim: int) -> Tensor:
+    """View ``(count, ..., size, ...)`` of a run's chunks; ``dim`` is the feature dim, negative."""
+    view = y.narrow(dim, run.offset, run.width)
+    return view.unflatten(dim, (run.count, run.size)).movedim(dim - 1, 0)
+
+
+def finite_slots(values: Tensor) -> Tensor:
+    """Bool ``(K,)``: are all values of ``values[k]`` finite? ``values`` is ``(K, ...)``."""
+    # The largest magnitude is finite exactly if all are (amax hands NaN on): one vectorised reduction.
+    return values.detach().abs().flatten(1).amax(1).isfinite()
+
+
+def _blend_bank(
+    part: Tensor,
+    host: Tensor,
+    spec: BankSpec,
+    seeds: Tensor,
+    positions: Tensor,
+    alphas: Tensor,
+    params: Sequence[Tensor],
+    dim: int,
+) -> tuple[Tensor, Tensor]:
+    """Blend one bank into ``part`` (``(n, ..., size, ...)``), and say which of its n seeds it rejected.
+
+    ``host`` is the run before any bank, what blueprints read: a seed has one blueprint, so that for the
+    seeds of this bank ``part`` still equals it.
+    """
+    slots, members = seeds.shape
+    index = seeds.flatten()
+    rows = torch.ops.kasmina.gather.default(host, index, positions)
+    stacked = lookup(spec.kind).stacked(
+        [p.narrow(0, 0, slots) for p in params], rows.unflatten(0, (slots, members)), dim
+    )
+    outcome = stacked.flatten(0, 1)
+    finite = finite_slots(outcome)
+    taken = positions.clamp_min(0)
+    mine, finite = positions >= 0, finite[taken]
+    column = (-1, *[1] * (part.dim() - 1))
+    alpha = alphas.flatten()[taken].view(column)
+    pulled = torch.ops.kasmina.pull.default(outcome, positions, index)
+    # float32 for half types: the difference of two close values has few correct bits in them.
+    wide = torch.promote_types(torch.promote_types(part.dtype, pulled.dtype), torch.float32)
+    exact = part.to(wide)
+    blended = exact + alpha.to(wide) * (pulled.to(wide) - exact)
+    # A where, not a product with 0: an unblended chunk stays bitwise what it was, NaN, Inf and -0 included.
+    out = torch.where((mine & finite).view(column), blended.to(part.dtype), part)
+    return out, (mine & ~finite).to(torch.int32)
+
+
+def observe(y: Tensor, rejected: Tensor | None, telemetry: Tensor, chunks: str) -> None:
+    """``kasmina::observe``; shapes in :mod:`kasmina_fx.ops`."""
+    layout = ChunkLayout.parse(chunks)
+    with torch.no_grad():
+        telemetry.copy_(merge_statistics(y.detach(), rejected, telemetry, layout))

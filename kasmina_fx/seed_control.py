@@ -1,0 +1,225 @@
+"""What a controller calls: germinate, advance, blend, cancel, all checked on the host before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_fx.bank import SMALLEST, Bank
+from kasmina_fx.blueprints import Blueprint
+from kasmina_fx.blueprints.registry import DEFAULT, lookup
+from kasmina_fx.blueprints.trial import register_for, why_unfit
+from kasmina_fx.chunk_manager import ChunkManager
+from kasmina_fx.colony import Colony
+from kasmina_fx.errors import InvalidArgument, InvalidType, UnknownBlueprint
+from kasmina_fx.features import Features
+from kasmina_fx.lifecycle import GraftingStrategy, SeedLifecycle
+from kasmina_fx.seed_ids import SeedIds, as_seed_ids
+from kasmina_fx.seed_store import SeedStore
+from kasmina_fx.state_tensor import StateTensor
+
+
+class SeedControl(nn.Module):
+    """The part of a :class:`~kasmina_fx.KasminaLayer` that changes seeds."""
+
+    layer_id: str
+    kasmina: SeedStore
+    colony: Colony
+    _chunks: ChunkManager
+    _features: Features
+
+    @property
+    def state(self) -> StateTensor:
+        """The state of all seeds."""
+        return self.kasmina.state
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds of the layer."""
+        return self._chunks.num_chunks
+
+    def register_blueprint(
+        self, blueprint: str | Blueprint | Any, *, name: str | None = None
+    ) -> int:
+        """An id for one set of parameters (a chunk size) that all seeds using it share.
+
+        Args:
+            blueprint: A registered name, a factory ``chunk_size -> nn.Module``, a :class:`Blueprint`, or a module
+                (then only for the chunks that it fits; its values are copied). Supported are modules that keep a
+                chunk's shape and dtype, with buffers that forward only reads.
+            name: Register it under this name too, for germinations that give each seed its own copy.
+
+        Returns:
+            The id, 1 or more. Allocation waits for the first germination.
+
+        Raises:
+            InvalidBlueprint: It changes the shape or dtype, or writes to a buffer.
+            UnknownBlueprint: No such name.
+        """
+        sizes = dict.fromkeys(self._chunks.sizes)
+        kind = register_for(blueprint, name, sizes, self._features, self._like())
+        number = self.kasmina.next_id()
+        self.kasmina.blueprints[number] = kind
+        return number
+
+    def request_germination(
+        self,
+        seed_id: SeedIds,
+        blueprint_id: int | str | None = None,
+        grafting_strategy: int = GraftingStrategy.FIXED_RAMP,
+    ) -> bool:
+        """Germinate dormant seeds: all of them, or none.
+
+        Args:
+            seed_id: One id, a sequence or a tensor of ids.
+            blueprint_id: An id from :meth:`register_blueprint`, whose parameters the seeds share; a registered name,
+                which gives each seed a copy of its own; None for the default name, ``mlp``.
+            grafting_strategy: A :class:`GraftingStrategy`.
+
+        Returns:
+            False, with nothing changed, if one of the seeds isn't dormant.
+
+        Raises:
+            SeedIndexError, InvalidType, InvalidArgument: Bad ids or strategy.
+            UnknownBlueprint: No such id or name, or one that doesn't fit the seeds' chunk size.
+        """
+        ids = as_seed_ids(seed_id, self.num_seeds, self.layer_id)
+        strategy = self._strategy(grafting_strategy)
+        shared, kind = self._resolve(blueprint_id)
+        for size in {self._chunks.sizes[seed] for seed in ids.tolist()}:
+            reason = why_unfit(lookup(kind), size, self._features, self._like())
+            if reason is not None:
+                raise UnknownBlueprint(
+                    f"{self.layer_id}: blueprint {kind!r} does not fit seeds {ids.tolist()[:8]} with "
+                    f"chunks of {size} features: {reason}"
+                )
+        with self.transaction():
+            if bool((self.state.stages[ids] != SeedLifecycle.DORMANT).any()):
+                return False
+            self._start_growing(kind, shared is not None)
+            own = torch.arange(len(ids)) + self.kasmina.next_id() if shared is None else None
+            for bank in self._banks():
+                if bank.spec.kind != kind or bank.spec.shared != (shared is not None):
+                    continue
+                local = ids - bank.run.first_seed
+                mine = (local >= 0) & (local < bank.run.count)
+                if own is not None:
+                    bank.acquire(own[mine])
+                elif bool(mine.any()) and int(bank.slot_of(torch.tensor([shared]))) < 0:
+                    bank.acquire(torch.tensor([shared]))
+            self.state.set_rows(
+                ids,
+                lifecycle_state=SeedLifecycle.GERMINATED,
+                blueprint_id=own if own is not None else torch.tensor(shared),
+                epochs_in_state=0,
+                grafting_strategy=strategy,
+            )
+        return True
+
+    def cancel_germination(self, seed_ids: SeedIds) -> bool:
+        """GERMINATED or TRAINING seeds become CANCELLED: all, or (False) none."""
+        ids = as_seed_ids(seed_ids, self.num_seeds, self.layer_id)
+        early = torch.tensor([SeedLifecycle.GERMINATED, SeedLifecycle.TRAINING])
+        with self.transaction():
+            if not bool(torch.isin(self.state.stages[ids], early).all()):
+                return False
+            self.state.advance(ids, SeedLifecycle.CANCELLED)
+        return True
+
+    def advance(self, seed_ids: SeedIds, stage: SeedLifecycle | int) -> None:
+        """One legal transition for all the seeds, or IllegalTransition and none."""
+        self.state.advance(seed_ids, stage)
+
+    def set_alpha(self, seed_ids: SeedIds, alpha: float | Tensor) -> None:
+        """Blend factors, a number or ``(n,)``, clamped to [0, 1]; NaN is refused."""
+        self.state.set_alpha(seed_ids, alpha)
+
+    def step_epoch(self) -> None:
+        """One epoch more for every seed that isn't dormant."""
+        self.state.increment_epochs()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes inside become visible at once, at the end; an exception undoes them all."""
+        before = [(bank, bank.held.clone()) for bank in self._banks()]
+        with self.state.transaction():
+            try:
+                yield
+            except BaseException:
+                for bank, held in before:
+                    bank.held = torch.cat([held, held.new_zeros(bank.capacity - len(held))])
+                raise
+
+    # Banks.
+
+    def _banks(self) -> list[Bank]:
+        return self.kasmina.bank_list()
+
+    def _like(self) -> Tensor | None:
+        """A floating-point tensor of the base: dtype and device of what grows beside it."""
+        raise NotImplementedError  # pragma: no cover
+
+    def _resolve(self, blueprint_id: int | str | None) -> tuple[int | None, str]:
+        """Id of a shared blueprint (None: a copy for each seed), and its name."""
+        if blueprint_id is None:
+            return None, DEFAULT
+        if isinstance(blueprint_id, str):
+            return None, lookup(blueprint_id).kind
+        if isinstance(blueprint_id, bool) or not isinstance(blueprint_id, int):
+            raise InvalidType(
+                f"{self.layer_id}: blueprint {blueprint_id!r}; give an id, a name or None"
+            )
+        kind = self.kasmina.blueprints.get(blueprint_id)
+        if kind is None:
+            known = sorted(self.kasmina.blueprints) or "none: call register_blueprint first"
+            raise UnknownBlueprint(
+                f"{self.layer_id}: no blueprint has the id {blueprint_id}; registered: {known}"
+            )
+        return blueprint_id, kind
+
+    def _strategy(self, strategy: int) -> GraftingStrategy:
+        try:
+            return GraftingStrategy(strategy)
+        except ValueError:
+            raise InvalidArgument(
+                f"{self.layer_id}: grafting strategy {strategy!r}; allowed are "
+                f"{[f'{s.name} {s.value}' for s in GraftingStrategy]}"
+            ) from None
+
+    def _start_growing(self, kind: str, shared: bool) -> None:
+        """Allocate the smallest banks for a blueprint that has none yet: once for the whole model.
+
+        Blueprints registered before are allocated with it, so that they cost no compile of their own later.
+        """
+        if self.kasmina.has_bank(kind, shared):
+            return
+        self.colony.add(self)  # type: ignore[arg-type]  # the only subclass is KasminaLayer
+        for layer in self.colony:
+            wanted = {(name, True) for name in layer.kasmina.blueprints.values()}
+            if not shared:
+                wanted.add((kind, False))
+            with layer.state.transaction():
+                for name, is_shared in sorted(wanted):
+                    layer.allocate(name, shared=is_shared)
+
+    def allocate(self, kind: str, *, shared: bool = False, capacity: int = SMALLEST) -> None:
+        """Banks for one blueprint in every run that it fits; those that exist are left alone."""
+        like, blueprint = self._like(), lookup(kind)
+        for index, run in enumerate(self._chunks.layout.runs):
+            if why_unfit(blueprint, run.size, self._features, like) is not None:
+                continue
+            bank = Bank(
+                kind,
+                index,
+                run,
+                shared=shared,
+                capacity=1 if shared else capacity,
+                dtype=torch.get_default_dtype() if like is None else like.dtype,
+                device=torch.device("cpu") if like is None else like.device,
+            )
+            if bank.key not in self.kasmina.banks:
+                self.kasmina.banks[bank.key] = bank

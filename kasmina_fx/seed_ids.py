@@ -1,0 +1,63 @@
+"""Seed ids as callers give them: an int, a sequence or a tensor; checked in one place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from kasmina_fx.errors import InvalidArgument, InvalidType, SeedIndexError
+
+SeedIds: TypeAlias = int | Iterable[int] | Tensor
+
+
+def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
+    """Int64 ``(n,)`` on the CPU.
+
+    Args:
+        seed_ids: An int, a sequence of ints, or an integer tensor of at most one dimension.
+        num_seeds: Allowed are 0 to ``num_seeds - 1``; negative ids don't count from the end.
+        where: Name of the layer, for messages.
+
+    Raises:
+        InvalidType: Floats, bools, or something that isn't a number.
+        SeedIndexError: An id outside the layer.
+        InvalidArgument: The same id twice, or a tensor of more than one dimension.
+    """
+    if isinstance(seed_ids, Tensor):
+        if seed_ids.dtype == torch.bool or seed_ids.dtype.is_floating_point:
+            raise InvalidType(f"{where}: seed ids are {seed_ids.dtype}; give an integer tensor")
+        if seed_ids.dim() > 1:
+            raise InvalidArgument(f"{where}: seed ids have shape {tuple(seed_ids.shape)}; give (n,)")
+        ids = seed_ids.detach().to("cpu", torch.int64).reshape(-1)
+    else:
+        given = [seed_ids] if _is_single(seed_ids) else list(seed_ids)  # type: ignore[arg-type]
+        ids = torch.tensor([_as_int(i, where) for i in given], dtype=torch.int64)
+    outside = ids[(ids < 0) | (ids >= num_seeds)]
+    if len(outside):
+        raise SeedIndexError(
+            f"{where}: seed {int(outside[0])} does not exist; it has seeds 0 to {num_seeds - 1}"
+        )
+    values, counts = ids.unique(return_counts=True)
+    if len(values) != len(ids):
+        twice = int(values[counts > 1][0])
+        raise InvalidArgument(f"{where}: seed {twice} is named twice in one call; name it once")
+    return ids
+
+
+def _is_single(seed_ids: object) -> bool:
+    return isinstance(seed_ids, str) or not isinstance(seed_ids, Iterable)
+
+
+def _as_int(value: object, where: str) -> int:
+    if isinstance(value, bool):
+        raise InvalidType(f"{where}: seed id {value!r} is a bool; give an int")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidType(
+            f"{where}: seed id {value!r} is a {type(value).__name__}; give an int"
+        ) from None

@@ -1,0 +1,55 @@
+"""A layer without a single blueprint slot is its base.
+
+    before  %y = linear(x, w, b)
+            %blend = kasmina.blend.default(%y, [], [], [], [], 'dim=-1 runs=8x4', '')
+            %out = getitem(%blend, 0)
+            %rejected = getitem(%blend, 1)
+    after   %y = linear(x, w, b)            (uses of %out read %y, observe's rejected is None)
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule, Node
+
+from kasmina_fx.passes.matching import Match, argument, blend_matches
+from kasmina_fx.passes.pass_base import GraphPass
+
+
+@dataclass(frozen=True)
+class EliminateDormant(GraphPass):
+    """Blend markers without banks vanish."""
+
+    name: ClassVar[str] = "eliminate_dormant"
+
+    def call(self, gm: GraphModule) -> bool:
+        """See :meth:`GraphPass.call`."""
+        dormant = [match for match in blend_matches(gm) if not match.banks]
+        return any([self._eliminate(match) for match in dormant])
+
+    def _eliminate(self, match: Match) -> bool:
+        y = argument(match.node, "y")
+        out, rejected = outputs_of(match.node)
+        if any(user.op == "output" for node in rejected for user in node.users):
+            return False  # somebody returns the marker's second output: let the operator compute it
+        for node in out:
+            node.replace_all_uses_with(y)
+            match.graph_module.graph.erase_node(node)
+        for node in rejected:
+            for user in list(node.users):
+                user.args = tuple(None if arg is node else arg for arg in user.args)
+            match.graph_module.graph.erase_node(node)
+        match.graph_module.graph.erase_node(match.node)
+        return True
+
+
+def outputs_of(node: Node) -> tuple[list[Node], list[Node]]:
+    """The ``getitem`` nodes of a blend marker's two outputs (front ends may write none, or several)."""
+    found: tuple[list[Node], list[Node]] = ([], [])
+    for user in node.users:
+        if user.target is operator.getitem:
+            found[user.args[1]].append(user)  # type: ignore[index,call-overload]
+    return found

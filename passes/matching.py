@@ -1,0 +1,110 @@
+"""Find the marker nodes of a graph, in every front end's spelling and inside nested graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from kasmina_fx.errors import KasminaError
+from kasmina_fx.layout import BankSpec, ChunkLayout, parse_banks
+from kasmina_fx.ops import BLEND, MARKERS, OBSERVE
+from kasmina_fx.passes.metadata import layer_path, value_of
+
+_PACKETS = {torch.ops.kasmina.blend: BLEND, torch.ops.kasmina.observe: OBSERVE}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A marker: where it is, what it says, and why it can't be rewritten (``reason``; None if it can)."""
+
+    graph_module: GraphModule
+    node: Node
+    layer: str
+    chunks: ChunkLayout
+    banks: tuple[BankSpec, ...]
+    reason: str | None
+
+    @property
+    def is_blend(self) -> bool:
+        """A blend marker (else observe)."""
+        return overload_of(self.node) is BLEND
+
+
+def overload_of(node: Node) -> Any:
+    """The marker overload that a node calls, or None for any other node."""
+    if node.op != "call_function":
+        return None
+    if node.target in MARKERS:
+        return node.target
+    # Called as a packet, some front ends record the packet.
+    return _PACKETS.get(node.target) if type(node.target).__name__ == "OpOverloadPacket" else None
+
+
+def graph_modules(gm: GraphModule) -> list[GraphModule]:
+    """``gm`` and the graphs nested in it (the bodies of activation checkpoints, of conditions)."""
+    return [module for module in gm.modules() if isinstance(module, GraphModule)]
+
+
+def marker_nodes(gm: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
+    """Every marker of ``gm`` and its nested graphs, in order."""
+    for module in graph_modules(gm):
+        for node in list(module.graph.nodes):
+            if overload_of(node) is not None:
+                yield module, node
+
+
+def has_markers(gm: GraphModule) -> bool:
+    """Is there anything to rewrite?"""
+    return next(marker_nodes(gm), None) is not None
+
+
+def argument(node: Node, name: str) -> Any:
+    """An argument of a marker by its schema name, however it was passed."""
+    schema = overload_of(node)._schema.arguments
+    position = [a.name for a in schema].index(name)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+
+
+def find_matches(gm: GraphModule) -> tuple[Match, ...]:
+    """Every candidate, rewritable or not; pure."""
+    return tuple(_match(module, node) for module, node in marker_nodes(gm))
+
+
+def blend_matches(gm: GraphModule) -> list[Match]:
+    """The blend markers that can be rewritten."""
+    return [match for match in find_matches(gm) if match.is_blend and match.reason is None]
+
+
+def _match(module: GraphModule, node: Node) -> Match:
+    chunks = ChunkLayout.parse(argument(node, "chunks"))
+    banks: tuple[BankSpec, ...] = ()
+    reason = None
+    if overload_of(node) is BLEND:
+        try:
+            banks = parse_banks(argument(node, "banks"))
+        except KasminaError as error:
+            reason = str(error)
+    if banks or overload_of(node) is OBSERVE:
+        reason = reason or _why_not(argument(node, "y"), _tensors(node), chunks)
+    return Match(module, node, layer_path(node), chunks, banks, reason)
+
+
+def _tensors(node: Node) -> Sequence[Node]:
+    return [n for n in node.all_input_nodes if n is not argument(node, "y")]
+
+
+def _why_not(y: Node, others: Sequence[Node], chunks: ChunkLayout) -> str | None:
+    if value_of(y) is None or any(value_of(n) is None for n in others):
+        return "the graph holds no shapes; give rewrite() example_inputs"
+    shape = value_of(y).shape
+    if not -len(shape) <= chunks.feature_dim < len(shape):
+        return f"the output has {len(shape)} dimensions, no feature dim {chunks.feature_dim}"
+    if shape[chunks.feature_dim] != chunks.width:
+        return f"the output has {shape[chunks.feature_dim]} features, its layout {chunks.width}"
+    if not value_of(y).dtype.is_floating_point:
+        return f"the output is {value_of(y).dtype}, not floating point"
+    return None

@@ -1,0 +1,103 @@
+"""What front ends write into ``node.meta``, and what we do: read and written here alone.
+
+Values are under ``val`` (export, ``FakeTensorProp``) or ``example_value`` (Dynamo). Inserted nodes carry ``kasmina``, an
+:class:`Origin`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+_ORIGIN: Final = "kasmina"
+_LOWERING: Final = "kasmina_lowering"
+_COPIED: Final = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which pass inserted a node, for which marker."""
+
+    by: str
+    marker: str
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What becomes of a marker, and why."""
+
+    name: str
+    why: str
+
+
+def value_of(node: Node) -> Any:
+    """The fake tensor (or number) that a node stands for, or None if the graph doesn't say."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def set_value(node: Node, value: Any, *, like: Node) -> None:
+    """Store a node's value the way the graph of ``like`` does."""
+    node.meta["val"] = value
+    if "example_value" in like.meta:
+        node.meta["example_value"] = value
+
+
+def origin_of(node: Node) -> Origin | None:
+    """Which pass inserted the node, None for the host's own."""
+    origin: Origin | None = node.meta.get(_ORIGIN)
+    return origin
+
+
+def inherit(node: Node, marker: Node, by: str) -> None:
+    """Give an inserted node the marker's place in the source, and its origin."""
+    for key in _COPIED:
+        if key in marker.meta:
+            node.meta.setdefault(key, marker.meta[key])
+    node.meta[_ORIGIN] = Origin(by, marker.name)
+
+
+def lowering_of(node: Node) -> Lowering | None:
+    """What was chosen for a marker."""
+    lowering: Lowering | None = node.meta.get(_LOWERING)
+    return lowering
+
+
+def set_lowering(node: Node, lowering: Lowering) -> None:
+    """Choose for a marker."""
+    node.meta[_LOWERING] = lowering
+
+
+def layer_path(node: Node) -> str:
+    """FQN of the layer that a marker belongs to, "" where the front end doesn't say."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return clean_path(paths[-1]) if paths else ""
+
+
+def clean_path(path: str) -> str:
+    """An FQN from a front end's spelling: ``L['self']._modules['a'].b`` is ``a.b``."""
+    path = re.sub(r"^L\['(?:self|fn|mod|model)'\]", "", path)
+    path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
+    parts = [part for part in path.split(".") if part]
+    return ".".join(p for p in parts if p not in ("_modules", "_parameters", "_buffers"))
+
+
+def propagate_if_missing(gm: GraphModule, example_inputs: Sequence[Any] | None) -> None:
+    """Give a graph without shapes (``symbolic_trace`` leaves none) those of ``example_inputs``."""
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and value_of(n) is None]
+    if not nodes or example_inputs is None:
+        return
+    fakes = [value.fake_mode for value in example_inputs if hasattr(value, "fake_mode")]
+    mode = fakes[0] if fakes else FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = [
+        mode.from_tensor(v) if isinstance(v, Tensor) and not hasattr(v, "fake_mode") else v
+        for v in example_inputs
+    ]
+    FakeTensorProp(gm, mode=mode).propagate_dont_convert_inputs(*inputs)

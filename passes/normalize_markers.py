@@ -1,0 +1,41 @@
+"""One spelling of a marker, whatever the front end recorded.
+
+    before  kasmina.blend(y, seeds=..., positions=..., ...)
+    after   kasmina.blend.default(y, ..., ...)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from kasmina_fx.errors import RewriteError
+from kasmina_fx.ops import MARKERS
+from kasmina_fx.passes.matching import argument, marker_nodes, overload_of
+from kasmina_fx.passes.pass_base import GraphPass
+
+
+@dataclass(frozen=True)
+class NormalizeMarkers(GraphPass):
+    """Markers become ``.default`` overloads with positional arguments."""
+
+    name: ClassVar[str] = "normalize_markers"
+
+    def call(self, gm: GraphModule) -> bool:
+        """See :meth:`GraphPass.call`."""
+        modified = False
+        for _, node in marker_nodes(gm):
+            overload = overload_of(node)
+            arguments = tuple(argument(node, a.name) for a in overload._schema.arguments)
+            if node.target is not overload or node.kwargs:
+                node.target, node.args, node.kwargs = overload, arguments, {}
+                modified = True
+        return modified
+
+    def ensures(self, gm: GraphModule) -> None:
+        """See :meth:`GraphPass.ensures`."""
+        for _, node in marker_nodes(gm):
+            if node.target not in MARKERS or node.kwargs:
+                raise RewriteError(f"marker {node.name} is not in its normal form")

@@ -1,0 +1,111 @@
+"""Prove on the rewritten graph itself what the pipeline promises.
+
+With networkx, on the graph of data flow:
+
+- nothing of the host reads what telemetry inserted, so statistics can't change the model's output;
+- a blend's inserted nodes reach the host through its one output, and read the host through the marker's arguments;
+- blend writes to nothing, telemetry to its own buffer alone;
+- every inserted node has a value and an origin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import networkx as nx
+import torch
+from torch.fx import GraphModule, Node
+
+from kasmina_fx.errors import RewriteError
+from kasmina_fx.passes.matching import find_matches, graph_modules
+from kasmina_fx.passes.metadata import lowering_of, origin_of, value_of
+from kasmina_fx.passes.pass_base import GraphPass
+
+
+@dataclass(frozen=True)
+class Verify(GraphPass):
+    """Raise RewriteError when a promise of the pipeline does not hold.
+
+    Args:
+        strict: Also when a marker was left.
+    """
+
+    name: ClassVar[str] = "verify"
+    strict: bool = False
+
+    def call(self, gm: GraphModule) -> bool:
+        """See :meth:`GraphPass.call`: it changes nothing."""
+        return False
+
+    def ensures(self, gm: GraphModule) -> None:
+        """See :meth:`GraphPass.ensures`."""
+        for module in graph_modules(gm):
+            flow = data_flow(module)
+            _check_values(flow)
+            _check_writes(flow)
+            _check_telemetry(flow)
+        if self.strict:
+            left = [(m.layer or m.node.name, _why(m.node, m.reason)) for m in find_matches(gm)]
+            if left:
+                layer, why = left[0]
+                raise RewriteError(
+                    f"{len(left)} markers were not rewritten; the first is of {layer}: {why}"
+                )
+
+
+def data_flow(gm: GraphModule) -> nx.DiGraph:
+    """The graph's nodes, an edge from each to its readers, and from a write to what it writes to."""
+    flow = nx.DiGraph()
+    for node in gm.graph.nodes:
+        flow.add_node(node)
+        flow.add_edges_from((source, node) for source in node.all_input_nodes)
+    return flow
+
+
+def writes_to(node: Node) -> list[Node]:
+    """The nodes whose tensors an operator node writes to."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    return [
+        arg
+        for described, arg in arguments
+        if isinstance(arg, Node) and described.alias_info is not None and described.alias_info.is_write
+    ]
+
+
+def _why(node: Node, reason: str | None) -> str:
+    lowering = lowering_of(node)
+    return reason or (lowering.why if lowering else "a pass was disabled")
+
+
+def _inserted_by(flow: nx.DiGraph, name: str) -> set[Node]:
+    return {node for node in flow if (origin := origin_of(node)) is not None and origin.by == name}
+
+
+def _check_values(flow: nx.DiGraph) -> None:
+    for node in flow:
+        if origin_of(node) is not None and value_of(node) is None and not writes_to(node):
+            raise RewriteError(f"inserted node {node.name} carries no value")
+
+
+def _check_writes(flow: nx.DiGraph) -> None:
+    for node in _inserted_by(flow, "lower_blend"):
+        if writes_to(node):
+            raise RewriteError(f"{node.name} of a blend writes to {writes_to(node)}")
+    for node in _inserted_by(flow, "place_telemetry"):
+        for target in writes_to(node):
+            if target.op not in ("placeholder", "get_attr"):
+                raise RewriteError(f"telemetry's {node.name} writes to {target.name}, not a buffer")
+
+
+def _check_telemetry(flow: nx.DiGraph) -> None:
+    inserted = _inserted_by(flow, "place_telemetry")
+    for node in inserted:
+        strangers = [other for other in nx.descendants(flow, node) if other not in inserted]
+        if strangers:
+            raise RewriteError(
+                f"the host's {strangers[0].name} depends on telemetry's {node.name}: statistics must not "
+                "reach the model's output"
+            )
