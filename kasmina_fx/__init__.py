@@ -1,1 +1,87 @@
+"""Networks that grow while they train, compiled: thousands of seeds, one small fused graph.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> import kasmina_fx
+    >>> net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))
+    >>> net = kasmina_fx.kasminify(net, num_seeds=16, compile=False)
+    >>> layer = kasmina_fx.kasmina_layers(net)["0"]
+    >>> layer.request_germination([3, 7], "lora")
+    True
+    >>> net(torch.zeros(2, 8)).shape
+    torch.Size([2, 4])
+
+Start at :func:`kasminify`. :mod:`kasmina_fx.layer` is the logical view, :mod:`kasmina_fx.physical` the physical one,
+:mod:`kasmina_fx.passes` what turns one into the other, :mod:`kasmina_fx.backend` what hands it to Inductor.
+"""
+
+from kasmina_fx.backend import kasmina
+from kasmina_fx.capture import KasminaTracer, capture
+from kasmina_fx.chunk_manager import ChunkManager
+from kasmina_fx.chunked_layer import ChunkedKasminaLayer
+from kasmina_fx.errors import (
+    GraphMismatch,
+    IllegalTransition,
+    InvalidArgument,
+    InvalidBlueprint,
+    InvalidType,
+    KasminaError,
+    LayoutMismatch,
+    NoTargets,
+    RewriteError,
+    SeedIndexError,
+    StillGrowing,
+    UnknownBlueprint,
+    UnknownOption,
+)
+from kasmina_fx.explain import Explanation, explain
+from kasmina_fx.graph_diff import GraphDiff, graph_diff
+from kasmina_fx.graph_text import graph_text, inserted_text, op_counts
+from kasmina_fx.kasminify import host_state_dict, kasmina_layers, kasminify, unkasminify
+from kasmina_fx.layer import KasminaLayer
+from kasmina_fx.lifecycle import GraftingStrategy, SeedLifecycle
+from kasmina_fx.logical_seed import LogicalSeed
+from kasmina_fx.passes import DEFAULT_PASSES, find_matches, rewrite
+from kasmina_fx.state_tensor import StateTensor
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT_PASSES",
+    "ChunkManager",
+    "ChunkedKasminaLayer",
+    "Explanation",
+    "GraftingStrategy",
+    "GraphDiff",
+    "GraphMismatch",
+    "IllegalTransition",
+    "InvalidArgument",
+    "InvalidBlueprint",
+    "InvalidType",
+    "KasminaError",
+    "KasminaLayer",
+    "KasminaTracer",
+    "LayoutMismatch",
+    "LogicalSeed",
+    "NoTargets",
+    "RewriteError",
+    "SeedIndexError",
+    "SeedLifecycle",
+    "StateTensor",
+    "StillGrowing",
+    "UnknownBlueprint",
+    "UnknownOption",
+    "capture",
+    "explain",
+    "find_matches",
+    "graph_diff",
+    "graph_text",
+    "host_state_dict",
+    "inserted_text",
+    "kasmina",
+    "kasmina_layers",
+    "kasminify",
+    "op_counts",
+    "rewrite",
+    "unkasminify",
+]

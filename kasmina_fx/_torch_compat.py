@@ -6,6 +6,8 @@ Checked on torch 2.11 and 2.13.
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,6 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._inductor import config as inductor_config
 from torch._subclasses import FakeTensor, FakeTensorMode
-
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
@@ -115,3 +116,68 @@ def compile_with_inductor(
         decompositions={**select_decomp_table(), **decompositions},
     )
     return compiled
+
+
+def uncompiled(model: Any) -> Any:
+    """The module behind ``torch.compile(model)``; any other module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def placeholder_source(node: torch.fx.Node) -> str:
+    """Where Dynamo found an input: ``L['self']._modules['fc']._parameters['weight']``; "" if it doesn't say."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)  # a method up to torch 2.11, an attribute since
+
+
+def resolve_source(source: str, root: torch.nn.Module) -> Any:
+    """The object that a source names, if ``root`` is what its path starts from; else None.
+
+    A path starts with ``L['self']``, whatever ``forward`` calls its first argument.
+    """
+    value: Any = root
+    parts = re.findall(r"\.(\w+)|\[(?:'([^']*)'|(\d+))\]", source.partition("]")[2])
+    for attribute, key, index in parts:
+        try:
+            if attribute:
+                value = getattr(value, attribute)
+            else:
+                value = value[key] if not index else value[int(index)]
+        except (AttributeError, KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """A Dynamo backend by name."""
+    found: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+    return found
+
+
+@contextlib.contextmanager
+def compile_events() -> Iterator[list[str]]:
+    """The compiles that Dynamo starts inside, each with its reason as Dynamo logs it."""
+    events: list[str] = []
+
+    class Reasons(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if message.startswith("Recompiling"):
+                events[-1:] = [message]
+
+    # Callbacks tell of every compile, first ones too; the log of recompiles alone has the reasons.
+    log = logging.getLogger("torch._dynamo.guards.__recompiles")
+    handler, level = Reasons(), log.level
+    on_start = torch._dynamo.callback.on_compile_start(
+        lambda args: events.append(f"compile {getattr(args, 'compile_id', '')}, first of its code")
+    )
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield events
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        torch._dynamo.callback.callback_handler.remove_start_callback(on_start)

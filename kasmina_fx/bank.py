@@ -124,7 +124,9 @@ class Bank(nn.Module):
         slots = order[found]
         return torch.where((self.held[slots] == ids) & (ids > 0), slots, -1)
 
-    def publish(self, blueprint_ids: Tensor, holding: Tensor, blended: Tensor, alpha: Tensor) -> None:
+    def publish(
+        self, blueprint_ids: Tensor, holding: Tensor, blended: Tensor, alpha: Tensor
+    ) -> None:
         """Derive what the graph reads from the run's seeds, each argument ``(n,)`` on the CPU.
 
         A private slot whose seed let go of its blueprint becomes free.

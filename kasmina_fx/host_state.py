@@ -82,9 +82,7 @@ def _strip_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, meta
         state_dict[prefix + key.removeprefix(prefix + _BASE)] = state_dict.pop(key)
 
 
-def _prepare(
-    layer: KasminaLayer, state_dict: dict[str, Any], prefix: str, *rest: Any
-) -> None:
+def _prepare(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     check(layer, state_dict, prefix)
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key.removeprefix(prefix)

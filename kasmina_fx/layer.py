@@ -115,14 +115,16 @@ class KasminaLayer(SeedControl):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output with the blended seeds' contributions."""
-        out = self.base(*args, **kwargs)
+        # _modules, because __getattr__ below is ours and Dynamo would trace into it.
+        out = self._modules["base"](*args, **kwargs)  # type: ignore[misc]  # never None
         y = out[0] if isinstance(out, tuple) else out
         seen = self._tables()
         y, rejected = ops.BLEND(
             y, seen.seeds, seen.positions, seen.alphas, seen.params, self._layout, seen.banks
         )
         if self.telemetry_enabled:
-            ops.OBSERVE(y, rejected, self.kasmina.telemetry.accumulated, self._layout)
+            store: Any = self._modules["kasmina"]
+            ops.OBSERVE(y, rejected, store.telemetry.accumulated, self._layout)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _tables(self) -> Published:

@@ -42,9 +42,7 @@ _LIBRARY.define(
     "blend(Tensor y, Tensor[] seeds, Tensor[] positions, Tensor[] alphas, Tensor[] params, "
     "str chunks, str banks) -> (Tensor out, Tensor rejected)"
 )
-_LIBRARY.define(
-    "observe(Tensor y, Tensor? rejected, Tensor(a!) telemetry, str chunks) -> ()"
-)
+_LIBRARY.define("observe(Tensor y, Tensor? rejected, Tensor(a!) telemetry, str chunks) -> ()")
 
 
 def _observe(y: Tensor, rejected: Tensor | None, telemetry: Tensor, chunks: str) -> None:

@@ -81,17 +81,17 @@ def _blend_bank(
     seeds of this bank ``part`` still equals it.
     """
     slots, members = seeds.shape
-    index = seeds.flatten()
+    index = seeds.view(-1)
     rows = torch.ops.kasmina.gather.default(host, index, positions)
     stacked = lookup(spec.kind).stacked(
-        [p.narrow(0, 0, slots) for p in params], rows.unflatten(0, (slots, members)), dim
+        [p[:slots] for p in params], rows.unflatten(0, (slots, members)), dim
     )
     outcome = stacked.flatten(0, 1)
     finite = finite_slots(outcome)
     taken = positions.clamp_min(0)
     mine, finite = positions >= 0, finite[taken]
     column = (-1, *[1] * (part.dim() - 1))
-    alpha = alphas.flatten()[taken].view(column)
+    alpha = alphas.view(-1)[taken].view(column)
     pulled = torch.ops.kasmina.pull.default(outcome, positions, index)
     # float32 for half types: the difference of two close values has few correct bits in them.
     wide = torch.promote_types(torch.promote_types(part.dtype, pulled.dtype), torch.float32)

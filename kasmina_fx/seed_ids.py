@@ -31,7 +31,9 @@ def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
         if seed_ids.dtype == torch.bool or seed_ids.dtype.is_floating_point:
             raise InvalidType(f"{where}: seed ids are {seed_ids.dtype}; give an integer tensor")
         if seed_ids.dim() > 1:
-            raise InvalidArgument(f"{where}: seed ids have shape {tuple(seed_ids.shape)}; give (n,)")
+            raise InvalidArgument(
+                f"{where}: seed ids have shape {tuple(seed_ids.shape)}; give (n,)"
+            )
         ids = seed_ids.detach().to("cpu", torch.int64).reshape(-1)
     else:
         given = [seed_ids] if _is_single(seed_ids) else list(seed_ids)  # type: ignore[arg-type]

@@ -253,7 +253,9 @@ class StateTensor(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StateTensor:
         super()._apply(fn, recurse)
-        self.alpha = to_device(self._alpha, self.alpha.device)  # float32, whatever the model's dtype
+        self.alpha = to_device(
+            self._alpha, self.alpha.device
+        )  # float32, whatever the model's dtype
         return self
 
     def _publish(self) -> None:

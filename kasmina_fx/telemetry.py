@@ -91,7 +91,9 @@ def merge_statistics(
             torch.where(finite, merged, count),
             torch.where(finite, shift + step_mean * share, mean),
             torch.where(
-                finite, deviations + step_deviations + step_mean.square() * count * share, deviations
+                finite,
+                deviations + step_deviations + step_mean.square() * count * share,
+                deviations,
             ),
             bad if rejected is None else bad + rejected,
             non_finite + (~finite).to(torch.float32),

@@ -1,10 +1,10 @@
 """A layer without a single blueprint slot is its base.
 
-    before  %y = linear(x, w, b)
-            %blend = kasmina.blend.default(%y, [], [], [], [], 'dim=-1 runs=8x4', '')
-            %out = getitem(%blend, 0)
-            %rejected = getitem(%blend, 1)
-    after   %y = linear(x, w, b)            (uses of %out read %y, observe's rejected is None)
+before  %y = linear(x, w, b)
+        %blend = kasmina.blend.default(%y, [], [], [], [], 'dim=-1 runs=8x4', '')
+        %out = getitem(%blend, 0)
+        %rejected = getitem(%blend, 1)
+after   %y = linear(x, w, b)            (uses of %out read %y, observe's rejected is None)
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from kasmina_fx.passes.matching import Match, argument, blend_matches
 from kasmina_fx.passes.pass_base import GraphPass
 from kasmina_fx.passes.regions import autocast_at
 from kasmina_fx.passes.splicing import splice
-from kasmina_fx.passes.templates import Argument, trace_template, tensor_argument
+from kasmina_fx.passes.templates import Argument, tensor_argument, trace_template
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 _ORIGIN: Final = "kasmina"
 _LOWERING: Final = "kasmina_lowering"
+_ROLE: Final = "kasmina_role"
 _COPIED: Final = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
@@ -101,3 +102,14 @@ def propagate_if_missing(gm: GraphModule, example_inputs: Sequence[Any] | None) 
         for v in example_inputs
     ]
     FakeTensorProp(gm, mode=mode).propagate_dont_convert_inputs(*inputs)
+
+
+def set_role(node: Node, role: str) -> None:
+    """Name an input: ``param fc.weight``, ``buffer fc.kasmina.telemetry.accumulated``, ``input x``."""
+    node.meta[_ROLE] = role
+
+
+def role_of(node: Node) -> str | None:
+    """The name that :func:`capture` gave an input."""
+    role: str | None = node.meta.get(_ROLE)
+    return role

@@ -1,7 +1,7 @@
 """One spelling of a marker, whatever the front end recorded.
 
-    before  kasmina.blend(y, seeds=..., positions=..., ...)
-    after   kasmina.blend.default(y, ..., ...)
+before  kasmina.blend(y, seeds=..., positions=..., ...)
+after   kasmina.blend.default(y, ..., ...)
 """
 
 from __future__ import annotations

@@ -113,5 +113,6 @@ def _stride_order(value: Tensor) -> tuple[int, ...]:
     strides = [int(s) for s in value.stride()] if value.dim() else []
     numbering = count()
     return tuple(
-        dim for *_, dim in sorted((-stride, next(numbering), dim) for dim, stride in enumerate(strides))
+        dim
+        for *_, dim in sorted((-stride, next(numbering), dim) for dim, stride in enumerate(strides))
     )

@@ -71,7 +71,9 @@ def writes_to(node: Node) -> list[Node]:
     return [
         arg
         for described, arg in arguments
-        if isinstance(arg, Node) and described.alias_info is not None and described.alias_info.is_write
+        if isinstance(arg, Node)
+        and described.alias_info is not None
+        and described.alias_info.is_write
     ]
 
 

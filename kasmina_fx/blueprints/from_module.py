@@ -39,7 +39,9 @@ class ModuleBlueprint(Blueprint):
 
         def one(tensors: Sequence[Tensor], members: Tensor) -> Tensor:
             def call(chunk: Tensor) -> Tensor:
-                out: Tensor = functional_call(skeleton, dict(zip(names, tensors, strict=True)), chunk)
+                out: Tensor = functional_call(
+                    skeleton, dict(zip(names, tensors, strict=True)), chunk
+                )
                 return out
 
             # One member is the common case: a private copy. vmap over a single chunk buys nothing.

@@ -65,7 +65,9 @@ def register(
             name = f"{own}-{number}"
     name = name or own
     if not _NAME.fullmatch(name):
-        raise InvalidArgument(f"blueprint name {name!r}: letters, digits, '_' and '-', no digit first")
+        raise InvalidArgument(
+            f"blueprint name {name!r}: letters, digits, '_' and '-', no digit first"
+        )
     if name in _BY_KIND:
         raise InvalidArgument(f"blueprint name {name!r} is taken; choose another")
     if isinstance(blueprint, Blueprint):

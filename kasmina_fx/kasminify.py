@@ -1,0 +1,250 @@
+"""Whole models: wrap every target, and take the wrapping off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_fx import host_state
+from kasmina_fx._torch_compat import uncompiled
+from kasmina_fx.backend import kasmina, split_options
+from kasmina_fx.chunked_layer import ChunkedKasminaLayer
+from kasmina_fx.colony import Colony
+from kasmina_fx.errors import InvalidArgument, InvalidType, NoTargets, StillGrowing
+from kasmina_fx.features import find_features
+from kasmina_fx.layer import KasminaLayer
+from kasmina_fx.lifecycle import SeedLifecycle
+
+M = TypeVar("M", bound=nn.Module)
+
+#: Where a wrapped layer's owner keeps the setting that would let it go past the layer's forward.
+_FAST_PATH: Final = "activation_relu_or_gelu"
+
+
+def kasminify(
+    model: M,
+    *,
+    num_seeds: int = 1000,
+    targets: Sequence[type[nn.Module]] = (nn.Linear,),
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    reserve: int = 0,
+    telemetry: bool = True,
+    compile: bool = True,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    dynamic: bool | None = None,
+) -> M:
+    """Let a model grow: wrap its targets in place, around the same parameters.
+
+    Shared and tied modules stay shared; names in the state dict, hooks, device, dtype, training flag and
+    ``requires_grad`` stay as they are. Calling it again changes nothing.
+
+    Args:
+        model: Any module. One that is itself a target is returned in a wrapper.
+        num_seeds: Seeds a layer, capped at the layer's features.
+        targets: Module types, or subclasses of them, to wrap.
+        filter_fn: ``(module, fqn) -> bool``; wraps only where it is true.
+        reserve: Slots a layer to allocate ahead for the default blueprint.
+        telemetry: Keep statistics of every chunk.
+        compile: Call ``model.compile(backend="kasmina")``, which keeps class and state-dict keys.
+        mode: Of ``torch.compile``.
+        options: Of the backend, see :func:`kasmina_fx.backend.kasmina`.
+        dynamic: Of ``torch.compile``.
+
+    Returns:
+        The same model (a wrapper only if the model itself was a target).
+
+    Raises:
+        NoTargets: Nothing to wrap; lists the module types seen.
+        InvalidArgument, InvalidType, UnknownOption: Before anything changed.
+
+    >>> net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))
+    >>> net = kasminify(net, num_seeds=16, compile=False)
+    >>> list(kasmina_layers(net)), net[0].num_seeds, net[2].num_seeds
+    (['0', '2'], 16, 4)
+    >>> list(host_state_dict(net))
+    ['0.weight', '0.bias', '2.weight', '2.bias']
+    """
+    wanted = _checked_targets(targets)
+    if isinstance(num_seeds, bool) or not isinstance(num_seeds, int):
+        raise InvalidType(f"num_seeds={num_seeds!r}: give an int")
+    if num_seeds < 1:
+        raise InvalidArgument(f"num_seeds={num_seeds}: give at least 1")
+    split_options(mode, options)
+    plain: M = uncompiled(model)
+    if any(isinstance(module, KasminaLayer) for module in plain.modules()):
+        return model
+    found = _find(plain, wanted, filter_fn)
+    colony, wrapped = Colony(), {}
+    for module, fqn in found.items():
+        count = min(num_seeds, find_features(module, None, None).count)
+        layer = ChunkedKasminaLayer(module, count, fqn or "model", telemetry, reserve=reserve)
+        layer.colony = colony
+        colony.add(layer)
+        wrapped[module] = layer
+    root = _replace(plain, wrapped)
+    root.register_load_state_dict_pre_hook(_check_all_first)
+    for owner in root.modules():
+        if _takes_fast_path(owner):
+            setattr(owner, _FAST_PATH, 0)
+    if compile:
+        root.compile(backend=kasmina, mode=mode, options=dict(options or {}), dynamic=dynamic)
+    return root
+
+
+def unkasminify(model: M, *, fold: bool = False) -> M:
+    """Back to plain layers with the current weights, in place.
+
+    Args:
+        model: A model with KasminaLayers, compiled or not.
+        fold: Fold blended seeds into their base's weight; possible where the blueprint is ``affine``, the seed
+            FOSSILIZED and the base a Linear or a convolution.
+
+    Returns:
+        The same model, uncompiled (the base, if the model itself is a KasminaLayer).
+
+    Raises:
+        StillGrowing: A blended seed that can't be folded; nothing has changed.
+    """
+    plain: M = uncompiled(model)
+    layers = kasmina_layers(plain)
+    for name, layer in layers.items():
+        for seed_id in layer.state.blended.nonzero().flatten().tolist():
+            why = _why_not_folded(layer, seed_id) if fold else "pass fold=True if it is affine"
+            if why is not None:
+                raise StillGrowing(f"{name or 'model'}: seed {seed_id} is blended: {why}")
+    for layer in layers.values():
+        _fold(layer)
+        layer.colony.discard(layer)
+    plain._compiled_call_impl = None
+    root = _replace(plain, {layer: layer.base for layer in layers.values()})
+    for owner in root.modules():
+        if isinstance(owner, nn.TransformerEncoderLayer) and getattr(owner, _FAST_PATH, 1) == 0:
+            setattr(owner, _FAST_PATH, _fast_path_code(owner))
+    return root
+
+
+def kasmina_layers(model: nn.Module) -> dict[str, KasminaLayer]:
+    """The KasminaLayers of a model by FQN, of a compiled one too; a shared layer stands under its first name."""
+    named = uncompiled(model).named_modules()
+    return {name: module for name, module in named if isinstance(module, KasminaLayer)}
+
+
+def host_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The plain model's state dict: its keys, and the host's current weights."""
+    model = uncompiled(model)
+    names = {name for name, m in model.named_modules(remove_duplicate=False) if _is_layer(m)}
+    own = tuple(f"{name}.{host_state.OWN}" if name else host_state.OWN for name in names)
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
+
+
+def skipped_targets(model: nn.Module, targets: Sequence[type[nn.Module]]) -> dict[str, str]:
+    """Targets that are left alone, by FQN, and why."""
+    return {
+        f"{name}.out_proj" if name else "out_proj": (
+            "nn.MultiheadAttention reads its weight and never calls it"
+        )
+        for name, owner in uncompiled(model).named_modules()
+        if isinstance(owner, nn.MultiheadAttention) and isinstance(owner.out_proj, tuple(targets))
+    }
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, KasminaLayer)
+
+
+def _checked_targets(targets: Any) -> tuple[type[nn.Module], ...]:
+    given = (targets,) if isinstance(targets, type) else tuple(targets)
+    for target in given:
+        if not (isinstance(target, type) and issubclass(target, nn.Module)):
+            raise InvalidType(f"targets holds {target!r}: give nn.Module classes")
+    return given
+
+
+def _find(
+    model: nn.Module,
+    targets: tuple[type[nn.Module], ...],
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+) -> dict[nn.Module, str]:
+    skipped = skipped_targets(model, targets)
+    found: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}." if outer else "") for outer in found.values())
+        if not isinstance(module, targets) or name in skipped or inside:
+            continue
+        if filter_fn is None or filter_fn(module, name):
+            found[module] = name
+    if not found:
+        seen = sorted({type(module).__name__ for module in model.modules()})
+        raise NoTargets(
+            f"no module to wrap: targets are {', '.join(t.__name__ for t in targets)}"
+            f"{' that pass filter_fn' if filter_fn else ''}; the model holds {', '.join(seen)}"
+            + "".join(f"; {name} is left alone: {why}" for name, why in skipped.items())
+        )
+    return found
+
+
+def _replace(root: M, replacements: Mapping[nn.Module, nn.Module]) -> M:
+    """Put modules in place of others wherever they occur."""
+    if root in replacements:
+        return replacements[root]  # type: ignore[return-value]  # the wrapper stands for the model
+    for owner in list(root.modules()):
+        if owner in replacements.values() and isinstance(owner, KasminaLayer):
+            continue  # its base is what was replaced
+        for name, child in owner._modules.items():
+            if child is not None and child in replacements:
+                owner._modules[name] = replacements[child]
+    return root
+
+
+def _check_all_first(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict before any layer has taken a part of it."""
+    for name, layer in kasmina_layers(module).items():
+        host_state.check(layer, state_dict, f"{prefix}{name}." if name else prefix)
+
+
+def _takes_fast_path(owner: nn.Module) -> bool:
+    # In eval mode torch's fused encoder kernel reads linear1.weight and never calls linear1.
+    inside = (_is_layer(child) for child in owner.modules())
+    return isinstance(owner, nn.TransformerEncoderLayer) and any(inside)
+
+
+def _fast_path_code(owner: nn.TransformerEncoderLayer) -> int:
+    names = {"relu": 1, "ReLU": 1, "gelu": 2, "GELU": 2}
+    activation = owner.activation
+    return names.get(getattr(activation, "__name__", type(activation).__name__), 0)
+
+
+def _why_not_folded(layer: KasminaLayer, seed_id: int) -> str | None:
+    held = layer.bank_of(seed_id)
+    stage = SeedLifecycle(int(layer.state.stages[seed_id]))
+    if held is None or held[0].spec.kind != "affine":
+        return "only affine blueprints fold into a weight"
+    if stage is not SeedLifecycle.FOSSILIZED:
+        return f"it is in {stage.name}, and only FOSSILIZED seeds fold"
+    if not isinstance(layer.base, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return f"a {type(layer.base).__name__} has no weight to fold into"
+    return None
+
+
+@torch.no_grad()
+def _fold(layer: KasminaLayer) -> None:
+    """``y + alpha (s y + t - y)`` is ``(1 + alpha (s - 1)) y + alpha t``: scale rows, shift the bias."""
+    for chunk, scale, shift in _affine_seeds(layer):
+        weight, bias = layer.base.weight, layer.base.bias
+        if bias is None:
+            bias = torch.zeros(layer.chunks.layer_dim, dtype=weight.dtype, device=weight.device)
+            layer.base.bias = nn.Parameter(bias)
+        weight[chunk] *= scale.view(-1, *[1] * (weight.dim() - 1))
+        layer.base.bias[chunk] = bias[chunk] * scale + shift
+
+
+def _affine_seeds(layer: KasminaLayer) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    for seed_id in layer.state.blended.nonzero().flatten().tolist():
+        held = layer.bank_of(seed_id)
+        if held is not None:
+            tensors, seed = held[0].slot_tensors(held[1]), layer.seeds[seed_id]
+            yield seed.chunk, 1 + seed.alpha * (tensors["scale"] - 1), seed.alpha * tensors["shift"]
