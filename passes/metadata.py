@@ -84,7 +84,7 @@ def layer_path(node: Node) -> str:
 
 def clean_path(path: str) -> str:
     """An FQN from a front end's spelling: ``L['self']._modules['a'].b`` is ``a.b``."""
-    path = re.sub(r"^L\['(?:self|fn|mod|model)'\]", "", path)
+    path = re.sub(r"^L\['\w+'\]", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
     parts = [part for part in path.split(".") if part]
     return ".".join(p for p in parts if p not in ("_modules", "_parameters", "_buffers"))
