@@ -11,8 +11,9 @@
     >>> net(torch.zeros(2, 8)).shape
     torch.Size([2, 4])
 
-Start at :func:`kasminify`. :mod:`kasmina_fx.layer` is the logical view, :mod:`kasmina_fx.physical` the physical one,
-:mod:`kasmina_fx.passes` what turns one into the other, :mod:`kasmina_fx.backend` what hands it to Inductor.
+Start at :func:`kasminify`. :mod:`kasmina_fx.layer` is the logical view, :mod:`kasmina_fx.physical`
+the physical one, :mod:`kasmina_fx.passes` what turns one into the other, :mod:`kasmina_fx.backend`
+what hands it to Inductor.
 """
 
 from kasmina_fx.backend import kasmina

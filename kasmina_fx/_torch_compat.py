@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._inductor
@@ -17,6 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._inductor import config as inductor_config
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
@@ -30,17 +32,18 @@ def in_backward() -> bool:
 
 
 def mark_dynamic(t: torch.Tensor, dim: int) -> None:
-    """Let Dynamo treat a dimension as symbolic from the first compile on, without insisting on it."""
+    """Let Dynamo make a dimension symbolic from the first compile on, without insisting on it."""
     torch._dynamo.maybe_mark_dynamic(t, dim)
 
 
-#: What Dynamo writes around an autocast region inside a graph; arguments: device type, dtype, enabled, cache.
-ENTER_AUTOCAST = torch.amp._enter_autocast
-EXIT_AUTOCAST = torch.amp._exit_autocast
+#: What Dynamo writes around an autocast region inside a graph; arguments: device type, dtype,
+#: enabled, cache.
+ENTER_AUTOCAST = _enter_autocast
+EXIT_AUTOCAST = _exit_autocast
 
 
 class SymbolicSizes:
-    """Sizes that are symbols in a shape environment of its own, and a mode for fake tensors of such sizes."""
+    """Sizes that are symbols in a shape environment of its own, and a mode for fakes of them."""
 
     def __init__(self) -> None:
         # Without duck shaping: two sizes that are equal by chance stay two symbols.
@@ -56,7 +59,7 @@ class SymbolicSizes:
             source = ConstantSource(f"kasmina_{name}")
             symbol = self.shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
             made = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
-            self._symbols[name] = made
+            self._symbols[name] = cast("torch.SymInt", made)  # an int for a constant alone
         return self._symbols[name]
 
     @contextlib.contextmanager
@@ -70,7 +73,7 @@ class SymbolicSizes:
 def fake_call(
     target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], like: Any
 ) -> Any:
-    """Call an operator on fake tensors in the mode that ``like`` belongs to: nothing is computed."""
+    """Call an operator on fake tensors in the mode of ``like``: nothing is computed."""
     mode = like.fake_mode
 
     def fake(value: Any) -> Any:
@@ -105,17 +108,17 @@ def compile_with_inductor(
     patches: dict[str, Any],
     decompositions: Mapping[Any, Callable[..., Any]],
 ) -> Callable[..., Any]:
-    """``compile_fx`` with options for this compile alone, and decompositions beside Inductor's own."""
+    """``compile_fx`` with options for this compile alone and decompositions beside Inductor's."""
     from torch._inductor.compile_fx import compile_fx  # seconds to import: only where it compiles
     from torch._inductor.decomposition import select_decomp_table
 
-    compiled: Callable[..., Any] = compile_fx(
+    compiled = compile_fx(
         gm,
-        example_inputs,  # type: ignore[arg-type]  # a list in every release
+        example_inputs,
         config_patches=patches or None,
         decompositions={**select_decomp_table(), **decompositions},
     )
-    return compiled
+    return cast("Callable[..., Any]", compiled)  # the rest of the union is for ahead-of-time use
 
 
 def uncompiled(model: Any) -> Any:
@@ -124,7 +127,10 @@ def uncompiled(model: Any) -> Any:
 
 
 def placeholder_source(node: torch.fx.Node) -> str:
-    """Where Dynamo found an input: ``L['self']._modules['fc']._parameters['weight']``; "" if it doesn't say."""
+    """Where Dynamo found an input, "" if it doesn't say.
+
+    For example ``L['self']._modules['fc']._parameters['weight']``.
+    """
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         source = getattr(node.meta.get("grapharg"), "source", None)
@@ -181,3 +187,23 @@ def compile_events() -> Iterator[list[str]]:
         log.removeHandler(handler)
         log.setLevel(level)
         torch._dynamo.callback.callback_handler.remove_start_callback(on_start)
+
+
+def compile_in_place(model: torch.nn.Module, **options: Any) -> None:
+    """``model.compile(**options)``, as one frame of its own.
+
+    ``Module.compile`` starts from a frame of torch's that Dynamo skips: of an ``nn.Sequential`` it
+    compiles nothing but what lies below its children (torch 2.13), and instances of one class share
+    one cache with one limit of recompiles. A frame of ours, with its own code object, has neither.
+    """
+
+    def whole_model(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    call: Callable[..., Any] = model._call_impl
+    own = types.FunctionType(
+        whole_model.__code__.replace(co_name=f"{type(model).__name__}_whole_model"),
+        globals(),
+        closure=whole_model.__closure__,
+    )
+    model._compiled_call_impl = torch.compile(own, **options)

@@ -1,7 +1,7 @@
 """``torch.compile(model, backend="kasmina")``: the passes, then Inductor.
 
-One module-level function, found through the entry point ``torch_dynamo_backends``. Options reach Inductor as patches
-for this compile; global config is never touched.
+One module-level function, found through the entry point ``torch_dynamo_backends``. Options reach
+Inductor as patches for this compile; global config is never touched.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ def kasmina(
     """Rewrite a graph that Dynamo captured and compile it with Inductor.
 
     Args:
-        gm: The captured graph; rewritten in place. Without a KasminaLayer in it, it is compiled as it is.
+        gm: The captured graph; rewritten in place. Without a KasminaLayer in it, it is compiled as
+            it is.
         example_inputs: As Dynamo gives them.
         mode: As of ``torch.compile``: "default", "reduce-overhead", "max-autotune", ...
-        options: ``lowering``, ``strict`` (fail when a KasminaLayer was not rewritten), ``disabled_passes``,
-            ``debug_dir`` (write the graph before and after there); any other key is an Inductor option.
+        options: ``lowering``, ``strict`` (fail when a KasminaLayer was not rewritten),
+            ``disabled_passes``, ``debug_dir`` (write the graph before and after there); any other
+            key is an Inductor option.
 
     Raises:
         UnknownOption: A key that neither has; the message names the closest.
@@ -75,8 +77,8 @@ def split_options(
             close = difflib.get_close_matches(key, [*_OWN, *known], n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise UnknownOption(
-                f"unknown option {key!r}: {hint}kasmina's own are {', '.join(_OWN)}; all others are names "
-                "of torch._inductor.config"
+                f"unknown option {key!r}: {hint}kasmina's own are {', '.join(_OWN)}; all others "
+                "are names of torch._inductor.config"
             )
     patches = mode_options(mode) | {key.replace("-", "_"): value for key, value in given.items()}
     return passes, patches

@@ -1,8 +1,8 @@
 """A bank: all blueprints of one class for the chunks of one run, stacked.
 
-Each *slot* of a bank holds one set of blueprint parameters; the table ``slots`` says whose, by blueprint id. What
-the graph reads (``seeds``, ``positions``, ``alphas``: who sits where) is derived from that table and the state
-tensor, on the host, and published as new tensors.
+Each *slot* of a bank holds one set of blueprint parameters; the table ``slots`` says whose, by
+blueprint id. What the graph reads (``seeds``, ``positions``, ``alphas``: who sits where) is derived
+from that table and the state tensor, on the host, and published as new tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ SMALLEST = 2
 class StackedParameter(nn.Parameter):
     """One tensor of every slot's blueprint, ``(capacity, ...)``.
 
-    A subclass, because Dynamo (torch 2.11 to 2.13) forces shapes static where ``type(t) is nn.Parameter``.
+    A subclass, because Dynamo (torch 2.11 to 2.13) forces shapes static where
+    ``type(t) is nn.Parameter``.
     """
 
 
@@ -79,7 +80,7 @@ class Bank(nn.Module):
 
     def tensors(self) -> list[Tensor]:
         """The registered stacks, in the order of the blueprint's specs."""
-        return list(self._parameters.values())  # type: ignore[arg-type]
+        return list(self._parameters.values())  # type: ignore[arg-type]  # grow() sets no None
 
     def grow(self, capacity: int) -> None:
         """Make room for ``capacity`` slots; old slots keep their values, new ones are zero.
@@ -100,7 +101,7 @@ class Bank(nn.Module):
         self.held, self.slots = held, to_device(held, device)
 
     def acquire(self, ids: Tensor) -> None:
-        """Give each blueprint id (int64 ``(n,)``) a free slot with freshly initialised parameters."""
+        """Give each blueprint id (int64 ``(n,)``) a free slot with fresh parameters."""
         free = (self.held == 0).nonzero().flatten()
         if len(free) < len(ids):
             room = self.capacity
@@ -113,7 +114,7 @@ class Bank(nn.Module):
         where = taken.to(self.slots.device)
         fresh = self.blueprint.initial(self.run.size, len(ids))
         for stack, values in zip(self.tensors(), fresh, strict=True):
-            # .data: a backward still to run doesn't read a free slot, so its saved stacks stay valid.
+            # .data: a backward still to run reads no free slot, so its saved stacks stay valid.
             stack.data[where] = values.to(stack.device, stack.dtype)
 
     def slot_of(self, blueprint_ids: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ class Bank(nn.Module):
         return f"{self.spec}, {int((self.held > 0).sum())} of {self.capacity} slots in use"
 
     def slot_tensors(self, slot: int) -> dict[str, Tensor]:
-        """One slot's parameters and buffers under the names of ``blueprint.module(size)``, as views."""
+        """Views of one slot's parameters and buffers, named as in ``blueprint.module(size)``."""
         return {
             spec.name: stack[slot]
             for spec, stack in zip(self.tensor_specs, self.tensors(), strict=True)

@@ -1,4 +1,4 @@
-"""Trace a model with one of three front ends and keep the graph as it came, marker nodes and all."""
+"""Trace a model with one of three front ends; the graph stays as it came, marker nodes and all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ FRONTENDS: Final = ("dynamo", "fx", "export")
 
 
 class KasminaTracer(Tracer):
-    """``torch.fx`` tracing that steps into a KasminaLayer and keeps its base one call, as torch.nn modules are."""
+    """``torch.fx`` tracing that steps into a KasminaLayer.
+
+    Its base stays one call, as torch.nn modules do.
+    """
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """True for what a KasminaLayer wraps, and for what ``Tracer`` thinks is one."""
@@ -38,7 +41,8 @@ def capture(model: nn.Module, *args: Any, frontend: str = "dynamo", **kwargs: An
     Args:
         model: With or without KasminaLayers, compiled or not; it is not run for real.
         *args: Example inputs of its forward.
-        frontend: "dynamo" (as ``torch.compile`` sees it), "fx" (``torch.fx``, through :class:`KasminaTracer`), or "export".
+        frontend: "dynamo" (as ``torch.compile`` sees it), "fx" (``torch.fx``, through
+            :class:`KasminaTracer`), or "export".
         **kwargs: More example inputs.
 
     Raises:
@@ -48,8 +52,7 @@ def capture(model: nn.Module, *args: Any, frontend: str = "dynamo", **kwargs: An
     if frontend not in FRONTENDS:
         raise InvalidArgument(f"frontend {frontend!r}: there are {', '.join(FRONTENDS)}")
     plain: nn.Module = uncompiled(model)
-    gm = {"dynamo": _dynamo, "fx": _fx, "export": _export}[frontend](plain, args, kwargs)
-    return gm
+    return {"dynamo": _dynamo, "fx": _fx, "export": _export}[frontend](plain, args, kwargs)
 
 
 def _dynamo(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> GraphModule:
@@ -105,15 +108,19 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Gr
     program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     signature = program.graph_signature
     roles = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    names = {fqn: role for fqn, role in _named(model).values()}
+    names = dict(_named(model).values())
     for node in program.graph.find_nodes(op="placeholder"):
         fqn = roles.get(node.name)
         set_role(node, f"input {node.name}" if fqn is None else names.get(fqn, f"buffer {fqn}"))
-    return program.graph_module
+    gm: GraphModule = program.graph_module
+    return gm
 
 
 def _named(model: nn.Module) -> dict[int, tuple[str, str]]:
-    """``(registered fqn, role and public name)`` of each tensor; a wrapped layer's base leaves no trace."""
+    """``(registered fqn, role and public name)`` of each tensor.
+
+    The base of a wrapped layer leaves no trace in the public name.
+    """
     layers = [
         n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, KasminaLayer)
     ]

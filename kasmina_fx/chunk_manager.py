@@ -16,8 +16,8 @@ from kasmina_fx.layout import ChunkLayout
 class ChunkManager:
     """The chunks of one layer.
 
-    Chunk ``s`` has ``layer_dim // num_chunks`` features, one more for the first ``layer_dim % num_chunks``
-    chunks, unless the caller gives ``chunk_sizes``.
+    Chunk ``s`` has ``layer_dim // num_chunks`` features, one more for the first
+    ``layer_dim % num_chunks`` chunks, unless the caller gives ``chunk_sizes``.
 
     Args:
         layer_dim: Features of the layer.
@@ -62,8 +62,8 @@ class ChunkManager:
                 )
             if min(self.sizes) < 1 or sum(self.sizes) != layer_dim:
                 raise InvalidArgument(
-                    f"chunk sizes sum to {sum(self.sizes)}, smallest {min(self.sizes)}: they must be "
-                    f"positive and sum to the layer's {layer_dim} features"
+                    f"chunk sizes sum to {sum(self.sizes)}, smallest {min(self.sizes)}: they must "
+                    f"be positive and sum to the layer's {layer_dim} features"
                 )
         self.layer_dim, self.num_chunks = layer_dim, num_chunks
         self.device = torch.device(device or "cpu")
@@ -147,7 +147,8 @@ class ChunkManager:
     def get_chunk_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance of every chunk, each ``(*leading dims, num_chunks)``.
 
-        The feature dim is moved last first, so a ``(N, D, H, W)`` tensor gives ``(N, H, W, num_chunks)``.
+        The feature dim is moved last first, so a ``(N, D, H, W)`` tensor gives
+        ``(N, H, W, num_chunks)``.
         """
         parts = [part.movedim(self.feature_dim, -1) for part in self.split_tensor(x)]
         means = torch.stack([part.mean(-1) for part in parts], -1)

@@ -1,7 +1,8 @@
 """The layers of one model, which start to grow together.
 
-A new bank changes a layer's graph. So that a model of 48 layers compiles once for it and not 48 times, the first
-germination of a blueprint anywhere allocates its smallest bank in every layer of the model.
+A new bank changes a layer's graph. So that a model of 48 layers compiles once for it and not 48
+times, the first germination of a blueprint anywhere allocates its smallest bank in every layer of
+the model.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Colony:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Colony:
         """An empty one: copied layers join as they are rebuilt, and one copied alone is alone."""
-        return memo.setdefault(id(self), Colony())  # type: ignore[no-any-return]
+        copied: Colony = memo.setdefault(id(self), Colony())
+        return copied
 
     def __reduce__(self) -> tuple[type[Colony], tuple[()]]:
         """Pickled empty, for the same reason."""

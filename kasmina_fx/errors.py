@@ -1,7 +1,8 @@
 """Every error that the package raises on purpose.
 
-Each one is a :class:`KasminaError` and the built-in exception that fits, so that both ``except KasminaError``
-and ``except ValueError`` work. Messages say what was given, what is allowed, and which layer and seed.
+Each one is a :class:`KasminaError` and the built-in exception that fits, so that both
+``except KasminaError`` and ``except ValueError`` work. Messages say what was given, what is
+allowed, and which layer and seed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class InvalidBlueprint(KasminaError, ValueError):
 
 
 class IllegalTransition(KasminaError, ValueError):
-    """A lifecycle transition that the lifecycle does not have; names from, to and the legal ones."""
+    """A transition that the lifecycle does not have; names from, to and the legal ones."""
 
 
 class LayoutMismatch(KasminaError, RuntimeError):

@@ -23,13 +23,17 @@ from kasmina_fx.passes.metadata import value_of
 
 #: What a call costs on a compiled model.
 CALLS: Final = {
-    "request_germination": "data, but for a blueprint's first germination in the model: one compile",
+    "request_germination": (
+        "data, but for a blueprint's first germination in the model: one compile"
+    ),
     "advance": "data",
     "set_alpha": "data",
     "cancel_germination": "data",
     "step_epoch": "data",
     "transaction": "data",
-    "register_blueprint": "nothing now; one compile at its first germination, for all registered so far",
+    "register_blueprint": (
+        "nothing now; one compile at its first germination, for all registered so far"
+    ),
     "load_state_dict": "data, but for banks that the model does not have yet: one compile",
 }
 
@@ -84,7 +88,9 @@ def explain(
     passes: Sequence[GraphPass] = DEFAULT_PASSES,
     **kwargs: Any,
 ) -> Explanation:
-    """Which layers the passes find, what they choose and why, and what that costs; the model isn't run.
+    """Which layers the passes find, what they choose and why, and what that costs.
+
+    The model isn't run.
 
     Args:
         model: Compiled or not.
@@ -92,8 +98,8 @@ def explain(
         passes: The pipeline.
         **kwargs: More example inputs.
 
-    Bytes count the parameters and tables of a layer's banks; FLOPs those of one forward on such inputs, two a
-    multiply-add, for the slots in use.
+    Bytes count the parameters and tables of a layer's banks; FLOPs those of one forward on such
+    inputs, two a multiply-add, for the slots in use.
     """
     plain: nn.Module = uncompiled(model)
     gm = capture(plain, *args, **kwargs)

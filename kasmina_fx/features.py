@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from kasmina_fx.errors import InvalidArgument
 
 
-class Features(NamedTuple):
+@dataclass(frozen=True)
+class Features:
     """Feature dim of an output, number of features, and the output's usual rank."""
 
     dim: int
@@ -19,12 +21,12 @@ class Features(NamedTuple):
     rank: int
 
 
-def _conv(dims: int) -> Callable[[nn.Module], Features]:
-    return lambda m: Features(1, int(m.out_channels), dims + 2)  # type: ignore[arg-type]
+def _conv(dims: int) -> Callable[[Any], Features]:
+    return lambda m: Features(1, int(m.out_channels), dims + 2)
 
 
-def _norm(dims: int) -> Callable[[nn.Module], Features]:
-    return lambda m: Features(1, int(m.num_features), dims + 2)  # type: ignore[arg-type]
+def _norm(dims: int) -> Callable[[Any], Features]:
+    return lambda m: Features(1, int(m.num_features), dims + 2)
 
 
 _KNOWN: Final[tuple[tuple[type[nn.Module], Callable[..., Features]], ...]] = (
@@ -60,13 +62,14 @@ def find_features(base: nn.Module, feature_dim: int | None, total: int | None) -
         InvalidArgument: A base whose features can't be found and that the caller didn't describe.
     """
     found = next((look(base) for kind, look in _KNOWN if isinstance(base, kind)), None)
-    if found is None and isinstance(getattr(base, "out_features", None), int):
-        found = Features(-1, int(base.out_features), 2)  # type: ignore[arg-type]
+    width = getattr(base, "out_features", None)
+    if found is None and isinstance(width, int):
+        found = Features(-1, width, 2)
     if found is None:
         if feature_dim is None or total is None:
             raise InvalidArgument(
-                f"can't tell the output features of a {type(base).__name__}; give chunk_sizes (that sum "
-                "to them) and feature_dim, or wrap one of "
+                f"can't tell the output features of a {type(base).__name__}; give chunk_sizes "
+                "(that sum to them) and feature_dim, or wrap one of "
                 f"{', '.join(kind.__name__ for kind, _ in _KNOWN)}"
             )
         found = Features(feature_dim, total, max(2, feature_dim + 1, -feature_dim))
@@ -74,7 +77,7 @@ def find_features(base: nn.Module, feature_dim: int | None, total: int | None) -
         raise InvalidArgument(
             f"chunk sizes sum to {total}; {type(base).__name__} has {found.count} output features"
         )
-    return found if feature_dim is None else found._replace(dim=feature_dim)
+    return found if feature_dim is None else replace(found, dim=feature_dim)
 
 
 def example_chunk(features: Features, size: int, like: Tensor | None) -> Tensor:

@@ -39,8 +39,9 @@ class GraphDiff:
 def graph_diff(before: GraphModule, after: GraphModule) -> GraphDiff:
     """Align ``before`` and ``after``, first from the inputs on, then from the outputs back.
 
-    Nodes are partners if they do the same to partners (whatever their names and order), or the same for partners. What
-    has none is added or removed; partners whose other operands differ are changed.
+    Nodes are partners if they do the same to partners (whatever their names and order), or the same
+    for partners. What has none is added or removed; partners whose other operands differ are
+    changed.
     """
     left, right = _flow(before), _flow(after)
     partner = _align(left, right)
@@ -112,7 +113,7 @@ def _operands(node: Node, partner: dict[Node, Node]) -> str:
     def of(arg: Any) -> Any:
         return f"node {id(partner.get(arg, arg))}" if isinstance(arg, Node) else arg
 
-    return repr((map_aggregate(node.args, of), sorted(map_aggregate(node.kwargs, of).items())))  # type: ignore[union-attr]
+    return repr((map_aggregate(node.args, of), sorted(map_aggregate(node.kwargs, of).items())))
 
 
 def _lines(nodes: Iterable[Node], names: dict[Node, str]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """A graph as text that people read and tests compare: one node a line, canonical names.
 
-Inputs are named by role and FQN, the host's nodes ``%op_n``, inserted nodes ``%k.op_n``; shapes are those of the example.
-No device, stride, address or line number is in it.
+Inputs are named by role and FQN, the host's nodes ``%op_n``, inserted nodes ``%k.op_n``; shapes are
+those of the example. No device, stride, address or line number is in it.
 
     input  x                     f32[3, 8]
     param  fc.weight             f32[12, 8]
@@ -60,7 +60,7 @@ def inserted_text(gm: GraphModule) -> str:
 
 
 def op_counts(gm: GraphModule) -> Counter[str]:
-    """How often each operation occurs, nested graphs included; inputs and the output don't count."""
+    """How often each operation occurs, nested graphs included, inputs and the output not."""
     return Counter(
         operation(node)
         for module in gm.modules()
@@ -71,7 +71,7 @@ def op_counts(gm: GraphModule) -> Counter[str]:
 
 
 def operation(node: Node) -> str:
-    """What a node does, without its operands: ``aten.view.default``, ``linear``, ``.relu``, ``call fc``."""
+    """What a node does: ``aten.view.default``, ``linear``, ``.relu``, ``call fc``; no operands."""
     if node.op == "call_module":
         return f"call {_public(str(node.target))}"
     if node.op == "call_method":

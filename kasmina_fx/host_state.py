@@ -1,7 +1,7 @@
-"""State dicts: a wrapped layer keeps the names of its base, so that plain checkpoints load before and after.
+"""State dicts: a wrapped layer keeps its base's names, so that plain checkpoints go on loading.
 
-A :class:`~kasmina_fx.KasminaLayer` at ``fc`` saves ``fc.weight`` (not ``fc.base.weight``) and its seeds' tensors under
-``fc.kasmina.``. Loading a plain checkpoint leaves the latter as they are.
+A :class:`~kasmina_fx.KasminaLayer` at ``fc`` saves ``fc.weight`` (not ``fc.base.weight``) and its
+seeds' tensors under ``fc.kasmina.``. Loading a plain checkpoint leaves the latter as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OWN: Final = "kasmina."
 _BASE: Final = "base."
 
 
-def attach(layer: KasminaLayer) -> None:
+def attach(layer: nn.Module) -> None:
     """Give a layer the hooks that rename its base's entries and read its own."""
     layer.register_state_dict_post_hook(_strip_base)
     layer.register_load_state_dict_pre_hook(_prepare)
@@ -30,7 +30,7 @@ def attach(layer: KasminaLayer) -> None:
 
 
 def floating_tensor(module: nn.Module) -> Tensor | None:
-    """A floating-point parameter or buffer of a module: its dtype and device stand for the module's."""
+    """A floating-point tensor of a module: its dtype and device stand for the module's."""
     tensors = (*module.parameters(), *module.buffers())
     return next((t for t in tensors if t.dtype.is_floating_point), None)
 
@@ -52,8 +52,8 @@ def check(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str) -> None:
             )
         if extra["layout"] != str(layer.kasmina.layout):
             raise LayoutMismatch(
-                f"{name}: the state dict was written for chunks [{extra['layout']}]; this layer has "
-                f"[{layer.kasmina.layout}]. Give kasminify the same num_seeds"
+                f"{name}: the state dict was written for chunks [{extra['layout']}]; this layer "
+                f"has [{layer.kasmina.layout}]. Give kasminify the same num_seeds"
             )
         for kind in (*extra["blueprints"].values(), *(b.split("@")[0] for b in _specs(extra))):
             try:
@@ -69,7 +69,8 @@ def check(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str) -> None:
     expected = layer.kasmina.telemetry.accumulated.shape
     if telemetry is not None and telemetry.shape != expected:
         raise LayoutMismatch(
-            f"{name}: telemetry of shape {tuple(telemetry.shape)}; this layer takes {tuple(expected)}"
+            f"{name}: telemetry of shape {tuple(telemetry.shape)}; this layer takes "
+            f"{tuple(expected)}"
         )
 
 

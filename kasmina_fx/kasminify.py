@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_fx import host_state
-from kasmina_fx._torch_compat import uncompiled
+from kasmina_fx._torch_compat import compile_in_place, uncompiled
 from kasmina_fx.backend import kasmina, split_options
 from kasmina_fx.chunked_layer import ChunkedKasminaLayer
 from kasmina_fx.colony import Colony
@@ -39,8 +39,8 @@ def kasminify(
 ) -> M:
     """Let a model grow: wrap its targets in place, around the same parameters.
 
-    Shared and tied modules stay shared; names in the state dict, hooks, device, dtype, training flag and
-    ``requires_grad`` stay as they are. Calling it again changes nothing.
+    Shared and tied modules stay shared; names in the state dict, hooks, device, dtype, training
+    flag and ``requires_grad`` stay as they are. Calling it again changes nothing.
 
     Args:
         model: Any module. One that is itself a target is returned in a wrapper.
@@ -86,12 +86,14 @@ def kasminify(
         colony.add(layer)
         wrapped[module] = layer
     root = _replace(plain, wrapped)
-    root.register_load_state_dict_pre_hook(_check_all_first)
+    root.register_load_state_dict_pre_hook(_check_all_first)  # type: ignore[no-untyped-call]  # torch's, unannotated
     for owner in root.modules():
         if _takes_fast_path(owner):
             setattr(owner, _FAST_PATH, 0)
     if compile:
-        root.compile(backend=kasmina, mode=mode, options=dict(options or {}), dynamic=dynamic)
+        compile_in_place(
+            root, backend=kasmina, mode=mode, options=dict(options or {}), dynamic=dynamic
+        )
     return root
 
 
@@ -100,8 +102,8 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
 
     Args:
         model: A model with KasminaLayers, compiled or not.
-        fold: Fold blended seeds into their base's weight; possible where the blueprint is ``affine``, the seed
-            FOSSILIZED and the base a Linear or a convolution.
+        fold: Fold blended seeds into their base's weight; possible where the blueprint is
+            ``affine``, the seed FOSSILIZED and the base a Linear or a convolution.
 
     Returns:
         The same model, uncompiled (the base, if the model itself is a KasminaLayer).
@@ -128,7 +130,7 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
 
 
 def kasmina_layers(model: nn.Module) -> dict[str, KasminaLayer]:
-    """The KasminaLayers of a model by FQN, of a compiled one too; a shared layer stands under its first name."""
+    """The KasminaLayers of a model, compiled or not, by FQN; a shared layer by its first name."""
     named = uncompiled(model).named_modules()
     return {name: module for name, module in named if isinstance(module, KasminaLayer)}
 
@@ -232,14 +234,18 @@ def _why_not_folded(layer: KasminaLayer, seed_id: int) -> str | None:
 
 @torch.no_grad()
 def _fold(layer: KasminaLayer) -> None:
-    """``y + alpha (s y + t - y)`` is ``(1 + alpha (s - 1)) y + alpha t``: scale rows, shift the bias."""
+    """Scale rows of the weight, shift the bias.
+
+    ``y + alpha (s y + t - y)`` is ``(1 + alpha (s - 1)) y + alpha t``.
+    """
     for chunk, scale, shift in _affine_seeds(layer):
-        weight, bias = layer.base.weight, layer.base.bias
+        base: Any = layer.base  # a Linear or a convolution: _why_not_folded lets no other through
+        weight, bias = base.weight, base.bias
         if bias is None:
             bias = torch.zeros(layer.chunks.layer_dim, dtype=weight.dtype, device=weight.device)
-            layer.base.bias = nn.Parameter(bias)
+            base.bias = nn.Parameter(bias)
         weight[chunk] *= scale.view(-1, *[1] * (weight.dim() - 1))
-        layer.base.bias[chunk] = bias[chunk] * scale + shift
+        base.bias[chunk] = bias[chunk] * scale + shift
 
 
 def _affine_seeds(layer: KasminaLayer) -> Iterator[tuple[slice, Tensor, Tensor]]:

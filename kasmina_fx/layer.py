@@ -1,7 +1,7 @@
 """The logical layer: a base module, its chunks, and the seeds that watch them.
 
-Forward computes the base and calls the two markers of :mod:`kasmina_fx.ops`. All else here is the host's side:
-checked changes of seed state, which forward sees as whole tables of tensors.
+Forward computes the base and calls the two markers of :mod:`kasmina_fx.ops`. All else here is the
+host's side: checked changes of seed state, which forward sees as whole tables of tensors.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _NUMBERS = itertools.count()
 
 
 class Published:
-    """What a forward reads, as one object: it is replaced whole, so that no forward sees half a change.
+    """What a forward reads, as one object: replaced whole, so that none sees half a change.
 
-    A plain object, because Dynamo (torch 2.11 to 2.13) forces the shapes of whatever it reaches as a module's
-    parameter or buffer to be static.
+    A plain object, because Dynamo (torch 2.11 to 2.13) forces the shapes of whatever it reaches as
+    a module's parameter or buffer to be static.
     """
 
     def __init__(self, banks: Sequence[Bank]) -> None:
@@ -55,14 +55,16 @@ class KasminaLayer(SeedControl):
         feature_dim: Dimension of the features; found from the type of base unless given.
         layer_id: Name in messages and reports.
         telemetry: Keep statistics of every chunk.
-        reserve: Slots for the default blueprint to allocate ahead; above 0 the layer starts in its growing graph.
+        reserve: Slots for the default blueprint to allocate ahead; above 0 the layer starts in its
+            growing graph.
 
     Raises:
         InvalidArgument: Seeds, sizes or a base that don't fit; the message says which.
 
-    Calls that change seeds take effect on a compiled model and recompile nothing, growth included, but for the
-    first germination of a blueprint class in a model that reserved none.
+    Calls that change seeds take effect on a compiled model and recompile nothing, growth included,
+    but for the first germination of a blueprint class in a model that reserved none.
 
+    >>> from kasmina_fx import SeedLifecycle
     >>> layer = KasminaLayer(nn.Linear(8, 10), num_seeds=4)
     >>> layer.request_germination([0, 2])
     True
@@ -96,7 +98,8 @@ class KasminaLayer(SeedControl):
             chunk_sizes=chunk_sizes,
             feature_dim=self._features.dim,
         )
-        if isinstance(reserve, bool) or not isinstance(reserve, int) or reserve < 0:
+        given: Any = reserve  # from callers without a type checker, anything
+        if isinstance(given, bool) or not isinstance(given, int) or given < 0:
             raise InvalidArgument(f"reserve={reserve!r}: give a number of slots, 0 or more")
         self._layout = str(self._chunks.layout)
         self.telemetry_enabled = telemetry
@@ -164,7 +167,10 @@ class KasminaLayer(SeedControl):
         return None
 
     def blueprint_parameters(self, trainable_only: bool = True) -> Iterator[nn.Parameter]:
-        """The stacked parameters, for optimizers; the same objects until a bank outgrows its capacity."""
+        """The stacked parameters, for optimizers.
+
+        They are the same objects until a bank outgrows its capacity.
+        """
         for parameter in self.kasmina.banks.parameters():
             if parameter.requires_grad or not trainable_only:
                 yield parameter
@@ -182,7 +188,7 @@ class KasminaLayer(SeedControl):
         """Counts for the layer as a whole, from the host's tables: no device copy."""
         banks = {
             name: {"slots": bank.capacity, "used": int((bank.held > 0).sum())}
-            for name, bank in self.kasmina.banks.items()
+            for name, bank in zip(self.kasmina.banks, self._banks(), strict=True)
         }
         return {
             "layer_id": self.layer_id,
@@ -219,18 +225,18 @@ class KasminaLayer(SeedControl):
         return host_state.floating_tensor(self.base)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated
         self.publish()  # .to() replaced tensors
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the published tables, which are derived."""
-        state: dict[str, Any] = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's, unannotated
         state.pop("_published", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's, unannotated
         self.publish()
 
     # The base's attributes: code that reads layer.weight goes on working.

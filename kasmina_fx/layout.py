@@ -1,7 +1,8 @@
 """How a layer's features are cut into chunks, and which blueprint banks act on them.
 
-This is the *static* part of a marker: it travels through every front end as a short string, so that a graph
-alone says how to lower it. Everything that changes while a network trains is tensor data instead.
+This is the *static* part of a marker: it travels through every front end as a short string, so that
+a graph alone says how to lower it. Everything that changes while a network trains is tensor data
+instead.
 
     >>> chunks = ChunkLayout.of([2, 2, 1, 1, 1], feature_dim=-1)
     >>> str(chunks)
@@ -30,7 +31,7 @@ _BANK = re.compile(r"(?P<kind>[^@\s:]+(?:#\d+)?)(?P<shared>:shared)?@(?P<run>\d+
 
 @dataclass(frozen=True)
 class Run:
-    """A stretch of ``count`` neighbouring chunks of equal ``size``: one strided view of the features."""
+    """``count`` neighbouring chunks of equal ``size``: one strided view of the features."""
 
     first_seed: int
     count: int

@@ -1,9 +1,10 @@
 """The stages of a seed, and which may follow which.
 
-    DORMANT -> GERMINATED -> TRAINING -> GRAFTING -> STABILIZATION -> EVALUATING -> FINE_TUNING -> FOSSILIZED
+    DORMANT -> GERMINATED -> TRAINING -> GRAFTING -> STABILIZATION -> EVALUATING -> FINE_TUNING
+    -> FOSSILIZED
 
-with CULLED, CANCELLED and ROLLED_BACK as ways out. One table, :data:`LEGAL`, is the truth; everything that
-changes a stage asks it.
+with CULLED, CANCELLED and ROLLED_BACK as ways out. One table, :data:`LEGAL`, is the truth;
+everything that changes a stage asks it.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ BLENDED: Final = frozenset(
 #: Stages in which a seed holds a blueprint of its own (and a slot for its parameters).
 HOLDS_BLUEPRINT: Final = BLENDED | {_S.GERMINATED, _S.TRAINING}
 
-#: What ``KasminaLayer.advance`` reaches in this release. The stages behind GRAFTING blend frozen parameters,
-#: which the graph can't do yet; a stage that would behave wrongly is refused rather than half built.
+#: What ``KasminaLayer.advance`` reaches in this release. The stages behind GRAFTING blend frozen
+#: parameters, which the graph can't do yet; a stage that would behave wrongly is refused rather
+#: than half built.
 REACHABLE: Final = frozenset(
     {_S.DORMANT, _S.GERMINATED, _S.TRAINING, _S.GRAFTING, _S.CULLED, _S.CANCELLED}
 )

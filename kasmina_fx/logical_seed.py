@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 from torch.func import functional_call
@@ -56,7 +56,7 @@ class LogicalSeed:
         if held is None:
             return chunk
         bank, slot = held
-        module = bank.blueprint.module(bank.run.size).to(chunk.device)
+        module: Any = bank.blueprint.module(bank.run.size).to(chunk.device)
         if hasattr(module, "dim"):  # the built-ins act on features wherever they are
             module.dim = self.layer.chunks.feature_dim
         out: Tensor = functional_call(module, bank.slot_tensors(slot), chunk)

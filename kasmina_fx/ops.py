@@ -1,17 +1,19 @@
 """The operators of the package: two markers that passes look for, and two that do the moving.
 
-``kasmina::blend`` and ``kasmina::observe`` are what a :class:`~kasmina_fx.KasminaLayer` calls. They are
-*composite* operators: called eagerly, or compiled by any other backend, they run the functions of
-:mod:`kasmina_fx.physical` with ordinary autograd; symbolic tracing, Dynamo and ``torch.export`` keep them as one
-node, which the passes rewrite.
+``kasmina::blend`` and ``kasmina::observe`` are what a :class:`~kasmina_fx.KasminaLayer` calls. They
+are *composite* operators: called eagerly, or compiled by any other backend, they run the functions
+of :mod:`kasmina_fx.physical` with ordinary autograd; symbolic tracing, Dynamo and ``torch.export``
+keep them as one node, which the passes rewrite.
 
-``kasmina::pull`` and ``kasmina::gather`` move chunks between a layer's seeds and a bank's slots. Seeds and
-slots are inverse maps, so the backward of a pull is a pull along the other map: no atomic scatter. Inductor
-gets a decomposition (:data:`DECOMPOSITIONS`) and fuses both into their neighbours.
+``kasmina::pull`` and ``kasmina::gather`` move chunks between a layer's seeds and a bank's slots.
+Seeds and slots are inverse maps, so the backward of a pull is a pull along the other map: no atomic
+scatter. Inductor gets a decomposition (:data:`DECOMPOSITIONS`) and fuses both into their
+neighbours.
 
-Shapes and dtypes of ``blend(y, seeds, positions, alphas, params, chunks, banks) -> (out, rejected)``:
+Shapes and dtypes of
+``blend(y, seeds, positions, alphas, params, chunks, banks) -> (out, rejected)``:
 
-=============  ==========================================================================================
+=============  ===================================================================================
 ``y``          floating point, any shape, the layout's features along its feature dim
 ``seeds``      one int64 ``(K, M)`` a bank: which seed of the run sits at a place, -1 for none
 ``positions``  one int64 ``(n,)`` a bank: the inverse, ``k * M + m`` or -1
@@ -19,11 +21,11 @@ Shapes and dtypes of ``blend(y, seeds, positions, alphas, params, chunks, banks)
 ``params``     the banks' stacked tensors, in a row, ``(capacity >= K, ...)`` each
 ``chunks``     ``str(ChunkLayout)``; ``banks``: ``format_banks(...)``
 ``out``        like ``y``
-``rejected``   int32 ``(S,)``: 1 where a blueprint yielded NaN or Inf and its chunk fell back to ``y``
-=============  ==========================================================================================
+``rejected``   int32 ``(S,)``: 1 where a blueprint yielded NaN or Inf and its chunk stayed ``y``
+=============  ===================================================================================
 
-``observe(y, rejected, telemetry, chunks)`` merges one step's statistics of ``y`` into ``telemetry`` (float32
-``(rows, S)``, see :mod:`kasmina_fx.telemetry`) in place; rejected may be None.
+``observe(y, rejected, telemetry, chunks)`` merges one step's statistics of ``y`` into ``telemetry``
+(float32 ``(rows, S)``, see :mod:`kasmina_fx.telemetry`) in place; rejected may be None.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ _LIBRARY.define("observe(Tensor y, Tensor? rejected, Tensor(a!) telemetry, str c
 
 
 def _observe(y: Tensor, rejected: Tensor | None, telemetry: Tensor, chunks: str) -> None:
-    # Eager activation checkpointing runs the forward again inside backward: that is not another step.
+    # Eager activation checkpointing runs the forward again inside backward: not another step.
     if not in_backward():
         physical.observe(y, rejected, telemetry, chunks)
 
@@ -58,8 +60,8 @@ _LIBRARY.impl("observe", _observe, "CompositeImplicitAutograd")
 def _pull(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """``out[i] = f[index[i]]``, 0 where ``index[i]`` is -1.
 
-    The zeros matter for gradients: without them a seed without a slot, or a slot without a seed, would
-    receive row 0's gradient.
+    The zeros matter for gradients: without them a seed without a slot, or a slot without a seed,
+    would receive row 0's gradient.
     """
     taken = f.index_select(0, index.clamp_min(0))
     return taken.masked_fill((index < 0).view(-1, *[1] * (f.dim() - 1)), 0.0)
@@ -86,8 +88,8 @@ def _pull_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    # What a blueprint sends back to its host passes the same guard as what it sends forward: 0 x NaN is
-    # NaN, so a rejected blueprint could still poison the host's gradient.
+    # What a blueprint sends back to its host passes the same guard as what it sends forward:
+    # 0 x NaN is NaN, so a rejected blueprint could still poison the host's gradient.
     index, inverse = ctx.saved_tensors
     safe = physical.finite_slots(grad).view(-1, *[1] * (grad.dim() - 1))
     grad = grad.masked_fill(~safe, 0.0)

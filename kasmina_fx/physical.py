@@ -1,7 +1,7 @@
-"""The physical view: one layer's seeds as a handful of tensor operations whose number does not depend on S.
+"""The physical view: a layer's seeds as a handful of tensor operations, however many it has.
 
-These functions are the meaning of the markers. Eager execution calls them; the passes trace them once per
-layout and splice the graph in place of the marker.
+These functions are the meaning of the markers. Eager execution calls them; the passes trace them
+once per layout and splice the graph in place of the marker.
 
     y --narrow, unflatten--> chunks (n, ..., size, ...) --gather--> (K, M, ..., size, ...)
       --stacked blueprints--> --pull--> chunks + alpha * (blueprint(chunks) - chunks)
@@ -56,12 +56,14 @@ def blend(
 def chunks_of(y: Tensor, run: Run, dim: int) -> Tensor:
     """View ``(count, ..., size, ...)`` of a run's chunks; ``dim`` is the feature dim, negative."""
     view = y.narrow(dim, run.offset, run.width)
-    return view.unflatten(dim, (run.count, run.size)).movedim(dim - 1, 0)
+    chunks: Tensor = view.unflatten(dim, (run.count, run.size))
+    return chunks.movedim(dim - 1, 0)
 
 
 def finite_slots(values: Tensor) -> Tensor:
     """Bool ``(K,)``: are all values of ``values[k]`` finite? ``values`` is ``(K, ...)``."""
-    # The largest magnitude is finite exactly if all are (amax hands NaN on): one vectorised reduction.
+    # The largest magnitude is finite exactly if all are (amax hands NaN on): one reduction,
+    # vectorised.
     return values.detach().abs().flatten(1).amax(1).isfinite()
 
 
@@ -75,10 +77,10 @@ def _blend_bank(
     params: Sequence[Tensor],
     dim: int,
 ) -> tuple[Tensor, Tensor]:
-    """Blend one bank into ``part`` (``(n, ..., size, ...)``), and say which of its n seeds it rejected.
+    """Blend one bank into ``part`` ``(n, ..., size, ...)``; say which of its n seeds it rejected.
 
-    ``host`` is the run before any bank, what blueprints read: a seed has one blueprint, so that for the
-    seeds of this bank ``part`` still equals it.
+    ``host`` is the run before any bank, what blueprints read: a seed has one blueprint, so that for
+    the seeds of this bank ``part`` still equals it.
     """
     slots, members = seeds.shape
     index = seeds.view(-1)
@@ -97,7 +99,8 @@ def _blend_bank(
     wide = torch.promote_types(torch.promote_types(part.dtype, pulled.dtype), torch.float32)
     exact = part.to(wide)
     blended = exact + alpha.to(wide) * (pulled.to(wide) - exact)
-    # A where, not a product with 0: an unblended chunk stays bitwise what it was, NaN, Inf and -0 included.
+    # A where, not a product with 0: an unblended chunk stays bitwise what it was, with its NaN,
+    # Inf and -0.
     out = torch.where((mine & finite).view(column), blended.to(part.dtype), part)
     return out, (mine & ~finite).to(torch.int32)
 

@@ -1,7 +1,8 @@
 """The logical view run as it is written: one seed after the other. Slow and obviously right.
 
-Every other path is judged against :func:`forward`. It shares nothing with them but the seeds' state: chunks are cut
-with ``split``, blueprints are plain modules, and nothing is gathered, stacked or masked.
+Every other path is judged against :func:`forward`. It shares nothing with them but the seeds'
+state: chunks are cut with ``split``, blueprints are plain modules, and nothing is gathered, stacked
+or masked.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def forward(layer: KasminaLayer, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def reference_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's KasminaLayers run :func:`forward` (without telemetry) when called eagerly."""
+    """Inside, the model's KasminaLayers, called eagerly, run :func:`forward`; no telemetry."""
     layers = [m for m in model.modules() if isinstance(m, KasminaLayer)]
     for layer in layers:
         layer.__dict__["forward"] = lambda *args, _layer=layer, **kwargs: forward(

@@ -1,4 +1,7 @@
-"""What a controller calls: germinate, advance, blend, cancel, all checked on the host before anything changes."""
+"""What a controller calls: germinate, advance, blend, cancel.
+
+All is checked on the host before anything changes.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +51,12 @@ class SeedControl(nn.Module):
         """An id for one set of parameters (a chunk size) that all seeds using it share.
 
         Args:
-            blueprint: A registered name, a factory ``chunk_size -> nn.Module``, a :class:`Blueprint`, or a module
-                (then only for the chunks that it fits; its values are copied). Supported are modules that keep a
-                chunk's shape and dtype, with buffers that forward only reads.
-            name: Register it under this name too, for germinations that give each seed its own copy.
+            blueprint: A registered name, a factory ``chunk_size -> nn.Module``, a
+                :class:`Blueprint`, or a module (then only for the chunks that it fits; its values
+                are copied). Supported are modules that keep a chunk's shape and dtype, with buffers
+                that forward only reads.
+            name: Register it under this name too, for germinations that give each seed its own
+                copy.
 
         Returns:
             The id, 1 or more. Allocation waits for the first germination.
@@ -76,8 +81,9 @@ class SeedControl(nn.Module):
 
         Args:
             seed_id: One id, a sequence or a tensor of ids.
-            blueprint_id: An id from :meth:`register_blueprint`, whose parameters the seeds share; a registered name,
-                which gives each seed a copy of its own; None for the default name, ``mlp``.
+            blueprint_id: An id from :meth:`register_blueprint`, whose parameters the seeds share; a
+                registered name, which gives each seed a copy of its own; None for the default name,
+                ``mlp``.
             grafting_strategy: A :class:`GraftingStrategy`.
 
         Returns:
@@ -94,8 +100,8 @@ class SeedControl(nn.Module):
             reason = why_unfit(lookup(kind), size, self._features, self._like())
             if reason is not None:
                 raise UnknownBlueprint(
-                    f"{self.layer_id}: blueprint {kind!r} does not fit seeds {ids.tolist()[:8]} with "
-                    f"chunks of {size} features: {reason}"
+                    f"{self.layer_id}: blueprint {kind!r} does not fit seeds {ids.tolist()[:8]} "
+                    f"with chunks of {size} features: {reason}"
                 )
         with self.transaction():
             if bool((self.state.stages[ids] != SeedLifecycle.DORMANT).any()):
@@ -193,7 +199,8 @@ class SeedControl(nn.Module):
     def _start_growing(self, kind: str, shared: bool) -> None:
         """Allocate the smallest banks for a blueprint that has none yet: once for the whole model.
 
-        Blueprints registered before are allocated with it, so that they cost no compile of their own later.
+        Blueprints registered before are allocated with it, so that they cost no compile of their
+        own later.
         """
         if self.kasmina.has_bank(kind, shared):
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
             )
         ids = seed_ids.detach().to("cpu", torch.int64).reshape(-1)
     else:
-        given = [seed_ids] if _is_single(seed_ids) else list(seed_ids)  # type: ignore[arg-type]
+        given: Any = [seed_ids] if _is_single(seed_ids) else seed_ids
         ids = torch.tensor([_as_int(i, where) for i in given], dtype=torch.int64)
     outside = ids[(ids < 0) | (ids >= num_seeds)]
     if len(outside):
@@ -54,11 +54,11 @@ def _is_single(seed_ids: object) -> bool:
     return isinstance(seed_ids, str) or not isinstance(seed_ids, Iterable)
 
 
-def _as_int(value: object, where: str) -> int:
+def _as_int(value: Any, where: str) -> int:
     if isinstance(value, bool):
         raise InvalidType(f"{where}: seed id {value!r} is a bool; give an int")
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)
     except TypeError:
         raise InvalidType(
             f"{where}: seed id {value!r} is a {type(value).__name__}; give an int"

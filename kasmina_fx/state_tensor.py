@@ -1,7 +1,7 @@
 """The state of every seed of a layer: one int32 row and one alpha each.
 
-The device buffers are what is saved and reported. A host mirror of the same numbers is what is checked and
-changed: no change waits for the device, and nothing is read back from it.
+The device buffers are what is saved and reported. A host mirror of the same numbers is what is
+checked and changed: no change waits for the device, and nothing is read back from it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ _COLUMN_NAME: Final = ("lifecycle_state", "blueprint_id", "epochs_in_state", "gr
 
 
 class StateTensor(nn.Module):
-    """int32 ``(num_seeds, 4)`` in the buffer ``state_tensor``, float32 ``(num_seeds,)`` in ``alpha``.
+    """Two buffers: ``state_tensor``, int32 ``(num_seeds, 4)``; ``alpha``, float32 ``(num_seeds,)``.
 
-    Columns: ``LIFECYCLE_STATE_IDX`` 0 (fits int8), ``BLUEPRINT_ID_IDX`` 1, ``EPOCHS_IN_STATE_IDX`` 2 (fits int16,
-    saturates), ``GRAFTING_STRATEGY_IDX`` 3 (fits int8). A value outside its column's range is refused.
+    Columns: ``LIFECYCLE_STATE_IDX`` 0 (fits int8), ``BLUEPRINT_ID_IDX`` 1, ``EPOCHS_IN_STATE_IDX``
+    2 (fits int16, saturates), ``GRAFTING_STRATEGY_IDX`` 3 (fits int8). A value outside its column's
+    range is refused.
 
     Args:
         num_seeds: Rows, at least 1.
@@ -58,7 +59,8 @@ class StateTensor(nn.Module):
         self, num_seeds: int, device: torch.device | str | None = None, *, name: str = "state"
     ) -> None:
         super().__init__()
-        if isinstance(num_seeds, bool) or not isinstance(num_seeds, int) or num_seeds < 1:
+        given: Any = num_seeds  # from callers without a type checker, anything
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise InvalidArgument(f"num_seeds={num_seeds!r}: give an int of at least 1")
         self.num_seeds, self.name = num_seeds, name
         self.register_buffer("state_tensor", torch.zeros(num_seeds, 4, dtype=torch.int32))
@@ -148,7 +150,8 @@ class StateTensor(nn.Module):
         """Write columns of some rows: ``set_rows([3, 5], lifecycle_state=1, blueprint_id=7)``.
 
         Raises:
-            InvalidArgument: An unknown column, or a value outside its column's range; nothing is written.
+            InvalidArgument: An unknown column, or a value outside its column's range; nothing is
+                written.
         """
         ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
         staged = self._mirror[ids]
@@ -242,8 +245,8 @@ class StateTensor(nn.Module):
         """
         if state.shape != (self.num_seeds, 4) or state.dtype != torch.int32:
             raise LayoutMismatch(
-                f"{self.name}: state tensor of {state.dtype} {tuple(state.shape)}; this layer takes "
-                f"int32 ({self.num_seeds}, 4)"
+                f"{self.name}: state tensor of {state.dtype} {tuple(state.shape)}; this layer "
+                f"takes int32 ({self.num_seeds}, 4)"
             )
         limits = torch.tensor(_COLUMN_MAX, device=state.device)
         if bool(((state < 0) | (state > limits)).any()):
@@ -252,14 +255,13 @@ class StateTensor(nn.Module):
             raise LayoutMismatch(f"{self.name}: alpha holds values outside 0 to 1")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StateTensor:
-        super()._apply(fn, recurse)
-        self.alpha = to_device(
-            self._alpha, self.alpha.device
-        )  # float32, whatever the model's dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated
+        # float32, whatever the model's dtype
+        self.alpha = to_device(self._alpha, self.alpha.device)
         return self
 
     def _publish(self) -> None:
-        # New tensors instead of writing in place: a backward still to run keeps the values of its forward.
+        # New tensors instead of writing in place: a backward still to run keeps its forward's.
         device = self.state_tensor.device
         self.state_tensor = to_device(self._mirror, device)
         self.alpha = to_device(self._alpha, device)
@@ -268,6 +270,6 @@ class StateTensor(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the layer that listens; it connects again."""
-        state: dict[str, Any] = super().__getstate__()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's, unannotated
         state["on_publish"] = None
         return state

@@ -1,10 +1,11 @@
 """Running statistics of every seed's chunk of the layer's output, kept on the device.
 
 The buffer is float32 ``(5, S)``. Each step contributes the count, the mean and the sum of squared
-deviations of its chunk, merged by the pairwise update of Chan, Golub and LeVeque ("Updating formulae and
-a pairwise algorithm for computing sample variances", 1979). The step's own sums are taken around the
-running mean (in the first step: around one element of the chunk), so that float32 keeps its digits when
-the mean is far from zero. A chunk with a NaN or Inf in it leaves its statistics as they were.
+deviations of its chunk, merged by the pairwise update of Chan, Golub and LeVeque ("Updating
+formulae and a pairwise algorithm for computing sample variances", 1979). The step's own sums are
+taken around the first element of each feature, so that float32 keeps its digits when the mean is
+far from zero. A chunk with a NaN or Inf in it leaves its
+statistics as they were.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx.layout import ChunkLayout
+from kasmina_fx.layout import ChunkLayout, Run
 
 COUNT: Final = 0
 MEAN: Final = 1
@@ -23,39 +24,6 @@ SQUARED_DEVIATIONS: Final = 2
 REJECTED: Final = 3  # steps in which the seed's blueprint yielded NaN or Inf
 NON_FINITE: Final = 4  # steps in which the chunk itself held NaN or Inf
 ROWS: Final = 5
-
-
-def _to_seeds(per_feature: Tensor, layout: ChunkLayout) -> Tensor:
-    """Sum ``(..., D)`` over each chunk: ``(..., S)``."""
-    parts = [
-        per_feature.narrow(-1, run.offset, run.width).unflatten(-1, (run.count, run.size)).sum(-1)
-        for run in layout.runs
-    ]
-    return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-
-
-def _to_features(per_seed: Tensor, layout: ChunkLayout) -> Tensor:
-    """Repeat ``(S,)`` over each chunk's features: ``(D,)``."""
-    parts = [
-        per_seed.narrow(0, run.first_seed, run.count).unsqueeze(-1).expand(-1, run.size).flatten()
-        for run in layout.runs
-    ]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _first_features(per_feature: Tensor, layout: ChunkLayout) -> Tensor:
-    """The first feature of each chunk: ``(S,)`` from ``(D,)``."""
-    parts = [
-        per_feature.narrow(0, run.offset, run.width).unflatten(0, (run.count, run.size))[:, 0]
-        for run in layout.runs
-    ]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def _elements(layout: ChunkLayout, like: Tensor, per_feature: int) -> Tensor:
-    """Elements of each chunk in a step with ``per_feature`` elements of every feature: ``(S,)``."""
-    parts = [like.new_full((run.count,), run.size) for run in layout.runs]
-    return (torch.cat(parts) if len(parts) > 1 else parts[0]) * per_feature
 
 
 def merge_statistics(
@@ -71,43 +39,71 @@ def merge_statistics(
     """
     dim = layout.feature_dim % y.dim()
     others = [d for d in range(y.dim()) if d != dim]
-    count, mean, deviations, bad, non_finite = telemetry.unbind(0)
-    values, first, per_feature = y.to(torch.float32), y, 1
+    # One pass over y, features side by side: sums around the first element of each feature.
+    origin, rows = y, 1
     for d in reversed(others):
-        first, per_feature = first.select(d, 0), per_feature * y.shape[d]
-    shift = torch.where(count > 0, mean, _first_features(first.to(torch.float32), layout))
-    offset = values - _to_features(shift, layout).view(-1, *[1] * (y.dim() - 1 - dim))
-    sums = (offset.sum(others), (offset * offset).sum(others)) if others else (offset, offset**2)
-    total, squares = _to_seeds(sums[0], layout), _to_seeds(sums[1], layout)
-
-    added = _elements(layout, count, per_feature)
-    merged = count + added
-    step_mean = total / added  # relative to the shift, which is the running mean
-    share = added / merged
-    step_deviations = (squares - total * step_mean).clamp_min(0.0)
-    finite = squares.isfinite()
+        origin, rows = origin.select(d, 0), rows * y.shape[d]
+    origin = origin.to(torch.float32)
+    offset = y.to(torch.float32) - origin.view(-1, *[1] * (y.dim() - 1 - dim))
+    total = offset.sum(others) if others else offset
+    squares = (offset * offset).sum(others) if others else offset * offset
+    # From here on a handful of numbers a feature, then a seed.
+    parts = [_of_run(origin, total, squares, rows, run) for run in layout.runs]
+    elements, start, step_mean, step_deviations = (
+        torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)
+    )
+    count, mean, deviations, bad, non_finite = telemetry.unbind(0)
+    merged = count + elements
+    share = elements / merged
+    delta = (start - mean) + step_mean
+    grown = deviations + step_deviations + delta.square() * count * share
+    finite = (start + step_deviations).isfinite()
     return torch.stack(
         [
             torch.where(finite, merged, count),
-            torch.where(finite, shift + step_mean * share, mean),
-            torch.where(
-                finite,
-                deviations + step_deviations + step_mean.square() * count * share,
-                deviations,
-            ),
+            torch.where(finite, mean + delta * share, mean),
+            torch.where(finite, grown, deviations),
             bad if rejected is None else bad + rejected,
             non_finite + (~finite).to(torch.float32),
         ]
     )
 
 
-def summary(telemetry: Tensor) -> dict[str, Tensor]:
-    """Per-seed figures from a float32 ``(5, S)`` buffer, each ``(S,)`` on the CPU; one device-to-host copy.
+def _of_run(
+    origin: Tensor, total: Tensor, squares: Tensor, rows: int, run: Run
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Elements, start, mean relative to start, squared deviations of a run's chunks: ``(n,)`` each.
 
-    ``variance`` is the biased variance of all elements seen. ``health`` is ``v / (v + median(v))`` with v the
-    variance: 0.5 for a typical chunk, near 0 for one that hardly varies. A unit whose output does not vary
-    carries no information about the input (the criterion of Hu et al., "Network Trimming", 2016, and of
-    activation-variance pruning); the median makes it free of the layer's scale. NaN before the first step.
+    Args:
+        origin: First element of every feature, ``(D,)``.
+        total: Sum of the differences from it over ``rows`` elements, ``(D,)``.
+        squares: Sum of their squares, ``(D,)``.
+        rows: Elements of a feature.
+        run: Which features.
+    """
+    shape = (run.count, run.size)
+    origin, total, squares = (
+        t.narrow(0, run.offset, run.width).unflatten(0, shape) for t in (origin, total, squares)
+    )
+    start = origin[:, 0]
+    means = total / rows
+    within = (squares - total * means).clamp_min(0.0).sum(1)
+    features = (origin - start.unsqueeze(1)) + means  # means of the features, relative to start
+    mean = features.mean(1)
+    between = (features - mean.unsqueeze(1)).square().sum(1) * rows
+    return torch.full_like(start, run.size) * rows, start, mean, within + between
+
+
+def summary(telemetry: Tensor) -> dict[str, Tensor]:
+    """Per-seed figures from a float32 ``(5, S)`` buffer, each ``(S,)`` on the CPU.
+
+    One device-to-host copy.
+
+    ``variance`` is the biased variance of all elements seen. ``health`` is ``v / (v + median(v))``
+    with v the variance: 0.5 for a typical chunk, near 0 for one that hardly varies. A unit whose
+    output does not vary carries no information about the input (the criterion of Hu et al.,
+    "Network Trimming", 2016, and of activation-variance pruning); the median makes it free of the
+    layer's scale. NaN before the first step.
     """
     count, mean, deviations, rejected, non_finite = telemetry.detach().cpu().unbind(0)
     variance = deviations / count
@@ -122,7 +118,7 @@ def summary(telemetry: Tensor) -> dict[str, Tensor]:
 
 
 class Telemetry(nn.Module):
-    """A layer's statistics, in the buffer ``accumulated``, float32 ``(5, S)``; all zero is empty."""
+    """A layer's statistics: the buffer ``accumulated``, float32 ``(5, S)``; all zero is empty."""
 
     accumulated: Tensor
 
@@ -134,7 +130,7 @@ class Telemetry(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Telemetry:
         before = self.accumulated
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated
         if self.accumulated.dtype != torch.float32:
             self.accumulated = before.to(self.accumulated.device)
         return self

@@ -1,8 +1,9 @@
 """The pipeline: marker nodes in, chunked subgraphs over state buffers out.
 
-Entry points are :func:`rewrite` (a copy of the graph is rewritten) and :func:`run_passes` (in place, for
-backends). A pass is one file: a frozen dataclass with a ``name``, options as fields, ``call(gm)``, and ``ensures(gm)``
-that checks its postcondition. To add one, write the file and put it into :data:`DEFAULT_PASSES`.
+Entry points are :func:`rewrite` (a copy of the graph is rewritten) and :func:`run_passes` (in
+place, for backends). A pass is one file: a frozen dataclass with a ``name``, options as fields,
+``call(gm)``, and ``ensures(gm)`` that checks its postcondition. To add one, write the file and put
+it into :data:`DEFAULT_PASSES`.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def passes_for(
 
 
 def run_passes(gm: GraphModule, passes: Sequence[GraphPass] = DEFAULT_PASSES) -> PassResult:
-    """Rewrite ``gm`` in place; without markers in it, it is returned untouched and ``modified`` is False."""
+    """Rewrite ``gm`` in place; without markers it stays untouched and ``modified`` is False."""
     if not has_markers(gm):
         return PassResult(gm, False)
     modified = False
@@ -97,7 +98,8 @@ def rewrite(
 
     Args:
         gm: From :func:`kasmina_fx.capture`, Dynamo, ``torch.fx`` or ``torch.export(...).module()``.
-        example_inputs: Needed where the graph holds no shapes (``torch.fx.symbolic_trace`` leaves none).
+        example_inputs: Needed where the graph holds no shapes (``torch.fx.symbolic_trace`` leaves
+            none).
         passes: The pipeline.
 
     Returns:

@@ -1,6 +1,7 @@
 """Of the inserted nodes, only what is used stays.
 
-The host's own nodes are left to the compiler behind us: a dormant graph is the host's, node for node.
+The host's own nodes are left to the compiler behind us: a dormant graph is the host's, node for
+node.
 """
 
 from __future__ import annotations

@@ -27,8 +27,11 @@ class EliminateDormant(GraphPass):
 
     def call(self, gm: GraphModule) -> bool:
         """See :meth:`GraphPass.call`."""
-        dormant = [match for match in blend_matches(gm) if not match.banks]
-        return any([self._eliminate(match) for match in dormant])
+        modified = False
+        for match in blend_matches(gm):
+            if not match.banks:
+                modified |= self._eliminate(match)
+        return modified
 
     def _eliminate(self, match: Match) -> bool:
         y = argument(match.node, "y")
@@ -47,9 +50,9 @@ class EliminateDormant(GraphPass):
 
 
 def outputs_of(node: Node) -> tuple[list[Node], list[Node]]:
-    """The ``getitem`` nodes of a blend marker's two outputs (front ends may write none, or several)."""
+    """The ``getitem`` nodes of a blend marker's two outputs: front ends write none to several."""
     found: tuple[list[Node], list[Node]] = ([], [])
     for user in node.users:
         if user.target is operator.getitem:
-            found[user.args[1]].append(user)  # type: ignore[index,call-overload]
+            found[user.args[1]].append(user)  # type: ignore[index]  # getitem's index: 0 or 1
     return found

@@ -1,6 +1,7 @@
 """Blend markers become chunked subgraphs over their banks.
 
-    before  %blend = kasmina.blend.default(%y, [seeds], [positions], [alphas], [w1, b1, w2, b2], ...)
+    before  %blend = kasmina.blend.default(%y, [seeds], [positions], [alphas],
+                                           [w1, b1, w2, b2], ...)
     after   %chunks = view(%y)                                  (n, rows, size)
             %taken = kasmina.gather.default(%chunks, seeds, positions)   (K, rows, size)
             %f = bmm(relu(bmm(%taken, w1) + b1), w2) + b2
@@ -30,7 +31,7 @@ from kasmina_fx.passes.templates import Argument, tensor_argument, trace_templat
 
 @dataclass(frozen=True)
 class LowerBlend(GraphPass):
-    """Every blend marker with a bank becomes the traced graph of :func:`kasmina_fx.physical.blend`."""
+    """Blend markers with a bank become the traced graph of :func:`kasmina_fx.physical.blend`."""
 
     name: ClassVar[str] = "lower_blend"
 
@@ -52,7 +53,8 @@ class LowerBlend(GraphPass):
             rest, groups = list(flat), []
             for count in counts:
                 groups.append([rest.pop(0) for _ in range(count)])
-            return physical.blend(y, *groups, chunks, banks)
+            seeds, positions, alphas, params = groups
+            return physical.blend(y, seeds, positions, alphas, params, chunks, banks)
 
         template = trace_template(
             ("blend", chunks, banks), blend, self._arguments(match, lists), autocast_at(node)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.fx import GraphModule, Node
@@ -14,12 +14,15 @@ from kasmina_fx.layout import BankSpec, ChunkLayout, parse_banks
 from kasmina_fx.ops import BLEND, MARKERS, OBSERVE
 from kasmina_fx.passes.metadata import layer_path, value_of
 
-_PACKETS = {torch.ops.kasmina.blend: BLEND, torch.ops.kasmina.observe: OBSERVE}
+_PACKETS: Final[dict[Any, Any]] = {
+    torch.ops.kasmina.blend: BLEND,
+    torch.ops.kasmina.observe: OBSERVE,
+}
 
 
 @dataclass(frozen=True)
 class Match:
-    """A marker: where it is, what it says, and why it can't be rewritten (``reason``; None if it can)."""
+    """A marker: where it is, what it says, and why it can't be rewritten (None if it can)."""
 
     graph_module: GraphModule
     node: Node

@@ -1,7 +1,7 @@
 """What front ends write into ``node.meta``, and what we do: read and written here alone.
 
-Values are under ``val`` (export, ``FakeTensorProp``) or ``example_value`` (Dynamo). Inserted nodes carry ``kasmina``, an
-:class:`Origin`.
+Values are under ``val`` (export, ``FakeTensorProp``) or ``example_value`` (Dynamo). Inserted nodes
+carry ``kasmina``, an :class:`Origin`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ def propagate_if_missing(gm: GraphModule, example_inputs: Sequence[Any] | None) 
 
 
 def set_role(node: Node, role: str) -> None:
-    """Name an input: ``param fc.weight``, ``buffer fc.kasmina.telemetry.accumulated``, ``input x``."""
+    """Name an input.
+
+    ``param fc.weight``, ``buffer fc.kasmina.telemetry.accumulated``, ``input x``.
+    """
     node.meta[_ROLE] = role
 
 

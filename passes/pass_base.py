@@ -23,7 +23,7 @@ class GraphPass(ABC):
     def call(self, gm: GraphModule) -> bool:
         """Rewrite ``gm``; say whether it changed."""
 
-    def ensures(self, gm: GraphModule) -> None:
+    def ensures(self, gm: GraphModule) -> None:  # noqa: B027 - optional: a pass may promise nothing
         """Raise RewriteError if what the pass promises doesn't hold."""
 
     def __call__(self, gm: GraphModule) -> PassResult:

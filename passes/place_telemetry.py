@@ -4,7 +4,8 @@
     after   %merged = stack([count, mean, ...])     from sums of y over rows, then over chunks
             copy_(telemetry, %merged)
 
-The write is the last of the inserted nodes and the only one; nothing of the host reads what it wrote.
+The write is the last of the inserted nodes and the only one; nothing of the host reads what it
+wrote.
 """
 
 from __future__ import annotations

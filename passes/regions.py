@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from kasmina_fx._torch_compat import ENTER_AUTOCAST, EXIT_AUTOCAST
+from kasmina_fx.passes.metadata import value_of
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,9 @@ class Autocast:
 
 
 def autocast_at(node: Node) -> Autocast:
-    """The settings under which a node runs: of the innermost region in the graph, else of the caller."""
-    from kasmina_fx.passes.metadata import value_of
-
-    device = str(value_of(node.args[0]).device.type)  # type: ignore[arg-type]
+    """What a node runs under: the innermost region of the graph, else what the caller has set."""
+    host: Any = node.args[0]  # a marker's first argument: always a node
+    device = str(value_of(host).device.type)
     open_regions: list[Node] = []
     for other in node.graph.nodes:
         if other is node:
@@ -44,7 +45,7 @@ def autocast_at(node: Node) -> Autocast:
     for region in reversed(open_regions):
         kind, dtype, enabled, *_ = region.args
         if kind == device:
-            chosen = dtype or torch.get_autocast_dtype(device)
-            return Autocast(device, chosen if enabled else None)  # type: ignore[arg-type]
+            chosen: Any = dtype or torch.get_autocast_dtype(device)
+            return Autocast(device, chosen if enabled else None)
     enabled = torch.is_autocast_enabled(device)
     return Autocast(device, torch.get_autocast_dtype(device) if enabled else None)

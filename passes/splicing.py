@@ -17,8 +17,8 @@ def splice(
 ) -> list[Node]:
     """Copy a template before ``marker`` and return the nodes of its outputs.
 
-    New nodes carry values, the marker's stack trace and module stack, and their origin. Constants of the template
-    (a user's module may hold some) become attributes of ``gm``.
+    New nodes carry values, the marker's stack trace and module stack, and their origin. Constants
+    of the template (a user's module may hold some) become attributes of ``gm``.
     """
     placeholders = template.graph.find_nodes(op="placeholder")
     env: dict[Node, Node] = dict(zip(placeholders, inputs, strict=True))
@@ -54,4 +54,5 @@ def _value(gm: GraphModule, node: Node, like: Any) -> Any:
         return value_of(arg) if isinstance(arg, Node) else arg
 
     args, kwargs = map_aggregate(node.args, of), map_aggregate(node.kwargs, of)
-    return fake_call(node.target, args, kwargs, like)  # type: ignore[arg-type]
+    target: Any = node.target  # a template holds get_attr and call_function nodes alone
+    return fake_call(target, args, kwargs, like)

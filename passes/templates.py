@@ -1,8 +1,8 @@
 """Trace what a marker means into a small graph, once per layout.
 
-A template is traced on symbolic sizes of its own: leading dims of ``y``, slots and capacities are symbols in a private
-shape environment. So one template serves every layer of the same layout, every batch size, and every front end, and
-none of the caller's fake tensors gets into it.
+A template is traced on symbolic sizes of its own: leading dims of ``y``, slots and capacities are
+symbols in a private shape environment. So one template serves every layer of the same layout, every
+batch size, and every front end, and none of the caller's fake tensors gets into it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _CAPACITY: Final = 1024
 class Argument:
     """A tensor that a template takes.
 
-    ``shape`` holds an int for a size that graphs of this layout share, a name for one that may change. ``order``
-    lists its dims from the largest stride to the smallest.
+    ``shape`` holds an int for a size that graphs of this layout share, a name for one that may
+    change. ``order`` lists its dims from the largest stride to the smallest.
     """
 
     shape: tuple[int | str, ...]
@@ -46,12 +46,13 @@ def tensor_argument(
 
     Args:
         node: With a tensor value in its meta.
-        fixed: Dims with fixed sizes; all others may change. Not given: dims behind ``names`` are fixed.
+        fixed: Dims with fixed sizes; all others may change. Not given: dims behind ``names`` are
+            fixed.
         names: Names of the leading dims; tensors that use the same name have the same size.
 
     Size 1 is always fixed, as everywhere in torch.
     """
-    value: Tensor = value_of(node)
+    value = value_of(node)
     rank = value.dim()
     shape: list[int | str] = []
     for dim, size in enumerate(value.shape):

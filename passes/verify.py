@@ -3,7 +3,8 @@
 With networkx, on the graph of data flow:
 
 - nothing of the host reads what telemetry inserted, so statistics can't change the model's output;
-- a blend's inserted nodes reach the host through its one output, and read the host through the marker's arguments;
+- a blend's inserted nodes reach the host through its one output, and read the host through the
+  marker's arguments;
 - blend writes to nothing, telemetry to its own buffer alone;
 - every inserted node has a value and an origin.
 """
@@ -55,7 +56,7 @@ class Verify(GraphPass):
 
 
 def data_flow(gm: GraphModule) -> nx.DiGraph:
-    """The graph's nodes, an edge from each to its readers, and from a write to what it writes to."""
+    """The graph's nodes, with an edge from each to its readers."""
     flow = nx.DiGraph()
     for node in gm.graph.nodes:
         flow.add_node(node)
@@ -108,6 +109,6 @@ def _check_telemetry(flow: nx.DiGraph) -> None:
         strangers = [other for other in nx.descendants(flow, node) if other not in inserted]
         if strangers:
             raise RewriteError(
-                f"the host's {strangers[0].name} depends on telemetry's {node.name}: statistics must not "
-                "reach the model's output"
+                f"the host's {strangers[0].name} depends on telemetry's {node.name}: statistics "
+                "must not reach the model's output"
             )

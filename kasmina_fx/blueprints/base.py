@@ -41,7 +41,8 @@ class Blueprint(ABC):
 
         Args:
             params: The module's tensors in the order of :meth:`specs`, each ``(K, *shape)``.
-            chunks: ``(K, M, ..., size, ...)``: as the host lays its output out, ``size`` features along ``dim``.
+            chunks: ``(K, M, ..., size, ...)``: as the host lays its output out, ``size`` features
+                along ``dim``.
             dim: The feature dim, negative.
 
         Returns:

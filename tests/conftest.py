@@ -1,0 +1,29 @@
+"""What all tests share: a fixed seed, and a blueprint registry that a test may add to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from kasmina_fx.blueprints import registry
+
+# Two slow cores: a deadline in milliseconds says nothing about the code.
+settings.register_profile("kasmina_fx", deadline=None, max_examples=50)
+settings.load_profile("kasmina_fx")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_registry() -> Iterator[None]:
+    """Blueprints that a test registers are gone after it: their names are taken once a process."""
+    before = dict(registry._BY_KIND)
+    yield
+    registry._BY_KIND.clear()
+    registry._BY_KIND.update(before)
