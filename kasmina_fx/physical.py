@@ -89,20 +89,19 @@ def _blend_bank(
         [p[:slots] for p in params], rows.unflatten(0, (slots, members)), dim
     )
     outcome = stacked.flatten(0, 1)
-    finite = finite_slots(outcome)
-    taken = positions.clamp_min(0)
-    mine, finite = positions >= 0, finite[taken]
-    column = (-1, *[1] * (part.dim() - 1))
-    alpha = alphas.view(-1)[taken].view(column)
+    # One number a slot: alpha, or -1 where the blueprint yielded NaN or Inf.
+    weights = torch.where(finite_slots(outcome), alphas.view(-1), -1.0)
+    weight = torch.ops.kasmina.pull.default(weights, positions, index)
+    mine = positions >= 0
+    blended = (mine & (weight >= 0)).view(column := (-1, *[1] * (part.dim() - 1)))
     pulled = torch.ops.kasmina.pull.default(outcome, positions, index)
     # float32 for half types: the difference of two close values has few correct bits in them.
     wide = torch.promote_types(torch.promote_types(part.dtype, pulled.dtype), torch.float32)
     exact = part.to(wide)
-    blended = exact + alpha.to(wide) * (pulled.to(wide) - exact)
-    # A where, not a product with 0: an unblended chunk stays bitwise what it was, with its NaN,
-    # Inf and -0.
-    out = torch.where((mine & finite).view(column), blended.to(part.dtype), part)
-    return out, (mine & ~finite).to(torch.int32)
+    grown = exact + weight.view(column).to(wide) * (pulled.to(wide) - exact)
+    # A where, not a product with 0: an unblended chunk stays bitwise what it was, NaN, Inf and -0 included.
+    out = torch.where(blended, grown.to(part.dtype), part)
+    return out, (mine & (weight < 0)).to(torch.int32)
 
 
 def observe(y: Tensor, rejected: Tensor | None, telemetry: Tensor, chunks: str) -> None:
