@@ -7,6 +7,7 @@ from that table and the state tensor, on the host, and published as new tensors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from kasmina_fx._torch_compat import mark_dynamic
 from kasmina_fx.blueprints import Blueprint, lookup
-from kasmina_fx.layout import BankSpec, Run
+from kasmina_fx.layout import BankSpec, ChunkLayout, Run, parse_banks
 from kasmina_fx.transfer import to_device
 
 #: Dynamo specialises sizes 0 and 1, so a dimension that grows never has them.
@@ -27,6 +28,10 @@ class StackedParameter(nn.Parameter):
     A subclass, because Dynamo (torch 2.11 to 2.13) forces shapes static where
     ``type(t) is nn.Parameter``.
     """
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Rebuilt as what it is: torch would make a plain Parameter of it."""
+        return StackedParameter, (self.detach(), self.requires_grad)
 
 
 class Bank(nn.Module):
@@ -76,12 +81,13 @@ class Bank(nn.Module):
     @property
     def key(self) -> str:
         """Name in its layer: ``mlp_run0``, ``mlp_shared_run0``."""
-        return f"{self.spec.kind}{'_shared' if self.spec.shared else ''}_run{self.spec.run}"
+        return _key(self.spec)
 
     def tensors(self) -> list[Tensor]:
         """The registered stacks, in the order of the blueprint's specs."""
         return list(self._parameters.values())  # type: ignore[arg-type]  # grow() sets no None
 
+    @torch.inference_mode(False)  # or what an evaluation grows could never train
     def grow(self, capacity: int) -> None:
         """Make room for ``capacity`` slots; old slots keep their values, new ones are zero.
 
@@ -100,8 +106,11 @@ class Bank(nn.Module):
         held[:used] = self.held
         self.held, self.slots = held, to_device(held, device)
 
+    @torch.inference_mode(False)
     def acquire(self, ids: Tensor) -> None:
         """Give each blueprint id (int64 ``(n,)``) a free slot with fresh parameters."""
+        if not len(ids):
+            return
         free = (self.held == 0).nonzero().flatten()
         if len(free) < len(ids):
             room = self.capacity
@@ -110,7 +119,7 @@ class Bank(nn.Module):
             self.grow(room)
             free = (self.held == 0).nonzero().flatten()
         taken = free[: len(ids)]
-        self.held[taken] = ids
+        self.held = self.held.index_put((taken,), ids)  # a transaction may need the old table
         where = taken.to(self.slots.device)
         fresh = self.blueprint.initial(self.run.size, len(ids))
         for stack, values in zip(self.tensors(), fresh, strict=True):
@@ -125,6 +134,7 @@ class Bank(nn.Module):
         slots = order[found]
         return torch.where((self.held[slots] == ids) & (ids > 0), slots, -1)
 
+    @torch.inference_mode(False)
     def publish(
         self, blueprint_ids: Tensor, holding: Tensor, blended: Tensor, alpha: Tensor
     ) -> None:
@@ -185,10 +195,41 @@ class Bank(nn.Module):
         slots = state_dict.get(prefix + "slots")
         if slots is not None and len(slots) != self.capacity:
             self.held = self.held[:0]
+            for stack in self.tensors():
+                if stack.is_floating_point():
+                    self._dtype = stack.dtype  # .to() may have changed it since
             for name in list(self._parameters):
                 del self._parameters[name]
             self.grow(len(slots))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, stack in self._parameters.items():
+            if stack is not None and not isinstance(stack, StackedParameter):  # assign=True
+                self._parameters[name] = StackedParameter(stack.detach(), stack.requires_grad)
+
+
+def check_bank(
+    key: str, text: str, layout: ChunkLayout, entries: Mapping[str, Any], prefix: str
+) -> None:
+    """Refuse entries of a state dict, under ``prefix``, that could not be a bank of a layer.
+
+    Raises:
+        ValueError, KeyError, UnknownBlueprint: Says what does not fit.
+    """
+    (spec,) = parse_banks(text)
+    blueprint = lookup(spec.kind)
+    if spec.run >= len(layout.runs):
+        raise ValueError(f"{text} names run {spec.run}; the layer has {len(layout.runs)}")
+    slots, tensors = entries[prefix + "slots"], blueprint.specs(layout.runs[spec.run].size)
+    if key != _key(spec) or spec.num_params != len(tensors):
+        raise ValueError(f"{text} under {key!r}, of a blueprint with {len(tensors)} tensors")
+    for tensor in tensors:
+        shape = tuple(entries[prefix + _registered(tensor.name)].shape)
+        if shape != (len(slots), *tensor.shape):
+            raise ValueError(f"{prefix}{tensor.name} has shape {shape}, {len(slots)} slots")
+
+
+def _key(spec: BankSpec) -> str:
+    return f"{spec.kind}{'_shared' if spec.shared else ''}_run{spec.run}"
 
 
 def _registered(name: str) -> str:

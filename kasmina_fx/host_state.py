@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from torch import Tensor, nn
 
+from kasmina_fx.bank import check_bank
 from kasmina_fx.blueprints.registry import lookup
-from kasmina_fx.errors import KasminaError, LayoutMismatch
+from kasmina_fx.errors import LayoutMismatch, UnknownBlueprint
 from kasmina_fx.layout import parse_banks
 from kasmina_fx.seed_store import LAYOUT_VERSION
 
@@ -50,21 +52,24 @@ def check(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str) -> None:
                 f"{extra.get('version') if isinstance(extra, dict) else extra!r}; "
                 f"this release reads version {LAYOUT_VERSION}"
             )
-        if extra["layout"] != str(layer.kasmina.layout):
+        if extra.get("layout") != str(layer.kasmina.layout):
             raise LayoutMismatch(
-                f"{name}: the state dict was written for chunks [{extra['layout']}]; this layer "
-                f"has [{layer.kasmina.layout}]. Give kasminify the same num_seeds"
+                f"{name}: the state dict was written for chunks [{extra.get('layout')}]; this "
+                f"layer has [{layer.kasmina.layout}]. Give kasminify the same num_seeds"
             )
-        for kind in (*extra["blueprints"].values(), *(b.split("@")[0] for b in _specs(extra))):
-            try:
-                lookup(kind.removesuffix(":shared"))
-            except KasminaError as error:
-                raise LayoutMismatch(
-                    f"{name}: the state dict needs a blueprint that is not registered here: {error}"
-                ) from error
+        try:
+            for kind in extra["blueprints"].values():
+                lookup(kind)
+            for key, text in extra["banks"].items():
+                check_bank(key, text, layer.kasmina.layout, state_dict, f"{own}banks.{key}.")
+        except UnknownBlueprint as error:
+            raise LayoutMismatch(
+                f"{name}: the state dict needs a blueprint that is not registered here: {error}"
+            ) from error
+        except (KeyError, ValueError) as error:
+            raise LayoutMismatch(f"{name}: a malformed state dict: {error}") from error
     state = state_dict.get(own + "state.state_tensor")
-    if state is not None:
-        layer.state.check_values(state, state_dict.get(own + "state.alpha"))
+    layer.state.check_values(state, state_dict.get(own + "state.alpha"))
     telemetry = state_dict.get(own + "telemetry.accumulated")
     expected = layer.kasmina.telemetry.accumulated.shape
     if telemetry is not None and telemetry.shape != expected:
@@ -72,10 +77,6 @@ def check(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str) -> None:
             f"{name}: telemetry of shape {tuple(telemetry.shape)}; this layer takes "
             f"{tuple(expected)}"
         )
-
-
-def _specs(extra: dict[str, Any]) -> list[str]:
-    return list(extra["banks"].values())
 
 
 def _strip_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -95,10 +96,11 @@ def _prepare(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str, *rest
         if key not in layer.kasmina.banks:
             (spec,) = parse_banks(text)
             layer.allocate(spec.kind, shared=spec.shared)
-    # A plain checkpoint has none of these, and one from before a germination not all: they stay.
-    current = layer.kasmina.state_dict()
-    for name, value in current.items():
-        state_dict.setdefault(own + name, value)
+    # A plain checkpoint has none of these: they stay. One that has lacks the banks that only this
+    # layer has: their slots are free from now on.
+    for name, value in layer.kasmina.state_dict().items():
+        gone = extra is not None and name.endswith(".slots")
+        state_dict.setdefault(own + name, torch.zeros_like(value) if gone else value)
 
 
 def _after_load(layer: KasminaLayer, incompatible_keys: Any) -> None:

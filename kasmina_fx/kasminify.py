@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from kasmina_fx import host_state
 from kasmina_fx._torch_compat import compile_in_place, uncompiled
@@ -20,8 +22,15 @@ from kasmina_fx.lifecycle import SeedLifecycle
 
 M = TypeVar("M", bound=nn.Module)
 
-#: Where a wrapped layer's owner keeps the setting that would let it go past the layer's forward.
-_FAST_PATH: Final = "activation_relu_or_gelu"
+#: Settings that would let the owner of a wrapped layer go past the layer's forward, and what turns
+#: them off. In eval mode torch's fused encoder kernel reads linear1.weight and never calls linear1;
+#: an encoder hands its layers nested tensors, which only that kernel takes.
+_FAST_PATHS: Final = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+#: Where the owner keeps the setting that it had.
+_KEPT: Final = "_kasmina_kept"
 
 
 def kasminify(
@@ -87,9 +96,10 @@ def kasminify(
         wrapped[module] = layer
     root = _replace(plain, wrapped)
     root.register_load_state_dict_pre_hook(_check_all_first)  # type: ignore[no-untyped-call]  # torch's, unannotated
-    for owner in root.modules():
-        if _takes_fast_path(owner):
-            setattr(owner, _FAST_PATH, 0)
+    for owner, name, off in _fast_paths(root):
+        if any(_is_layer(child) for child in owner.modules()):
+            setattr(owner, _KEPT, getattr(owner, name))
+            setattr(owner, name, off)
     if compile:
         compile_in_place(
             root, backend=kasmina, mode=mode, options=dict(options or {}), dynamic=dynamic
@@ -113,9 +123,12 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
     """
     plain: M = uncompiled(model)
     layers = kasmina_layers(plain)
+    uses = Counter(id(parameter) for owner in plain.modules() for parameter in owner._parameters.values())
+    uses.update(id(p) for layer in layers.values() for p in layer.base.parameters())
+    uses.subtract(id(p) for base in {layer.base for layer in layers.values()} for p in base.parameters())
     for name, layer in layers.items():
         for seed_id in layer.state.blended.nonzero().flatten().tolist():
-            why = _why_not_folded(layer, seed_id) if fold else "pass fold=True if it is affine"
+            why = _why_not_folded(layer, seed_id, uses) if fold else "pass fold=True if it is affine"
             if why is not None:
                 raise StillGrowing(f"{name or 'model'}: seed {seed_id} is blended: {why}")
     for layer in layers.values():
@@ -123,9 +136,10 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
         layer.colony.discard(layer)
     plain._compiled_call_impl = None
     root = _replace(plain, {layer: layer.base for layer in layers.values()})
-    for owner in root.modules():
-        if isinstance(owner, nn.TransformerEncoderLayer) and getattr(owner, _FAST_PATH, 1) == 0:
-            setattr(owner, _FAST_PATH, _fast_path_code(owner))
+    for owner, name, _ in _fast_paths(root):
+        if hasattr(owner, _KEPT):
+            setattr(owner, name, getattr(owner, _KEPT))
+            delattr(owner, _KEPT)
     return root
 
 
@@ -159,7 +173,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _checked_targets(targets: Any) -> tuple[type[nn.Module], ...]:
-    given = (targets,) if isinstance(targets, type) else tuple(targets)
+    given = tuple(targets) if isinstance(targets, Iterable) else (targets,)
     for target in given:
         if not (isinstance(target, type) and issubclass(target, nn.Module)):
             raise InvalidType(f"targets holds {target!r}: give nn.Module classes")
@@ -208,19 +222,14 @@ def _check_all_first(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         host_state.check(layer, state_dict, f"{prefix}{name}." if name else prefix)
 
 
-def _takes_fast_path(owner: nn.Module) -> bool:
-    # In eval mode torch's fused encoder kernel reads linear1.weight and never calls linear1.
-    inside = (_is_layer(child) for child in owner.modules())
-    return isinstance(owner, nn.TransformerEncoderLayer) and any(inside)
+def _fast_paths(root: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
+    for owner in root.modules():
+        for kind, name, off in _FAST_PATHS:
+            if isinstance(owner, kind) and hasattr(owner, name):
+                yield owner, name, off
 
 
-def _fast_path_code(owner: nn.TransformerEncoderLayer) -> int:
-    names = {"relu": 1, "ReLU": 1, "gelu": 2, "GELU": 2}
-    activation = owner.activation
-    return names.get(getattr(activation, "__name__", type(activation).__name__), 0)
-
-
-def _why_not_folded(layer: KasminaLayer, seed_id: int) -> str | None:
+def _why_not_folded(layer: KasminaLayer, seed_id: int, uses: Mapping[int, int]) -> str | None:
     held = layer.bank_of(seed_id)
     stage = SeedLifecycle(int(layer.state.stages[seed_id]))
     if held is None or held[0].spec.kind != "affine":
@@ -229,6 +238,12 @@ def _why_not_folded(layer: KasminaLayer, seed_id: int) -> str | None:
         return f"it is in {stage.name}, and only FOSSILIZED seeds fold"
     if not isinstance(layer.base, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return f"a {type(layer.base).__name__} has no weight to fold into"
+    if is_parametrized(layer.base):
+        return "its base's weight is computed by a parametrization"
+    if any(uses[id(parameter)] > 1 for parameter in layer.base.parameters()):
+        return "its base's weight is tied to another module's"
+    if not all(bool(t.isfinite().all()) for t in held[0].slot_tensors(held[1]).values()):
+        return "its blueprint holds NaN or Inf"
     return None
 
 

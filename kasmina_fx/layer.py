@@ -246,7 +246,7 @@ class KasminaLayer(SeedControl):
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("_modules", {}).get("base")
-            if base is None or name.startswith("_"):
+            if base is None or name.startswith("__"):
                 raise
             return getattr(base, name)
 

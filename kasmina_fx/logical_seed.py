@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 from torch import Tensor
 from torch.func import functional_call
 
+from kasmina_fx.blueprints.builtin import PerFeature
 from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.seed_ids import as_seed_ids
 
@@ -57,7 +58,7 @@ class LogicalSeed:
             return chunk
         bank, slot = held
         module: Any = bank.blueprint.module(bank.run.size).to(chunk.device)
-        if hasattr(module, "dim"):  # the built-ins act on features wherever they are
+        if isinstance(module, PerFeature):  # acts on features wherever they are
             module.dim = self.layer.chunks.feature_dim
         out: Tensor = functional_call(module, bank.slot_tensors(slot), chunk)
         if not bool(out.isfinite().all()):

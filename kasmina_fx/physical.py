@@ -90,7 +90,7 @@ def _blend_bank(
     )
     outcome = stacked.flatten(0, 1)
     # One number a slot: alpha, or -1 where the blueprint yielded NaN or Inf.
-    weights = torch.where(finite_slots(outcome), alphas.view(-1), -1.0)
+    weights = alphas.view(-1).masked_fill(~finite_slots(outcome), -1.0)
     weight = torch.ops.kasmina.pull.default(weights, positions, index)
     mine = positions >= 0
     blended = (mine & (weight >= 0)).view(column := (-1, *[1] * (part.dim() - 1)))
@@ -99,7 +99,8 @@ def _blend_bank(
     wide = torch.promote_types(torch.promote_types(part.dtype, pulled.dtype), torch.float32)
     exact = part.to(wide)
     grown = exact + weight.view(column).to(wide) * (pulled.to(wide) - exact)
-    # A where, not a product with 0: an unblended chunk stays bitwise what it was, NaN, Inf and -0 included.
+    # A where, not a product with 0: an unblended chunk stays what it was to the bit, NaN, Inf and -0
+    # included.
     out = torch.where(blended, grown.to(part.dtype), part)
     return out, (mine & (weight < 0)).to(torch.int32)
 

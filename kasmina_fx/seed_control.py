@@ -151,13 +151,14 @@ class SeedControl(nn.Module):
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All changes inside become visible at once, at the end; an exception undoes them all."""
-        before = [(bank, bank.held.clone()) for bank in self._banks()]
+        before = {bank: bank.held for bank in self._banks()}
         with self.state.transaction():
             try:
                 yield
             except BaseException:
-                for bank, held in before:
-                    bank.held = torch.cat([held, held.new_zeros(bank.capacity - len(held))])
+                for bank in self._banks():  # some of them newer than the transaction
+                    held = before.get(bank, bank.held[:0])
+                    bank.held = nn.functional.pad(held, (0, bank.capacity - len(held)))
                 raise
 
     # Banks.

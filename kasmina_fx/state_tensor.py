@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx.errors import IllegalTransition, InvalidArgument, LayoutMismatch
+from kasmina_fx.errors import IllegalTransition, InvalidArgument, InvalidType, LayoutMismatch
 from kasmina_fx.lifecycle import (
     LEGAL,
     REACHABLE,
@@ -133,13 +133,13 @@ class StateTensor(nn.Module):
     def transaction(self) -> Iterator[None]:
         """All changes inside become visible at once, at the end; an exception undoes them all."""
         with _LOCK:
-            before = (self._mirror.clone(), self._alpha.clone()) if self._depth == 0 else None
+            with torch.inference_mode(False):
+                before = self._mirror.clone(), self._alpha.clone()
             self._depth += 1
             try:
                 yield
             except BaseException:
-                if before is not None:
-                    self._mirror, self._alpha = before
+                self._mirror, self._alpha = before
                 raise
             finally:
                 self._depth -= 1
@@ -196,7 +196,7 @@ class StateTensor(nn.Module):
                 f"{self.name}: stage {to!r}; allowed are {[stage.name for stage in SeedLifecycle]}"
             ) from None
         legal = is_legal(self.stages[ids], to)
-        if to not in REACHABLE or not bool(legal.all()):
+        if len(ids) and (to not in REACHABLE or not bool(legal.all())):
             seed = int(ids[~legal][0]) if not bool(legal.all()) else int(ids[0])
             now = SeedLifecycle(int(self.stages[seed]))
             allowed = [stage.name for stage in sorted(LEGAL[now] & REACHABLE)]
@@ -219,7 +219,15 @@ class StateTensor(nn.Module):
             InvalidArgument: NaN; nothing is written.
         """
         ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
-        values = torch.as_tensor(alpha, dtype=torch.float32).detach().cpu()
+        try:
+            values = torch.as_tensor(alpha, dtype=torch.float32).detach().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise InvalidType(f"{self.name}: alpha {alpha!r}; give a number or a tensor") from None
+        if values.shape not in ((), (1,), (len(ids),)):
+            raise InvalidArgument(
+                f"{self.name}: alpha of shape {tuple(values.shape)} for {len(ids)} seeds; give a "
+                "number or one for each"
+            )
         if bool(values.isnan().any()):
             raise InvalidArgument(f"{self.name}: alpha is NaN; give a number from 0 to 1")
         with self.transaction():
@@ -232,27 +240,35 @@ class StateTensor(nn.Module):
             column += (self.stages != SeedLifecycle.DORMANT).to(torch.int32)
             column.clamp_(max=_COLUMN_MAX[self.EPOCHS_IN_STATE_IDX])
 
+    @torch.inference_mode(False)
     def refresh_mirror(self) -> None:
         """Take the mirror from the device buffers: after they were loaded."""
         self._mirror = self.state_tensor.detach().to("cpu", copy=True)
         self._alpha = self.alpha.detach().to("cpu", torch.float32, copy=True)
 
-    def check_values(self, state: Tensor, alpha: Tensor | None) -> None:
+    def check_values(self, state: Tensor | None, alpha: Tensor | None) -> None:
         """Refuse what could not be this layer's state.
 
         Raises:
             LayoutMismatch: Another shape, dtype or a value outside its column's range.
         """
-        if state.shape != (self.num_seeds, 4) or state.dtype != torch.int32:
-            raise LayoutMismatch(
-                f"{self.name}: state tensor of {state.dtype} {tuple(state.shape)}; this layer "
-                f"takes int32 ({self.num_seeds}, 4)"
-            )
-        limits = torch.tensor(_COLUMN_MAX, device=state.device)
-        if bool(((state < 0) | (state > limits)).any()):
-            raise LayoutMismatch(f"{self.name}: the state tensor holds values outside their range")
-        if alpha is not None and not bool(((alpha >= 0) & (alpha <= 1)).all()):
-            raise LayoutMismatch(f"{self.name}: alpha holds values outside 0 to 1")
+        if state is not None:
+            if state.shape != (self.num_seeds, 4) or state.dtype != torch.int32:
+                raise LayoutMismatch(
+                    f"{self.name}: state tensor of {state.dtype} {tuple(state.shape)}; this layer "
+                    f"takes int32 ({self.num_seeds}, 4)"
+                )
+            limits = torch.tensor(_COLUMN_MAX, device=state.device)
+            if bool(((state < 0) | (state > limits)).any()):
+                raise LayoutMismatch(f"{self.name}: the state tensor holds values out of range")
+        if alpha is not None:
+            if alpha.shape != (self.num_seeds,):
+                raise LayoutMismatch(
+                    f"{self.name}: alpha of shape {tuple(alpha.shape)}; this layer takes "
+                    f"({self.num_seeds},)"
+                )
+            if not bool(((alpha >= 0) & (alpha <= 1)).all()):
+                raise LayoutMismatch(f"{self.name}: alpha holds values outside 0 to 1")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StateTensor:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated
@@ -260,6 +276,7 @@ class StateTensor(nn.Module):
         self.alpha = to_device(self._alpha, self.alpha.device)
         return self
 
+    @torch.inference_mode(False)
     def _publish(self) -> None:
         # New tensors instead of writing in place: a backward still to run keeps its forward's.
         device = self.state_tensor.device

@@ -21,6 +21,12 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_compiled_code() -> None:
+    """Models of one class share a frame and its limit of recompiles: start each test without."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
 def _own_registry() -> Iterator[None]:
     """Blueprints that a test registers are gone after it: their names are taken once a process."""
     before = dict(registry._BY_KIND)

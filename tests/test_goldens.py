@@ -1,0 +1,120 @@
+"""The rewritten graphs, as text that people read; each with its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from graph_cases import CASES, Case
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from kasmina_fx import capture, find_matches, graph_diff, graph_text, inserted_text, rewrite
+from kasmina_fx.capture import FRONTENDS
+from kasmina_fx.passes import run_passes
+from kasmina_fx.reference import reference_mode
+from kasmina_fx.testing import USED_GOLDENS, RecordingBackend, assert_golden
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+#: The release whose front ends wrote the host's part of the golden files.
+HOST_RELEASE = torch.__version__.startswith("2.13.")
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def golden_text(before: GraphModule, after: GraphModule) -> str:
+    counts = graph_diff(before, after).op_counts
+    ops = "".join(f"{op} {count:+d}\n" for op, count in counts.items())
+    return f"# before\n{graph_text(before)}\n# after\n{graph_text(after)}\n# ops\n{ops}"
+
+
+@each_case
+def test_golden_of_dynamos_graph(case: Case) -> None:
+    if not HOST_RELEASE:
+        pytest.skip("the host's nodes are spelled as torch 2.13 does; inserted ones are checked below")
+    before = capture(case.model(), case.x())
+    result = rewrite(before)
+    assert result.modified
+    assert_golden(golden_text(before, result.graph_module), case.name, golden_dir=GOLDEN)
+
+
+@each_case
+def test_golden_of_inserted_nodes_is_one_for_all_front_ends(case: Case) -> None:
+    for frontend in FRONTENDS:
+        after = rewrite(capture(case.model(), case.x(), frontend=frontend)).graph_module
+        assert_golden(inserted_text(after), f"inserted/{case.name}", golden_dir=GOLDEN)
+
+
+@each_case
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_golden_cases_match_what_they_should(case: Case, frontend: str) -> None:
+    matches = find_matches(capture(case.model(), case.x(), frontend=frontend))
+    assert len(matches) == case.markers
+    assert sum(len(match.banks) for match in matches) == case.banks
+    assert all(match.reason is None and match.layer for match in matches)
+
+
+@each_case
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("batch", [3, 7])
+def test_golden_cases_compute_what_the_reference_does(
+    case: Case, frontend: str, batch: int
+) -> None:
+    model, x = case.model().double(), case.x(batch).double()
+    expected = outcome(model, x, reference=True)
+    if frontend == "dynamo":
+        run = torch.compile(model, backend=RecordingBackend("eager"), fullgraph=True)
+    elif frontend == "fx":
+        run = rewrite(capture(model, case.x().double(), frontend="fx")).graph_module
+    else:
+        program = torch.export.export(
+            model, (case.x().double(),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+        )
+        run = run_passes(program.module()).graph_module
+    assert_close(outcome(model, x, run=run), expected)
+
+
+def outcome(
+    model: nn.Module, x: Tensor, *, run: nn.Module | None = None, reference: bool = False
+) -> dict[str, Tensor]:
+    """Output and all gradients."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    if run is not None:
+        run.zero_grad()
+    if reference:
+        with reference_mode(model):
+            out = model(x)
+    else:
+        out = (model if run is None else run)(x)
+    out.square().sum().backward()
+    assert x.grad is not None
+    return {"out": out.detach(), "x": x.grad} | gradients(run if run is not None else model)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    # Exported programs and traced graphs name their parameters as the model does.
+    return {
+        name.removeprefix("_orig_mod."): torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in module.named_parameters()
+    }
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-10) -> None:
+    missing = {name for name in expected.keys() - got.keys() if bool(expected[name].any())}
+    assert not missing
+    for name in expected.keys() & got.keys():
+        torch.testing.assert_close(got[name], expected[name], atol=atol, rtol=atol, msg=name)
+
+
+def test_no_golden_file_is_an_orphan() -> None:
+    names = {f"{folder}{case.name}" for case in CASES for folder in ("", "inserted/")}
+    files = {
+        path.relative_to(GOLDEN).with_suffix("").as_posix() for path in GOLDEN.rglob("*.txt")
+    }
+    assert files - names == set(), "golden files that no test reads: delete them"
+    assert names - files == set(), "cases without a golden file: make golden writes them"
+    used = {path for path in USED_GOLDENS if path.is_relative_to(GOLDEN)}
+    assert all(path.exists() for path in used)
