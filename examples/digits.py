@@ -11,50 +11,56 @@ import copy
 import re
 import statistics
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.syntax import Syntax
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-import kasmina_fx
-from kasmina_fx import GraphDiff, SeedLifecycle, kasmina_layers, kasminify
+from kasmina_fx import SeedLifecycle, capture, graph_diff, kasmina_layers, kasminify, rewrite
 
 NUM_SEEDS = 1000  # in each hidden layer of 1,024 features
 BATCH = 64
-HELD_OUT = 448  # 7 whole batches: one shape in training and evaluation, so one graph for each
-EPOCHS = 5  # in each of three phases: dormant, 16 seeds, 64 more
-RAMP_STEPS = 60  # over which alpha goes from 0 to 1; a phase has 105
+HELD_OUT = 448  # 7 whole batches: one shape throughout, so no graph is compiled for another
+GROWTH = (0, 16, 64)  # seeds that germinate at the start of each phase
+EPOCHS = 5  # of a phase
+RAMP_STEPS = 60  # over which a seed's alpha goes from 0 to 1; a phase has 105
+LEARNING_RATE = 3e-4
+DIFF_LINES = 24
+VIEW = re.compile(
+    r"= aten\.(view|permute|slice|unsqueeze|transpose|detach|sym_size|sym_numel)\.|= mul\("
+)
 SEED = 0
 
 console = Console(width=None if Console().is_terminal else 100)  # a pipe has no width of its own
-Picked = dict[str, list[int]]  # seed ids by layer
 
 
-# 1. The data: 1,797 images of 8 x 8 pixels that scikit-learn brings along.
+# 1. The data: 1,797 images of 8 x 8 pixels, which scikit-learn brings along.
 
 
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images to train on, float32 (n, 64) from 0 to 1, their labels, and the same held out."""
+    """Images to train on, float32 (n, 64) from 0 to 1, and their labels; the same, held out."""
     pixels, labels = load_digits(return_X_y=True)
     parts = train_test_split(pixels, labels, test_size=HELD_OUT, stratify=labels, random_state=SEED)
     train_x, held_x, train_y, held_y = (torch.from_numpy(part) for part in parts)
     return train_x.float() / 16, train_y, held_x.float() / 16, held_y
 
 
-def shuffled_batches(count: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers; what is left of an epoch after its last whole batch is dropped."""
-    for _ in range(epochs):
-        order = torch.randperm(count, generator=generator)
-        yield from order[: count - count % BATCH].split(BATCH)
+def batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The shuffled batches of a phase; rows of an epoch that fill no batch are dropped."""
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(labels))[: len(labels) - len(labels) % BATCH]
+        yield from ((images[rows], labels[rows]) for rows in order.split(BATCH))
 
 
 # 2. The network. Nothing in it knows of seeds.
@@ -73,94 +79,179 @@ def make_network() -> nn.Module:
 
 
 def is_hidden(module: nn.Module, name: str) -> bool:
-    """What is to grow. Not the output layer: its 10 features are the answer itself."""
+    """Which layers may grow. Not the output layer: its 10 features are the answer itself."""
     return name.startswith("hidden")
 
 
-# 3. One step of training, for the growing network and for its twin alike.
+# 3. Training, the same for the growing network and for its twin.
 
 
 class Trainee:
-    """A network with its optimizers and the times of its steps."""
+    """A network, its optimizers, and the seconds that each step took."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.optimizers = [torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)]
+    def __init__(self, network: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        self.network, self.forward = network, forward
+        self.optimizers = [torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, fused=True)]
         self.seconds: list[float] = []
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         start = time.perf_counter()
-        F.cross_entropy(self.network(images), labels).backward()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        F.cross_entropy(self.forward(images), labels).backward()
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad()
         self.seconds.append(time.perf_counter() - start)
 
-    @torch.no_grad()
-    def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Share of the images that it classifies right."""
-        self.network.eval()
-        # Held-out images must not help to pick the seeds: keep them out of the statistics.
-        for layer in kasmina_layers(self.network).values():
-            layer.telemetry_enabled = False
-        right = sum(
-            int((self.network(x).argmax(1) == y).sum())
-            for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True)
-        )
-        for layer in kasmina_layers(self.network).values():
-            layer.telemetry_enabled = True
-        self.network.train()
-        return right / len(labels)
+    def median_ms(self) -> float:
+        """Of the steps since it was last asked."""
+        seconds, self.seconds = self.seconds, []
+        return 1e3 * statistics.median(seconds)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of the images that the network classifies right."""
+    layers = kasmina_layers(network).values()
+    network.eval()
+    for layer in layers:
+        layer.telemetry_enabled = False  # held-out images must not help to pick seeds
+    pairs = zip(images.split(BATCH), labels.split(BATCH), strict=True)
+    right = sum(int((network(x).argmax(1) == y).sum()) for x, y in pairs)
+    for layer in layers:
+        layer.telemetry_enabled = True
+    network.train()
+    return right / len(labels)
 
 
 # 4. Growing. 1,024 features and 1,000 seeds make 24 chunks of 2 features and 976 of 1.
+
+Picked = dict[str, list[int]]  # seed ids by layer
 
 
 def find_sickest(network: nn.Module, count: int) -> Picked:
     """The dormant seeds of lowest health in the whole network.
 
-    Health is a chunk's variance beside its layer's median, 0.5 for a typical chunk and near 0 for
-    one that says nearly the same about every image. So it compares across layers.
+    Health is a chunk's variance beside its layer's median: 0.5 is typical, and near 0 is a chunk
+    that says the same of every image. Being relative, it compares across layers.
     """
     ranked = []
     for name, layer in kasmina_layers(network).items():
         report = layer.get_health_report()
         dormant = (report["stage"] == SeedLifecycle.DORMANT).nonzero().flatten().tolist()
         ranked += [(float(report["health"][seed]), name, seed) for seed in dormant]
+    ranked = sorted(ranked)[:count]
     picked: Picked = {}
-    for health, name, seed in sorted(ranked)[:count]:
+    for _, name, seed in ranked:
         picked.setdefault(name, []).append(seed)
+    if picked:
+        where = " and ".join(f"{len(seeds)} in {name}" for name, seeds in sorted(picked.items()))
+        low, high = ranked[0][0], ranked[-1][0]
+        console.print(f"{count} seeds germinate, {where}: health {low:.2f} to {high:.2f}")
     return picked
 
 
 def germinate(trainee: Trainee, picked: Picked) -> None:
-    """Wake seeds at alpha 0, and train their blueprints from now on.
+    """Wake seeds, at alpha 0, and train their blueprints from the next step on.
 
-    Each gets a blueprint of its own, the default ``mlp``: linear, ReLU, linear. As alpha goes to 1
-    it *replaces* what the host makes of the chunk. A sick chunk is where that costs least, and adds
-    what a linear layer can't do. ("lora", "affine" and "bottleneck" add to the chunk instead.)
+    Each gets a blueprint of its own, the default "mlp": linear, ReLU, linear. As alpha goes to 1 it
+    *replaces* what the host computes for the chunk. A sick chunk is where that costs least, and
+    what comes is no longer linear. ("lora" or "affine" would add to the chunk instead.)
     """
     layers = kasmina_layers(trainee.network)
     for name, seeds in picked.items():
         layers[name].request_germination(seeds, "mlp")
         layers[name].advance(seeds, SeedLifecycle.TRAINING)
         layers[name].advance(seeds, SeedLifecycle.GRAFTING)
-    # A layer's blueprints are stacked, and a stack that is full makes way for a larger one, a new
-    # Parameter. An optimizer from before would not know it, so make another. (With
-    # kasminify(..., reserve=128) all would be there from the start, and one optimizer enough.)
+    # A layer stacks its blueprints. A full stack gives way to a larger one, which is another
+    # Parameter that no optimizer knows yet: so here is a new optimizer for all of them. (With
+    # kasminify(..., reserve=128) the stacks are there from the start, and so can be the optimizer.)
     stacks = [stack for layer in layers.values() for stack in layer.blueprint_parameters()]
-    trainee.optimizers[1:] = [torch.optim.AdamW(stacks, lr=1e-3, weight_decay=0.0, fused=True)]
+    trainee.optimizers[1:] = [torch.optim.AdamW(stacks, lr=LEARNING_RATE, fused=True)]
 
 
-def ramp(network: nn.Module, picked: Picked, step: int) -> None:
-    """Blend new seeds in a little further. Alpha is data to the compiled graph."""
+def blend_in(network: nn.Module, picked: Picked, step: int) -> None:
+    """Raise the new seeds' alpha a little. The compiled graph reads it from a tensor."""
     layers = kasmina_layers(network)
     for name, seeds in picked.items():
         if step < RAMP_STEPS:
             layers[name].set_alpha(seeds, (step + 1) / RAMP_STEPS)
 
 
-# 5. What is shown.
+# 5. The story: three phases, without a stop between them.
+
+
+def main() -> None:
+    started = time.perf_counter()
+    torch.manual_seed(SEED)
+    # Enough for a network of this size, and steadier where other programs share the cores.
+    torch.set_num_threads(1)
+    train_x, train_y, held_x, held_y = load()
+    network = make_network()
+    plain = copy.deepcopy(network)
+    twin = Trainee(plain, torch.compile(plain))
+    grower = Trainee(network, network)  # made ahead of the seeds: this optimizer is for the host
+
+    # From this line on the network can grow. It is the same object around the same parameters.
+    kasminify(network, num_seeds=NUM_SEEDS, filter_fn=is_hidden)
+    print_setup(network, train_y)
+    print_diff("hidden1, all seeds dormant", network, train_x[:BATCH])
+
+    # Compile the twin, with no step. Each graph that anything compiles from here on is counted.
+    rule("Training")
+    twin.forward(train_x[:BATCH]).sum().backward()
+    not_ours = counters["stats"]["unique_graphs"]
+
+    phases: list[Phase] = []
+    active = 0
+    with progress_bar() as progress:
+        bar = progress.add_task("", total=len(GROWTH) * EPOCHS * (len(train_y) // BATCH))
+        for count in GROWTH:
+            picked = find_sickest(network, count)
+            if picked:
+                germinate(grower, picked)
+            active += count
+            progress.update(bar, description=f"{active:2} seeds active")
+            for step, (images, labels) in enumerate(batches(train_x, train_y)):
+                blend_in(network, picked, step)
+                # In turns, each first every second time: whatever else is running slows both.
+                for trainee in (grower, twin) if step % 2 else (twin, grower):
+                    trainee.step(images, labels)
+                progress.advance(bar)
+            ours = accuracy(network, held_x, held_y), grower.median_ms()
+            its = accuracy(plain, held_x, held_y), twin.median_ms()
+            graphs = counters["stats"]["unique_graphs"] - not_ours
+            phases.append(Phase(active, ours, its, graphs))
+
+    print_diff("hidden1, growing", network, train_x[:BATCH])
+    print_results(phases)
+    console.print(f"{time.perf_counter() - started:.0f} s in all, compiling included")
+
+
+# 6. What is printed.
+
+
+class Phase(NamedTuple):
+    """What there is to say at the end of a phase."""
+
+    active: int
+    ours: tuple[float, float]  # held-out accuracy, median milliseconds of a step
+    twin: tuple[float, float]
+    graphs: int  # compiled so far
+
+
+def rule(title: str) -> None:
+    console.print()
+    console.rule(f"[bold]{title}", align="left", characters="-")
+
+
+def print_setup(network: nn.Module, train_y: Tensor) -> None:
+    rule("Setup")
+    console.print(f"{len(train_y)} handwritten digits to train on, {HELD_OUT} held out")
+    for name, layer in kasmina_layers(network).items():
+        sizes = Counter(layer.chunks.sizes).items()
+        chunks = " and ".join(f"{count} of {size}" for size, count in sizes)
+        console.print(f"{name}: {layer.chunks.layer_dim} features, a seed on each chunk: {chunks}")
 
 
 def progress_bar() -> Progress:
@@ -168,84 +259,41 @@ def progress_bar() -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=console)
 
 
-def print_picked(network: nn.Module, picked: Picked) -> None:
-    for name, seeds in picked.items():
-        health = kasmina_layers(network)[name].get_health_report()["health"][seeds]
-        console.print(
-            f"  {name}: {len(seeds)} seeds germinate, {seeds[:4]} first; "
-            f"health {health.min():.3f} to {health.max():.3f}"
-        )
-
-
-def diff_of(network: nn.Module, images: Tensor) -> GraphDiff:
-    """What the passes make of the first hidden layer, as Dynamo hands it to them."""
+def print_diff(title: str, network: nn.Module, images: Tensor) -> None:
+    """One layer's graph as Dynamo hands it to the passes (-), and as they leave it (+)."""
     layer = kasmina_layers(network)["hidden1"]
-    layer.telemetry_enabled = False  # its statistics are 70 lines more
-    before = kasmina_fx.capture(layer, images)
+    layer.telemetry_enabled = False  # the arithmetic of its statistics is some 70 lines more
+    before = capture(layer, images)
     layer.telemetry_enabled = True
-    return kasmina_fx.graph_diff(before, kasmina_fx.rewrite(before).graph_module)
+    diff = graph_diff(before, rewrite(before).graph_module)
+    lines = [re.sub(" {2,}", "  ", line) for line in str(diff).splitlines()[2:]]
+    lines = [line for line in lines if line[0] in "+-" and not VIEW.search(line)]
+    rule(f"Graph before (-) and after (+) the passes: {title}")
+    for line in lines[:DIFF_LINES]:
+        text = Text(line, style="green" if line[0] == "+" else "red")
+        console.print(text, no_wrap=True, overflow="ellipsis")
+    views = sum(count for op, count in diff.op_counts.items() if VIEW.search(f"= {op}("))
+    if len(lines) > DIFF_LINES:
+        more = len(lines) - DIFF_LINES
+        console.print(f"... {more} lines more for the other chunks, and {views} views and sizes")
 
 
-def print_diff(title: str, diff: GraphDiff, limit: int) -> None:
-    lines = [re.sub("  +", "  ", line) for line in str(diff).splitlines()[3:]]
-    short = [line if len(line) < 97 else line[:93] + " ..." for line in lines[:limit]]
-    console.rule(title)
-    console.print(Syntax("\n".join(short), "diff", background_color="default"))
-    if len(lines) > limit:
-        console.print(f"... {len(lines) - limit} lines more. In all:")
-    console.print(", ".join(f"{n:+} {op}" for op, n in diff.op_counts.items()), style="dim")
-
-
-# 6. The story.
-
-
-def main() -> None:
-    started = time.perf_counter()
-    torch.manual_seed(SEED)
-    train_x, train_y, held_x, held_y = load()
-    network = make_network()
-    twin = Trainee(copy.deepcopy(network))
-    grower = Trainee(network)  # so its first optimizer has the host's parameters
-
-    # Now the network can grow. It stays the same object around the same parameters.
-    kasminify(network, num_seeds=NUM_SEEDS, filter_fn=is_hidden)
-    twin.network.compile()
-    print_diff("dormant", diff_of(network, train_x[:BATCH]), 12)
-
-    # Both kinds of the twin's graphs are compiled before the counting starts, without a step.
-    twin.network(train_x[:BATCH])
-    twin.accuracy(held_x[:BATCH], held_y[:BATCH])
-    before = counters["stats"]["unique_graphs"]
-
-    growth = Table("seeds active", "held-out accuracy", "plain twin", "graphs compiled in all")
-    times = Table("seeds active", "training step", "plain twin", "ratio")
-    generator = torch.Generator().manual_seed(SEED)
-    active = 0
-    with progress_bar() as progress:
-        bar = progress.add_task("", total=3 * EPOCHS * (len(train_y) // BATCH))
-        for more in (0, 16, 64):
-            active += more
-            progress.update(bar, description=f"{active} seeds active")
-            picked = find_sickest(network, more)
-            print_picked(network, picked)
-            if picked:
-                germinate(grower, picked)
-            grower.seconds, twin.seconds = [], []
-            for step, rows in enumerate(shuffled_batches(len(train_y), EPOCHS, generator)):
-                ramp(network, picked, step)
-                # In turns, each first every second time: what else the machine does hits both.
-                for trainee in (grower, twin) if step % 2 else (twin, grower):
-                    trainee.step(train_x[rows], train_y[rows])
-                progress.advance(bar)
-            ours, plain = (statistics.median(t.seconds) for t in (grower, twin))
-            times.add_row(str(active), f"{ours*1e3:.1f} ms", f"{plain*1e3:.1f} ms", f"{ours/plain:.2f}")
-            scores = (f"{t.accuracy(held_x, held_y):.2%}" for t in (grower, twin))
-            compiled = counters["stats"]["unique_graphs"] - before
-            growth.add_row(str(active), *scores, str(compiled))
-    console.print(growth)
-    console.print(times)
-    print_diff("80", diff_of(network, train_x[:BATCH]), 30)
-    console.print(f"{time.perf_counter() - started:.0f} s")
+def print_results(phases: list[Phase]) -> None:
+    rule("Results")
+    heads = "active seeds", "accuracy", "twin's", "step", "twin's", "ratio", "graphs so far"
+    table = Table(*(Column(head, justify="right") for head in heads), box=box.SIMPLE_HEAD)
+    for active, (accuracy_, step), (twin_accuracy, twin_step), graphs in phases:
+        scores = f"{accuracy_:.2%}", f"{twin_accuracy:.2%}"
+        times = f"{step:.1f} ms", f"{twin_step:.1f} ms", f"{step / twin_step:.2f}"
+        table.add_row(str(active), *scores, *times, str(graphs))
+    console.print(table)
+    first, last = phases[0], phases[-1]
+    console.print(
+        f"Held-out accuracy: {first.ours[0]:.2%} before growing, {last.ours[0]:.2%} after.\n"
+        f"Plain twin, trained as long: {last.twin[0]:.2%}. One image is {1 / HELD_OUT:.2%}.\n"
+        f"Graphs compiled: {last.graphs}; dormant and growing, each for training and evaluation: 4.\n"
+        "Steps are medians of a phase, from the forward to the optimizer; the twin is compiled too."
+    )
 
 
 if __name__ == "__main__":

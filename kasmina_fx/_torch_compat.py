@@ -6,7 +6,6 @@ Checked on torch 2.11 and 2.13.
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,11 +14,12 @@ from typing import Any, cast
 import torch
 import torch._inductor
 from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.callback import CallbackTrigger
 from torch._dynamo.source import ConstantSource
 from torch._inductor import config as inductor_config
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
 from torch.utils import _pytree as pytree
 
 from kasmina_fx.errors import InvalidArgument
@@ -29,6 +29,11 @@ def in_backward() -> bool:
     """Is this thread running inside ``backward()`` (as a recomputed forward does)?"""
     # -1 outside the autograd engine; there is no public way to ask.
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def known_empty(t: torch.Tensor) -> bool:
+    """Has a tensor no elements? False where only a symbol says how many it has."""
+    return statically_known_true(t.numel() == 0)
 
 
 def mark_dynamic(t: torch.Tensor, dim: int) -> None:
@@ -164,29 +169,22 @@ def lookup_backend(name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def compile_events() -> Iterator[list[str]]:
-    """The compiles that Dynamo starts inside, each with its reason as Dynamo logs it."""
+    """Graphs that Dynamo compiles inside, with Dynamo's reasons once the block has ended."""
+    compiled: list[str] = []
     events: list[str] = []
 
-    class Reasons(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            if message.startswith("Recompiling"):
-                events[-1:] = [message]
+    def started(args: Any) -> None:
+        if args.callback_trigger is CallbackTrigger.DYNAMO:
+            compiled.append(str(args.compile_id))
 
-    # Callbacks tell of every compile, first ones too; the log of recompiles alone has the reasons.
-    log = logging.getLogger("torch._dynamo.guards.__recompiles")
-    handler, level = Reasons(), log.level
-    on_start = torch._dynamo.callback.on_compile_start(
-        lambda args: events.append(f"compile {getattr(args, 'compile_id', '')}, first of its code")
-    )
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG)
+    callback = torch._dynamo.callback.on_compile_start(started)
     try:
         yield events
     finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        torch._dynamo.callback.callback_handler.remove_start_callback(on_start)
+        torch._dynamo.callback.callback_handler.remove_start_callback(callback)
+        metrics = torch._dynamo.utils.get_compilation_metrics()
+        reasons = {m.compile_id: m.recompile_reason for m in metrics}
+        events += [f"[{i}] {reasons.get(i) or 'the first compile of its code'}" for i in compiled]
 
 
 def compile_in_place(model: torch.nn.Module, **options: Any) -> None:

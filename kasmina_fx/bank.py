@@ -202,9 +202,9 @@ class Bank(nn.Module):
                 del self._parameters[name]
             self.grow(len(slots))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        for name, stack in self._parameters.items():
-            if stack is not None and not isinstance(stack, StackedParameter):  # assign=True
-                self._parameters[name] = StackedParameter(stack.detach(), stack.requires_grad)
+        for name, loaded in list(self._parameters.items()):
+            if loaded is not None and not isinstance(loaded, StackedParameter):  # assign=True
+                self._parameters[name] = StackedParameter(loaded.detach(), loaded.requires_grad)
 
 
 def check_bank(

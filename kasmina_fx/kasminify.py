@@ -123,12 +123,13 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
     """
     plain: M = uncompiled(model)
     layers = kasmina_layers(plain)
-    uses = Counter(id(parameter) for owner in plain.modules() for parameter in owner._parameters.values())
+    uses = Counter(id(p) for owner in plain.modules() for p in owner._parameters.values())
     uses.update(id(p) for layer in layers.values() for p in layer.base.parameters())
-    uses.subtract(id(p) for base in {layer.base for layer in layers.values()} for p in base.parameters())
     for name, layer in layers.items():
         for seed_id in layer.state.blended.nonzero().flatten().tolist():
-            why = _why_not_folded(layer, seed_id, uses) if fold else "pass fold=True if it is affine"
+            why = (
+                _why_not_folded(layer, seed_id, uses) if fold else "pass fold=True if it is affine"
+            )
             if why is not None:
                 raise StillGrowing(f"{name or 'model'}: seed {seed_id} is blended: {why}")
     for layer in layers.values():
@@ -240,7 +241,7 @@ def _why_not_folded(layer: KasminaLayer, seed_id: int, uses: Mapping[int, int]) 
         return f"a {type(layer.base).__name__} has no weight to fold into"
     if is_parametrized(layer.base):
         return "its base's weight is computed by a parametrization"
-    if any(uses[id(parameter)] > 1 for parameter in layer.base.parameters()):
+    if any(uses[id(p)] > 2 for p in layer.base.parameters()):  # its base's and its layer's
         return "its base's weight is tied to another module's"
     if not all(bool(t.isfinite().all()) for t in held[0].slot_tensors(held[1]).values()):
         return "its blueprint holds NaN or Inf"

@@ -68,8 +68,8 @@ def _pull(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _pull_decomposition(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    # An index, not index_select: Inductor makes it a pointwise load, which fuses. Unsafe, because the
-    # maps are ours, and a bounds check for every row of every chunk takes a third of a CPU's blend.
+    # An index, not index_select: Inductor makes it a pointwise load, which fuses. Unsafe, because
+    # the maps are ours, and a bounds check for each row of each chunk slows a CPU's blend.
     taken = torch.ops.aten._unsafe_index.Tensor(f, [index.clamp_min(0)])
     masked: Tensor = taken.masked_fill((index < 0).view(-1, *[1] * (f.dim() - 1)), 0.0)
     return masked

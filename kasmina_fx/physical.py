@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kasmina_fx._torch_compat import known_empty
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.layout import BankSpec, ChunkLayout, Run, parse_banks
 from kasmina_fx.telemetry import merge_statistics
@@ -30,7 +31,7 @@ def blend(
 ) -> tuple[Tensor, Tensor]:
     """``kasmina::blend``; shapes in :mod:`kasmina_fx.ops`."""
     layout, specs = ChunkLayout.parse(chunks), parse_banks(banks)
-    if not specs:
+    if not specs or known_empty(y):
         return y.clone(), y.new_zeros(layout.num_seeds, dtype=torch.int32)
     dim = layout.feature_dim % y.dim() - y.dim()
     parts, rejected, first = [], [], 0
@@ -99,14 +100,15 @@ def _blend_bank(
     wide = torch.promote_types(torch.promote_types(part.dtype, pulled.dtype), torch.float32)
     exact = part.to(wide)
     grown = exact + weight.view(column).to(wide) * (pulled.to(wide) - exact)
-    # A where, not a product with 0: an unblended chunk stays what it was to the bit, NaN, Inf and -0
-    # included.
+    # A where, not a product with 0: an unblended chunk keeps its bits, NaN, Inf and -0 included.
     out = torch.where(blended, grown.to(part.dtype), part)
     return out, (mine & (weight < 0)).to(torch.int32)
 
 
 def observe(y: Tensor, rejected: Tensor | None, telemetry: Tensor, chunks: str) -> None:
     """``kasmina::observe``; shapes in :mod:`kasmina_fx.ops`."""
+    if known_empty(y):
+        return
     layout = ChunkLayout.parse(chunks)
     with torch.no_grad():
         telemetry.copy_(merge_statistics(y.detach(), rejected, telemetry, layout))

@@ -38,8 +38,10 @@ def reference_mode(model: nn.Module) -> Iterator[None]:
         layer.__dict__["forward"] = lambda *args, _layer=layer, **kwargs: forward(
             _layer, *args, **kwargs
         )
+    implementation, model._compiled_call_impl = model._compiled_call_impl, None
     try:
         yield
     finally:
+        model._compiled_call_impl = implementation
         for layer in layers:
             del layer.__dict__["forward"]

@@ -28,7 +28,8 @@ def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
         InvalidArgument: The same id twice, or a tensor of more than one dimension.
     """
     if isinstance(seed_ids, Tensor):
-        if seed_ids.dtype == torch.bool or seed_ids.dtype.is_floating_point:
+        dtype = seed_ids.dtype
+        if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
             raise InvalidType(f"{where}: seed ids are {seed_ids.dtype}; give an integer tensor")
         if seed_ids.dim() > 1:
             raise InvalidArgument(
@@ -37,11 +38,15 @@ def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
         ids = seed_ids.detach().to("cpu", torch.int64).reshape(-1)
     else:
         given: Any = [seed_ids] if _is_single(seed_ids) else seed_ids
-        ids = torch.tensor([_as_int(i, where) for i in given], dtype=torch.int64)
-    outside = ids[(ids < 0) | (ids >= num_seeds)]
+        ints = [_as_int(i, where) for i in given]
+        # What int64 can't hold is outside as well.
+        ids = torch.tensor([max(-1, min(i, num_seeds)) for i in ints], dtype=torch.int64)
+    outside = ((ids < 0) | (ids >= num_seeds)).nonzero().flatten()
     if len(outside):
+        first = int(outside[0])
+        wrong = int(seed_ids.reshape(-1)[first]) if isinstance(seed_ids, Tensor) else ints[first]
         raise SeedIndexError(
-            f"{where}: seed {int(outside[0])} does not exist; it has seeds 0 to {num_seeds - 1}"
+            f"{where}: seed {wrong} does not exist; it has seeds 0 to {num_seeds - 1}"
         )
     values, counts = ids.unique(return_counts=True)
     if len(values) != len(ids):
@@ -51,11 +56,11 @@ def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
 
 
 def _is_single(seed_ids: object) -> bool:
-    return isinstance(seed_ids, str) or not isinstance(seed_ids, Iterable)
+    return isinstance(seed_ids, (str, bytes)) or not isinstance(seed_ids, Iterable)
 
 
 def _as_int(value: Any, where: str) -> int:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
         raise InvalidType(f"{where}: seed id {value!r} is a bool; give an int")
     try:
         return operator.index(value)

@@ -150,8 +150,8 @@ class StateTensor(nn.Module):
         """Write columns of some rows: ``set_rows([3, 5], lifecycle_state=1, blueprint_id=7)``.
 
         Raises:
-            InvalidArgument: An unknown column, or a value outside its column's range; nothing is
-                written.
+            InvalidArgument, InvalidType: An unknown column, or a value outside its column's range;
+                nothing is written.
         """
         ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
         staged = self._mirror[ids]
@@ -159,7 +159,14 @@ class StateTensor(nn.Module):
             if name not in _COLUMN_NAME:
                 raise InvalidArgument(f"{self.name}: no column {name!r}; it has {_COLUMN_NAME}")
             column = _COLUMN_NAME.index(name)
-            values = torch.as_tensor(value, dtype=torch.int64)
+            values = torch.as_tensor(value)
+            if values.dtype.is_floating_point or values.dtype.is_complex:
+                raise InvalidType(f"{self.name}: {name}={value!r}; give ints")
+            if values.shape not in ((), (1,), (len(ids),)):
+                raise InvalidArgument(
+                    f"{self.name}: {name} of shape {tuple(values.shape)} for {len(ids)} seeds"
+                )
+            values = values.to("cpu", torch.int64)
             wrong = values[(values < 0) | (values > _COLUMN_MAX[column])]
             if wrong.numel():
                 raise InvalidArgument(

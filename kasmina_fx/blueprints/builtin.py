@@ -26,6 +26,7 @@ class PerFeature(nn.Module):
         raise NotImplementedError(type(self).__name__)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``rows``, wherever the features are."""
         return self.rows(x.movedim(self.dim, -1)).movedim(-1, self.dim)
 
 

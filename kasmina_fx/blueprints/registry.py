@@ -64,7 +64,7 @@ def register(
         while name in _BY_KIND:
             number += 1
             name = f"{own}-{number}"
-    name = name or own
+    name = own if name is None else name
     if not _NAME.fullmatch(name):
         raise InvalidArgument(
             f"blueprint name {name!r}: letters, digits, '_' and '-', no digit first"

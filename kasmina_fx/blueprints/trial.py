@@ -84,7 +84,8 @@ def register_for(
 
 
 def _try(blueprint: Blueprint, size: int, features: Features, like: Tensor | None) -> str | None:
-    chunk = example_chunk(features, size, like)
+    with torch.random.fork_rng(devices=[]):  # asking must not move the user's seed
+        chunk = example_chunk(features, size, like)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             module = blueprint.module(size)
