@@ -58,12 +58,13 @@ class Contender:
 
 def host(shape: Shape) -> Contender:
     model = shape.host()
-    return Contender(torch.compile(model), model, model[0].weight, True)
+    linear: Any = model[0]
+    return Contender(torch.compile(model), model, linear.weight, True)
 
 
 def grown(shape: Shape, seeds: int, active: range, **options: Any) -> nn.Sequential:
     """A kasminified host; the same blueprints whenever the arguments are the same."""
-    model = kasminify(shape.host(), num_seeds=seeds, **options)
+    model: nn.Sequential = kasminify(shape.host(), num_seeds=seeds, **options)
     layer: Any = model[0]
     torch.manual_seed(1)
     if active:
@@ -92,14 +93,15 @@ def reference(source: nn.Sequential) -> Contender:
 class Loop(nn.Module):
     """The loop that a person writes who cares for speed: parameters ready, no `if` on data.
 
-    The reference's `if` on a tensor can't be compiled whole, so that this is the one to compile. The
-    guard is the largest magnitude: Inductor takes three times as long for `isfinite().all()` on a CPU.
+    The reference's `if` on a tensor can't be compiled whole, so that this is the one to compile.
+    The guard is the largest magnitude: with `isfinite().all()` Inductor's code for a CPU takes
+    three times as long.
     """
 
     def __init__(self, shape: Shape, source: nn.Sequential) -> None:
         super().__init__()
         layer: Any = source[0]
-        self.base = shape.host()[0]
+        self.base: Any = shape.host()[0]
         self.sizes = list(layer.chunks.sizes)
         self.blueprints = nn.ParameterList()
         self.first: list[int] = [-1] * len(self.sizes)
@@ -129,7 +131,7 @@ class Vmapped(nn.Module):
     def __init__(self, shape: Shape, source: nn.Sequential) -> None:
         super().__init__()
         layer: Any = source[0]
-        self.base = shape.host()[0]
+        self.base: Any = shape.host()[0]
         self.runs = list(layer.chunks.layout.runs)
         self.stacks = nn.ModuleDict()
         self.templates: dict[str, tuple[nn.Module, list[str]]] = {}  # not part of the model

@@ -21,15 +21,15 @@ FEW = 5  # a median of fewer rounds says so
 HEADER = ("features", "seeds", "active", "mode", "host ms", *c.CONTENDERS, "memory")
 
 NOTES = """\
-Ratios to the plain compiled host, medians over rounds in which it was measured, too; (n): of only n.
+Ratios to the plain compiled host, medians over rounds that measured both; (n): of only n rounds.
 - host again: the same host a second time. Its distance from 1.00 is the noise.
 - reference: kasmina_fx.reference, which makes each active seed's module anew in every call. Forward
   at 16 and 1,024 seeds only: its time grows with the seeds, and its gradients are the loop's.
 - loop eager: the same loop with its parameters ready. At 256 seeds forward only.
 - loop compiled: at 16 seeds only. Its graph grows with the seeds, and compile time with it (seen on
   2 CPU cores: 7, 21 and 70 s for 16, 64 and 256); more than 16 run past what a benchmark may take.
-- vmap eager: torch.func.vmap over stacked modules, chunks of one size at a time. With no active seed
-  there is nothing to map.
+- vmap eager: torch.func.vmap over stacked modules, chunks of one size at a time. With no active
+  seed there is nothing to map.
 - memory: of kasmina + telemetry in training: parameters, buffers and the peak growth during a step,
   over the host's. On CUDA as allocated, on a Linux CPU as resident; "-" where it can't be read."""
 

@@ -26,7 +26,7 @@ class Plan:
 
     rounds: int
     sample_s: float
-    budget_s: float  # a contender: slower ones take part in fewer rounds, in one at least
+    budget_s: float  # a contender: slower ones take part in fewer rounds, down to 3, then 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def interleave(
             seconds = min(seconds, sample(step, inputs, 5 if seconds < plan.sample_s else 1))
         calls[name] = max(1, min(50, round(plan.sample_s / seconds)))
         affordable = int(plan.budget_s / (calls[name] * seconds))
-        rounds[name] = max(1, min(plan.rounds, affordable))
+        fewest = 3 if seconds < plan.budget_s else 1
+        rounds[name] = max(fewest, min(plan.rounds, affordable))
     names = list(steps)
     rounds[names[0]] = max(rounds.values())
     seconds_of: dict[str, list[float]] = {name: [] for name in names}

@@ -1,6 +1,6 @@
 """What seeds cost beside the plain compiled host, and beside other ways to write them.
 
-    python benchmarks/overhead.py --device cpu|cuda [--quick] [--check] [--json PATH] [--seeds N ...]
+    python benchmarks/overhead.py --device cpu|cuda [--quick] [--check] [--json PATH] [--seeds N]
 
 One process, one run. All ratios are to `torch.compile(Linear + GELU)` of the same shape, measured
 in the same rounds; `_contenders.py` says what is compared, `_timing.py` how it is measured. Active

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from kasmina_fx import host_state
-from kasmina_fx._torch_compat import compile_in_place, uncompiled
+from kasmina_fx._torch_compat import compile_in_place, mode_options, uncompiled
 from kasmina_fx.backend import kasmina, split_options
 from kasmina_fx.chunked_layer import ChunkedKasminaLayer
 from kasmina_fx.colony import Colony
@@ -101,9 +101,10 @@ def kasminify(
             setattr(owner, _KEPT, getattr(owner, name))
             setattr(owner, name, off)
     if compile:
-        compile_in_place(
-            root, backend=kasmina, mode=mode, options=dict(options or {}), dynamic=dynamic
-        )
+        given = dict(options or {})
+        if mode is not None and given:  # torch.compile takes one of them: spell the mode out
+            mode, given = None, mode_options(mode) | given
+        compile_in_place(root, backend=kasmina, mode=mode, options=given or None, dynamic=dynamic)
     return root
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch.fx import GraphModule, Node
 
+from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.errors import KasminaError
 from kasmina_fx.layout import BankSpec, ChunkLayout, parse_banks
 from kasmina_fx.ops import BLEND, MARKERS, OBSERVE
@@ -89,6 +90,8 @@ def _match(module: GraphModule, node: Node) -> Match:
     if overload_of(node) is BLEND:
         try:
             banks = parse_banks(argument(node, "banks"))
+            for bank in banks:
+                lookup(bank.kind)
         except KasminaError as error:
             reason = str(error)
     if banks or overload_of(node) is OBSERVE:

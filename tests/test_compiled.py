@@ -1,4 +1,4 @@
-"""Compiled models against the reference: any mix of seeds, and all that torch does with modules."""
+"""Compiled models against the reference, and all else that torch does with modules."""
 
 from __future__ import annotations
 
