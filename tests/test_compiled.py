@@ -21,7 +21,7 @@ SLOW = pytest.mark.slow  # many kernels for a C++ compiler
 
 
 def mixed() -> nn.Module:
-    """Every built-in, private and shared, several chunk sizes, some seeds dormant or still training."""
+    """Every built-in, private and shared, several chunk sizes; some seeds not blended."""
     torch.manual_seed(0)
     model = wrapped(TwoLayers(), seeds=5, telemetry=True)
     up, down = layer_of(model, "up"), layer_of(model, "down")
@@ -318,7 +318,7 @@ def test_convolution_in_both_memory_formats(channels_last: bool) -> None:
     graft(layer_of(model, "conv"), [0, 2])
     x = torch.randn(2, 3, 5, 5)
     if channels_last:
-        model = model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
         x = x.to(memory_format=torch.channels_last)
     got = outcome(model, compiled(model, "aot_eager"), x)
     torch.testing.assert_close(got, judged(model, x), atol=1e-5, rtol=1e-4)

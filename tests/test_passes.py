@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from graph_cases import CASES, Case, OneLayer, layer_of, wrapped
@@ -106,7 +108,7 @@ def test_dormant_elimination_takes_the_marker_and_leaves_growing_ones() -> None:
     gm = dormant()
     assert EliminateDormant()(gm).modified
     assert [match.is_blend for match in find_matches(gm)] == [False]
-    observe = find_matches(gm)[0].node
+    observe: Any = find_matches(gm)[0].node
     assert observe.args[0].target is torch._C._nn.linear
     assert observe.args[1] is None
     assert not EliminateDormant()(growing()).modified

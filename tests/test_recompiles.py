@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ class Life:
         return sum(int((layer.state.stages == stage).sum()) for layer in self.layers)
 
 
-def step(model: nn.Module, run: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+def step(model: nn.Module, run: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     model.zero_grad()
     out = run(x)
     out.square().mean().backward()
