@@ -298,8 +298,8 @@ def print_results(phases: list[Phase]) -> None:
         f"Plain twin, trained as long:      {last.twin[0]:.2%} (one image is {1 / HELD_OUT:.2%})\n"
         f"Graphs compiled in all: {last.graphs} (dormant and growing, each for training and "
         "evaluation, make 4)\n"
-        "A step is forward, backward and optimizers, the median of a phase; the twin is compiled, too."
-        "\nRaising alpha comes on top, in every fifth step of a ramp.",
+        "A step is forward, backward and optimizers, the median of a phase. The twin is compiled too.\n"
+        "Raising alpha comes on top, in every fifth step of a ramp.",
         soft_wrap=True,
     )
 

@@ -67,6 +67,13 @@ class SymbolicSizes:
             self._symbols[name] = cast("torch.SymInt", made)  # an int for a constant alone
         return self._symbols[name]
 
+    def specialized(self) -> bool:
+        """Did tracing turn one of the symbols into a number, or two into one?"""
+        # An expression reads as what replaced it.
+        expressions = [size.node.expr for size in self._symbols.values()]
+        known = [e for e in expressions if not e.is_number]
+        return len(known) < len(expressions) or len(set(known)) < len(known)
+
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
         """For ``make_fx`` on fake tensors with such sizes."""

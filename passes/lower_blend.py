@@ -57,7 +57,11 @@ class LowerBlend(GraphPass):
             return physical.blend(y, seeds, positions, alphas, params, chunks, banks)
 
         template = trace_template(
-            ("blend", chunks, banks), blend, self._arguments(match, lists), autocast_at(node)
+            ("blend", chunks, banks),
+            blend,
+            self._arguments(match, lists),
+            inputs,
+            autocast_at(node),
         )
         results = splice(match.graph_module, node, template, inputs, by=self.name)
         for nodes, result in zip(outputs_of(node), results, strict=True):

@@ -50,7 +50,7 @@ class PlaceTelemetry(GraphPass):
             return ()
 
         template = trace_template(
-            ("observe", chunks, len(inputs)), observe, arguments, autocast_at(node)
+            ("observe", chunks, len(inputs)), observe, arguments, inputs, autocast_at(node)
         )
         splice(match.graph_module, node, template, inputs, by=self.name)
         match.graph_module.graph.erase_node(node)

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kasmina_fx._torch_compat import SymbolicSizes
+from kasmina_fx.errors import RewriteError
 from kasmina_fx.passes.metadata import value_of
 from kasmina_fx.passes.regions import Autocast
 
@@ -71,10 +72,21 @@ def trace_template(
     key: Hashable,
     fn: Callable[..., Any],
     arguments: Sequence[Argument],
+    inputs: Sequence[Node],
     autocast: Autocast,
 ) -> GraphModule:
-    """The graph of ``fn`` on such arguments; ``key`` stands for ``fn`` in the cache."""
-    return _trace(_Keyed(key, fn), tuple(arguments), autocast)
+    """The graph of ``fn`` on such arguments; ``key`` stands for ``fn`` in the cache.
+
+    A user's module may insist on a size (``vmap`` of a LayerNorm before a Linear does). Then the
+    graph is traced on the exact sizes of ``inputs``; asking for these makes Dynamo guard on them.
+    """
+    template = _trace(_Keyed(key, fn), tuple(arguments), autocast)
+    if template is None:
+        exact = [tensor_argument(n, fixed=set(range(value_of(n).dim()))) for n in inputs]
+        template = _trace(_Keyed(key, fn), tuple(exact), autocast)
+    if template is None:
+        raise RewriteError(f"{key}: tracing on exact sizes still asks for others")
+    return template
 
 
 class _Keyed:
@@ -91,12 +103,17 @@ class _Keyed:
 
 
 @lru_cache(maxsize=_CAPACITY)
-def _trace(keyed: _Keyed, arguments: tuple[Argument, ...], autocast: Autocast) -> GraphModule:
+def _trace(
+    keyed: _Keyed, arguments: tuple[Argument, ...], autocast: Autocast
+) -> GraphModule | None:
+    """None if the function insists on a size that is a symbol."""
     sizes = SymbolicSizes()
     with sizes.mode:
         fakes = [_fake(argument, sizes) for argument in arguments]
     with autocast(), sizes.tracing(), torch.no_grad():
         template = make_fx(keyed.fn)(*fakes)
+    if sizes.specialized():
+        return None
     template.graph.eliminate_dead_code()
     return template
 

@@ -344,6 +344,22 @@ def test_a_users_module_through_torch_func() -> None:
         torch.testing.assert_close(outcome(model, run, x), judged(model, x), atol=1e-5, rtol=1e-4)
 
 
+def test_a_users_module_that_insists_on_a_size_costs_recompiles_and_stays_right() -> None:
+    def factory(size: int) -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.Tanh())
+
+    model = wrapped(OneLayer(), seeds=4)
+    layer = layer_of(model)
+    layer.register_blueprint(factory, name="normed")
+    graft(layer, [0, 3], "normed")
+    run = compiled(model, "aot_eager")
+    for batch in (4, 9, 17):
+        x = torch.randn(batch, 8)
+        torch.testing.assert_close(outcome(model, run, x), judged(model, x), atol=1e-5, rtol=1e-4)
+    graft(layer, [1, 2], "normed")
+    torch.testing.assert_close(outcome(model, run, x), judged(model, x), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiler", COMPILERS)
