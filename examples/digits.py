@@ -59,11 +59,14 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train_x.float() / 16, train_y, held_x.float() / 16, held_y
 
 
-def batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The shuffled batches of a phase; rows of an epoch that fill no batch are dropped."""
+def batches(
+    images: Tensor, labels: Tensor, shuffle: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a phase; rows of an epoch that fill no batch are dropped."""
     for _ in range(EPOCHS):
-        order = torch.randperm(len(labels))[: len(labels) - len(labels) % BATCH]
-        yield from ((images[rows], labels[rows]) for rows in order.split(BATCH))
+        order = torch.randperm(len(labels), generator=shuffle)
+        whole = order[: len(labels) - len(labels) % BATCH]
+        yield from ((images[rows], labels[rows]) for rows in whole.split(BATCH))
 
 
 # 2. The network. Nothing in it knows of seeds.
@@ -206,6 +209,7 @@ def main() -> None:
     twin.forward(train_x[:BATCH]).sum().backward()
     not_ours = counters["stats"]["unique_graphs"]
 
+    shuffle = torch.Generator().manual_seed(SEED)  # its own: growing draws no batch's numbers
     phases: list[Phase] = []
     active = 0
     with progress_bar() as progress:
@@ -216,7 +220,7 @@ def main() -> None:
                 germinate(grower, picked)
             active += count
             progress.update(bar, description=f"{active:2} seeds active")
-            for step, (images, labels) in enumerate(batches(train_x, train_y)):
+            for step, (images, labels) in enumerate(batches(train_x, train_y, shuffle)):
                 blend_in(network, picked, step)
                 # In turns, each first every second time: whatever else is running slows both.
                 for trainee in (grower, twin) if step % 2 else (twin, grower):
@@ -298,7 +302,7 @@ def print_results(phases: list[Phase]) -> None:
         f"Plain twin, trained as long:      {last.twin[0]:.2%} (one image is {1 / HELD_OUT:.2%})\n"
         f"Graphs compiled in all: {last.graphs} (dormant and growing, each for training and "
         "evaluation, make 4)\n"
-        "A step is forward, backward and optimizers, the median of a phase. The twin is compiled too.\n"
+        "A step is forward, backward and optimizers, the median of a phase; the twin is compiled.\n"
         "Raising alpha comes on top, in every fifth step of a ramp.",
         soft_wrap=True,
     )

@@ -101,7 +101,15 @@ def propagate_if_missing(gm: GraphModule, example_inputs: Sequence[Any] | None) 
         mode.from_tensor(v) if isinstance(v, Tensor) and not hasattr(v, "fake_mode") else v
         for v in example_inputs
     ]
-    FakeTensorProp(gm, mode=mode).propagate_dont_convert_inputs(*inputs)
+    _Propagation(gm, mode=mode).propagate_dont_convert_inputs(*inputs)
+
+
+class _Propagation(FakeTensorProp):
+    """Makes attributes fake before operators see them: torch 2.11 does not take our stacks as they are."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return self._mode.from_tensor(value) if isinstance(value, Tensor) else value
 
 
 def set_role(node: Node, role: str) -> None:
