@@ -36,6 +36,20 @@ def known_empty(t: torch.Tensor) -> bool:
     return statically_known_true(t.numel() == 0)
 
 
+def in_functorch() -> bool:
+    """Is a transform of ``torch.func`` (grad, vmap, jvp) active?"""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def is_exporting() -> bool:
+    """Is ``torch.export`` tracing?
+
+    Dynamo of torch 2.11 takes the public function for a constant, True, in every compile; the flag
+    behind it is read as it is.
+    """
+    return bool(torch.compiler._is_exporting_flag)
+
+
 def mark_dynamic(t: torch.Tensor, dim: int) -> None:
     """Let Dynamo make a dimension symbolic from the first compile on, without insisting on it."""
     torch._dynamo.maybe_mark_dynamic(t, dim)

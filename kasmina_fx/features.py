@@ -22,7 +22,8 @@ class Features:
 
 
 def _conv(dims: int) -> Callable[[Any], Features]:
-    return lambda m: Features(1, int(m.out_channels), dims + 2)
+    # Counted from the end: a convolution takes inputs without a batch dimension as well.
+    return lambda m: Features(-1 - dims, int(m.out_channels), dims + 2)
 
 
 def _norm(dims: int) -> Callable[[Any], Features]:

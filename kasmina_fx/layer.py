@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kasmina_fx import host_state, ops
+from kasmina_fx._torch_compat import is_exporting
 from kasmina_fx.bank import SMALLEST, Bank
-from kasmina_fx.blueprints.registry import DEFAULT
+from kasmina_fx.blueprints.registry import DEFAULT, lookup
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.colony import Colony
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.features import find_features
-from kasmina_fx.layout import format_banks
+from kasmina_fx.layout import BankSpec, format_banks
 from kasmina_fx.lifecycle import holds_blueprint
 from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
 from kasmina_fx.seed_control import SeedControl
@@ -38,11 +40,20 @@ class Published:
     """
 
     def __init__(self, banks: Sequence[Bank]) -> None:
-        self.banks = format_banks([bank.spec for bank in banks])
+        specs = [bank.spec for bank in banks]
+        self.banks = format_banks(specs)
+        # The same text where no blueprint cares: then nothing is compiled anew.
+        self.banks_in_eval = format_banks([spec_in_eval(spec) for spec in specs])
         self.seeds = [bank.seeds for bank in banks]
         self.positions = [bank.positions for bank in banks]
         self.alphas = [bank.alphas for bank in banks]
         self.params = [stack for bank in banks for stack in bank.tensors()]
+
+
+def spec_in_eval(spec: BankSpec) -> BankSpec:
+    """What a bank is in evaluation: another one if its blueprint behaves differently there."""
+    blueprint = lookup(spec.kind)
+    return spec if blueprint.in_mode(False) is blueprint else replace(spec, training=False)
 
 
 class KasminaLayer(SeedControl):
@@ -122,8 +133,9 @@ class KasminaLayer(SeedControl):
         out = self._modules["base"](*args, **kwargs)  # type: ignore[misc]  # never None
         y = out[0] if isinstance(out, tuple) else out
         seen = self._tables()
+        banks = seen.banks if self.training else seen.banks_in_eval
         y, rejected = ops.BLEND(
-            y, seen.seeds, seen.positions, seen.alphas, seen.params, self._layout, seen.banks
+            y, seen.seeds, seen.positions, seen.alphas, seen.params, self._layout, banks
         )
         if self.telemetry_enabled:
             store: Any = self._modules["kasmina"]
@@ -131,7 +143,7 @@ class KasminaLayer(SeedControl):
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _tables(self) -> Published:
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return Published(self._banks())  # export must see registered tensors
         if torch.compiler.is_dynamo_compiling():
             return self._published

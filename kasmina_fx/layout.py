@@ -14,7 +14,7 @@ instead.
     >>> str(BankSpec("mlp", run=0, shared=False, num_params=4))
     'mlp@0*4'
     >>> parse_banks("mlp@0*4 lora:shared@1*2")[1]
-    BankSpec(kind='lora', run=1, shared=True, num_params=2)
+    BankSpec(kind='lora', run=1, shared=True, num_params=2, training=True)
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from functools import cached_property, lru_cache
 from itertools import groupby
 
 _RUN = re.compile(r"(\d+)x(\d+)")
-_BANK = re.compile(r"(?P<kind>[^@\s:]+(?:#\d+)?)(?P<shared>:shared)?@(?P<run>\d+)\*(?P<num>\d+)")
+_BANK = re.compile(
+    r"(?P<kind>[^@\s:]+(?:#\d+)?)(?P<shared>:shared)?(?P<eval>:eval)?@(?P<run>\d+)\*(?P<num>\d+)"
+)
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,21 @@ class ChunkLayout:
 
 @dataclass(frozen=True)
 class BankSpec:
-    """One bank: all blueprints of one class for the chunks of one run."""
+    """One bank: all blueprints of one class for the chunks of one run.
+
+    ``training`` is False in evaluation, for blueprints that behave differently there.
+    """
 
     kind: str
     run: int
     shared: bool
     num_params: int
+    training: bool = True
 
     def __str__(self) -> str:
         """The form that markers carry."""
-        return f"{self.kind}{':shared' if self.shared else ''}@{self.run}*{self.num_params}"
+        flags = ":shared" * self.shared + ":eval" * (not self.training)
+        return f"{self.kind}{flags}@{self.run}*{self.num_params}"
 
 
 def format_banks(banks: Sequence[BankSpec]) -> str:
@@ -112,7 +119,6 @@ def parse_banks(text: str) -> tuple[BankSpec, ...]:
         found = _BANK.fullmatch(part)
         if found is None:
             raise ValueError(f"not a bank: {part!r}")
-        banks.append(
-            BankSpec(found["kind"], int(found["run"]), bool(found["shared"]), int(found["num"]))
-        )
+        number, run = int(found["num"]), int(found["run"])
+        banks.append(BankSpec(found["kind"], run, bool(found["shared"]), number, not found["eval"]))
     return tuple(banks)

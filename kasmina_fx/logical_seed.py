@@ -58,6 +58,7 @@ class LogicalSeed:
             return chunk
         bank, slot = held
         module: Any = bank.blueprint.module(bank.run.size).to(chunk.device)
+        module.train(self.layer.training)
         if isinstance(module, PerFeature):  # acts on features wherever they are
             module.dim = self.layer.chunks.feature_dim
         out: Tensor = functional_call(module, bank.slot_tensors(slot), chunk)

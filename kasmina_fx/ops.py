@@ -57,16 +57,6 @@ _LIBRARY.impl("blend", physical.blend, "CompositeImplicitAutograd")
 _LIBRARY.impl("observe", _observe, "CompositeImplicitAutograd")
 
 
-def _pull(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """``out[i] = f[index[i]]``, 0 where ``index[i]`` is -1.
-
-    The zeros matter for gradients: without them a seed without a slot, or a slot without a seed,
-    would receive row 0's gradient.
-    """
-    taken = f.index_select(0, index.clamp_min(0))
-    return taken.masked_fill((index < 0).view(-1, *[1] * (f.dim() - 1)), 0.0)
-
-
 def _pull_decomposition(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     # An index, not index_select: Inductor makes it a pointwise load, which fuses. Unsafe, because
     # the maps are ours, and a bounds check for each row of each chunk slows a CPU's blend.
@@ -100,7 +90,7 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 def _define(name: str, backward: Callable[..., Any]) -> None:
     op = torch.library.custom_op(
         f"kasmina::{name}",
-        _pull,
+        physical.take,
         mutates_args=(),
         schema="(Tensor f, Tensor index, Tensor inverse) -> Tensor",
     )

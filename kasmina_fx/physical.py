@@ -9,15 +9,18 @@ once per layout and splice the graph in place of the marker.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from kasmina_fx._torch_compat import known_empty
+from kasmina_fx._torch_compat import in_functorch, known_empty
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.layout import BankSpec, ChunkLayout, Run, parse_banks
 from kasmina_fx.telemetry import merge_statistics
+
+_Move: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def blend(
@@ -68,6 +71,25 @@ def finite_slots(values: Tensor) -> Tensor:
     return values.detach().abs().flatten(1).amax(1).isfinite()
 
 
+def take(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """``out[i] = f[index[i]]``, 0 where ``index[i]`` is -1: what both moving operators compute.
+
+    The zeros matter for gradients: without them a seed without a slot, or a slot without a seed,
+    would receive row 0's gradient.
+    """
+    taken = f.index_select(0, index.clamp_min(0))
+    return taken.masked_fill((index < 0).view(-1, *[1] * (f.dim() - 1)), 0.0)
+
+
+def _moves() -> tuple[_Move, _Move]:
+    """``kasmina::gather`` and ``kasmina::pull``."""
+    # torch.func does not take operators with a registered backward (torch 2.13); there, plain
+    # indexing has the same values and gradients, but for the guard against NaN in gradients.
+    if in_functorch():
+        return take, take
+    return torch.ops.kasmina.gather.default, torch.ops.kasmina.pull.default
+
+
 def _blend_bank(
     part: Tensor,
     host: Tensor,
@@ -85,17 +107,20 @@ def _blend_bank(
     """
     slots, members = seeds.shape
     index = seeds.view(-1)
-    rows = torch.ops.kasmina.gather.default(host, index, positions)
-    stacked = lookup(spec.kind).stacked(
-        [p[:slots] for p in params], rows.unflatten(0, (slots, members)), dim
+    gather, pull = _moves()
+    rows = gather(host, index, positions)
+    stacked = (
+        lookup(spec.kind)
+        .in_mode(spec.training)
+        .stacked([p[:slots] for p in params], rows.unflatten(0, (slots, members)), dim)
     )
     outcome = stacked.flatten(0, 1)
     # One number a slot: alpha, or -1 where the blueprint yielded NaN or Inf.
     weights = alphas.view(-1).masked_fill(~finite_slots(outcome), -1.0)
-    weight = torch.ops.kasmina.pull.default(weights, positions, index)
+    weight = pull(weights, positions, index)
     mine = positions >= 0
     blended = (mine & (weight >= 0)).view(column := (-1, *[1] * (part.dim() - 1)))
-    pulled = torch.ops.kasmina.pull.default(outcome, positions, index)
+    pulled = pull(outcome, positions, index)
     # float32 for half types: the difference of two close values has few correct bits in them.
     wide = torch.promote_types(torch.promote_types(part.dtype, pulled.dtype), torch.float32)
     exact = part.to(wide)

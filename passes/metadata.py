@@ -105,7 +105,7 @@ def propagate_if_missing(gm: GraphModule, example_inputs: Sequence[Any] | None) 
 
 
 class _Propagation(FakeTensorProp):
-    """Makes attributes fake before operators see them: torch 2.11 does not take our stacks as they are."""
+    """Makes attributes fake before operators see them: torch 2.11 does not take our stacks."""
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)

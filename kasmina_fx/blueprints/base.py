@@ -49,6 +49,10 @@ class Blueprint(ABC):
             The shape of ``chunks``, in the dtype that the blueprint computes in.
         """
 
+    def in_mode(self, training: bool) -> Blueprint:
+        """The blueprint as it behaves in training or in evaluation; itself if that is the same."""
+        return self
+
     def accepts(self, size: int) -> bool:
         """Can it serve chunks of ``size`` features?"""
         return size >= 1

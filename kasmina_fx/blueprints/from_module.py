@@ -26,12 +26,23 @@ class ModuleBlueprint(Blueprint):
         self.kind = kind
         self.factory = factory
         self._known: dict[int, tuple[tuple[TensorSpec, ...], nn.Module]] = {}
+        self._evaluating: ModuleBlueprint | None = None
+        self._training = True
 
     def module(self, size: int) -> nn.Module:
         """See :meth:`Blueprint.module`."""
         if isinstance(self.factory, nn.Module):
             return copy.deepcopy(self.factory)
         return self.factory(size)
+
+    def in_mode(self, training: bool) -> ModuleBlueprint:
+        """See :meth:`Blueprint.in_mode`: its module may hold a Dropout."""
+        if training:
+            return self
+        if self._evaluating is None:
+            self._evaluating = copy.copy(self)
+            self._evaluating._known, self._evaluating._training = {}, False
+        return self._evaluating
 
     def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
         """See :meth:`Blueprint.stacked`."""
@@ -63,5 +74,5 @@ class ModuleBlueprint(Blueprint):
         if size not in self._known:
             specs = super().specs(size)
             with torch.random.fork_rng(devices=[]):
-                self._known[size] = (specs, self.module(size).to("meta"))
+                self._known[size] = (specs, self.module(size).train(self._training).to("meta"))
         return self._known[size]
