@@ -12,7 +12,13 @@ from graph_cases import Convolution, OneLayer, TwoLayers, layer_of, wrapped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kasmina_fx import KasminaLayer, SeedLifecycle, kasmina_layers, kasminify
+from kasmina_fx import (
+    KasminaLayer,
+    SeedLifecycle,
+    host_state_dict,
+    kasmina_layers,
+    kasminify,
+)
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.testing import RecordingBackend, assert_no_recompiles, graft
 
@@ -71,27 +77,16 @@ def test_any_mix_of_seeds_equals_the_reference(
     torch.testing.assert_close(got, expected, atol=atol, rtol=atol)
 
 
-@pytest.fixture(scope="module")
-def grown() -> nn.Module:
-    """One model through ``kasminify`` and Inductor, compiled dormant and growing."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model = kasminify(OneLayer(), num_seeds=5)
-    x = torch.randn(6, 8)
+def test_life_through_inductor() -> None:
+    model, x = kasminify(OneLayer(), num_seeds=5), torch.randn(6, 8)
     dormant = outcome(model, model, x)
     plain = OneLayer()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "kasmina" not in k})
-    host = outcome(plain, plain, x)
-    torch.testing.assert_close(dormant["out"], host["out"])
-    for layer in kasmina_layers(model).values():
+    plain.load_state_dict(host_state_dict(model))
+    torch.testing.assert_close(dormant["out"], outcome(plain, plain, x)["out"])
+    layers = list(kasmina_layers(model).values())
+    for layer in layers:
         graft(layer, [0, 2])
     outcome(model, model, x)
-    return model
-
-
-def test_life_through_inductor(grown: nn.Module) -> None:
-    model, x = grown, torch.randn(6, 8)
-    layers = list(kasmina_layers(model).values())
     before = [layer.kasmina.telemetry.accumulated.clone() for layer in layers]
     with assert_no_recompiles():
         for seeds in ([1], [3, 4]):
