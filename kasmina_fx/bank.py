@@ -147,27 +147,35 @@ class Bank(nn.Module):
             kept = torch.zeros(self.capacity, dtype=torch.bool)
             kept[slot[slot >= 0]] = True
             self.held = torch.where(kept, self.held, 0)
+        seeds, positions = self._seat(torch.where(blended, slot, -1))
+        alphas = torch.where(seeds >= 0, alpha[seeds.clamp_min(0)], 0.0)
+        device = self.slots.device
+        self.slots, self.seeds = to_device(self.held, device), to_device(seeds, device)
+        self.positions, self.alphas = to_device(positions, device), to_device(alphas, device)
+        self.mark()
+
+    def _seat(self, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Places for the seeds from their slots (``(n,)``, -1 for none): two inverse maps.
+
+        Returns:
+            ``seeds`` ``(K, M)``, which seed sits at slot k, place m, and ``positions`` ``(n,)``,
+            ``k * M + m``; -1 for none in both. K is the highest slot in use and M the most seeds
+            that share one, each at least the smallest size that may grow.
+        """
         used = int(self.held.nonzero().max()) + 1 if bool(self.held.any()) else 0
-        height = max(used, min(SMALLEST, self.capacity))
-        positions = torch.full((self.run.count,), -1, dtype=torch.int64)
-        inside = (blended & (slot >= 0)).nonzero().flatten()
-        order = slot[inside].argsort(stable=True)
-        inside, width = inside[order], 1
+        height, width = max(used, min(SMALLEST, self.capacity)), 1
+        inside = (slot >= 0).nonzero().flatten()
+        inside = inside[slot[inside].argsort(stable=True)]
         rows = slot[inside]
         rank = torch.zeros_like(rows)
         if self.spec.shared:
             sizes = torch.bincount(rows, minlength=height)
             width = max(SMALLEST, int(sizes.max()))
             rank = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]
-        positions[inside] = rows * width + rank
-        seeds = torch.full((height, width), -1, dtype=torch.int64)
-        seeds.view(-1)[positions[inside]] = inside
-        alphas = torch.zeros(height, width, dtype=torch.float32)
-        alphas.view(-1)[positions[inside]] = alpha[inside]
-        device = self.slots.device
-        self.slots, self.seeds = to_device(self.held, device), to_device(seeds, device)
-        self.positions, self.alphas = to_device(positions, device), to_device(alphas, device)
-        self.mark()
+        places = rows * width + rank
+        seeds = torch.full((height * width,), -1, dtype=torch.int64).index_put((places,), inside)
+        positions = torch.full_like(slot, -1).index_put((inside,), places)
+        return seeds.view(height, width), positions
 
     def mark(self) -> None:
         """Tell Dynamo which dimensions change as a layer grows."""
