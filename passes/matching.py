@@ -111,6 +111,8 @@ def _why_not(y: Node, others: Sequence[Node], chunks: ChunkLayout) -> str | None
         return f"the output has {len(shape)} dimensions, no feature dim {chunks.feature_dim}"
     if shape[chunks.feature_dim] != chunks.width:
         return f"the output has {shape[chunks.feature_dim]} features, its layout {chunks.width}"
+    if any(isinstance(size, int) and size == 0 for size in shape):
+        return "the output is empty"
     if not value_of(y).dtype.is_floating_point:
         return f"the output is {value_of(y).dtype}, not floating point"
     return None

@@ -339,6 +339,16 @@ def test_a_users_module_through_torch_func() -> None:
         torch.testing.assert_close(outcome(model, run, x), judged(model, x), atol=1e-5, rtol=1e-4)
 
 
+def test_an_empty_batch() -> None:
+    model = wrapped(OneLayer(), seeds=4, telemetry=True)
+    graft(layer_of(model), [0, 2])
+    run = compiled(model, "aot_eager")
+    assert run(torch.randn(0, 8)).shape == (0, 12)
+    assert layer_of(model).get_health_report()["count"].tolist() == [0.0] * 4
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(outcome(model, run, x), judged(model, x), atol=1e-5, rtol=1e-5)
+
+
 def test_a_users_module_that_insists_on_a_size_costs_recompiles_and_stays_right() -> None:
     def factory(size: int) -> nn.Module:
         return nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size), nn.Tanh())
