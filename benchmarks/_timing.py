@@ -63,7 +63,7 @@ def interleave(
     calls, rounds = {}, {}
     for name, step in steps.items():
         seconds = sample(step, inputs, 1)
-        if seconds < plan.budget_s / 2:
+        if seconds < 10:  # one call says little: on a busy machine it may take ten times as long
             seconds = min(seconds, sample(step, inputs, 5 if seconds < plan.sample_s else 1))
         calls[name] = max(1, min(50, round(plan.sample_s / seconds)))
         affordable = int(plan.budget_s / (calls[name] * seconds))

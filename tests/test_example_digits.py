@@ -14,7 +14,8 @@ DEMO = Path(__file__).parent.parent / "examples" / "digits.py"
 
 @pytest.mark.slow
 def test_the_demo_grows_compiles_four_graphs_and_classifies() -> None:
-    pytest.importorskip("sklearn")
+    for needed in ("rich", "sklearn"):
+        pytest.importorskip(needed)
     run = subprocess.run([sys.executable, str(DEMO)], capture_output=True, text=True, check=True)
     assert "Graphs compiled in all: 4 " in run.stdout
     before, after = (

@@ -167,7 +167,8 @@ def test_first_call_takes_the_same_time_for_16_and_4096_seeds() -> None:
 
     def first_call(seeds: int) -> float:
         torch._dynamo.reset()
-        model = kasminify(OneLayer(8192), num_seeds=seeds)
+        # Chunks of 4 in both: Inductor writes other loops for other chunk sizes.
+        model = kasminify(OneLayer(4 * seeds), num_seeds=seeds)
         graft(layer_of(model), range(0, seeds, 2))
         x = torch.randn(2, 8)
         with fresh_cache():
