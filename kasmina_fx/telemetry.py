@@ -43,10 +43,15 @@ def merge_statistics(
     origin, rows = y, 1
     for d in reversed(others):
         origin, rows = origin.select(d, 0), rows * y.shape[d]
+    # The float32 origin makes the difference float32. A y.to(float32) would be the same number, but
+    # one node with the upcast inside a GELU, and partitioners save a node used far apart: in
+    # bfloat16 that kept a float32 copy of the output for backward.
+    wide = torch.promote_types(y.dtype, torch.float32)
+    offset = y - origin.to(wide).view(-1, *[1] * (y.dim() - 1 - dim))
+    total, squares = (
+        (t.sum(others) if others else t).to(torch.float32) for t in (offset, offset * offset)
+    )
     origin = origin.to(torch.float32)
-    offset = y.to(torch.float32) - origin.view(-1, *[1] * (y.dim() - 1 - dim))
-    total = offset.sum(others) if others else offset
-    squares = (offset * offset).sum(others) if others else offset * offset
     # From here on a handful of numbers a feature, then a seed.
     parts = [_of_run(origin, total, squares, rows, run) for run in layout.runs]
     elements, start, step_mean, step_deviations = (

@@ -339,6 +339,22 @@ def test_a_users_module_through_torch_func() -> None:
         torch.testing.assert_close(outcome(model, run, x), judged(model, x), atol=1e-5, rtol=1e-4)
 
 
+def test_telemetry_keeps_nothing_for_backward() -> None:
+    def kept(telemetry: bool) -> list[tuple[torch.dtype, torch.Size]]:
+        model = wrapped(nn.Sequential(nn.Linear(8, 12), nn.GELU()), seeds=4, telemetry=telemetry)
+        run, found = compiled(model.to(torch.bfloat16), "inductor"), []
+
+        def pack(t: Tensor) -> Tensor:
+            found.append((t.dtype, t.shape))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            run(torch.randn(6, 8, dtype=torch.bfloat16))
+        return sorted(found, key=str)
+
+    assert kept(telemetry=True) == kept(telemetry=False) != []
+
+
 def test_an_empty_batch() -> None:
     model = wrapped(OneLayer(), seeds=4, telemetry=True)
     graft(layer_of(model), [0, 2])
