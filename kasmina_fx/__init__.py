@@ -16,13 +16,23 @@ the physical one, :mod:`kasmina_fx.passes` what turns one into the other, :mod:`
 what hands it to Inductor.
 """
 
+from kasmina_fx import optim
 from kasmina_fx.backend import kasmina
 from kasmina_fx.capture import KasminaTracer, capture
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.chunked_layer import ChunkedKasminaLayer
+from kasmina_fx.colony_control import (
+    HealthReport,
+    follow_scaler,
+    health_report,
+    step_epoch,
+    transaction,
+)
+from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import (
     GraphMismatch,
     IllegalTransition,
+    InsideForward,
     InvalidArgument,
     InvalidBlueprint,
     InvalidType,
@@ -36,13 +46,15 @@ from kasmina_fx.errors import (
     UnknownOption,
 )
 from kasmina_fx.explain import Explanation, explain
+from kasmina_fx.grafting import GraftingConfig, register_strategy
 from kasmina_fx.graph_diff import GraphDiff, graph_diff
 from kasmina_fx.graph_text import graph_text, inserted_text, op_counts
 from kasmina_fx.kasminify import host_state_dict, kasmina_layers, kasminify, unkasminify
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import GraftingStrategy, SeedLifecycle
-from kasmina_fx.logical_seed import LogicalSeed
+from kasmina_fx.logical_seed import LogicalSeed, SeedState
 from kasmina_fx.passes import DEFAULT_PASSES, find_matches, rewrite
+from kasmina_fx.snapshots import Snapshot
 from kasmina_fx.state_tensor import StateTensor
 
 __version__ = "0.1.0"
@@ -52,10 +64,13 @@ __all__ = [
     "ChunkManager",
     "ChunkedKasminaLayer",
     "Explanation",
+    "GraftingConfig",
     "GraftingStrategy",
     "GraphDiff",
     "GraphMismatch",
+    "HealthReport",
     "IllegalTransition",
+    "InsideForward",
     "InvalidArgument",
     "InvalidBlueprint",
     "InvalidType",
@@ -66,23 +81,33 @@ __all__ = [
     "LogicalSeed",
     "NoTargets",
     "RewriteError",
+    "SeedConfig",
     "SeedIndexError",
     "SeedLifecycle",
+    "SeedState",
+    "Snapshot",
     "StateTensor",
     "StillGrowing",
+    "TelemetryPolicy",
     "UnknownBlueprint",
     "UnknownOption",
     "capture",
     "explain",
     "find_matches",
+    "follow_scaler",
     "graph_diff",
     "graph_text",
+    "health_report",
     "host_state_dict",
     "inserted_text",
     "kasmina",
     "kasmina_layers",
     "kasminify",
     "op_counts",
+    "optim",
+    "register_strategy",
     "rewrite",
+    "step_epoch",
+    "transaction",
     "unkasminify",
 ]

@@ -6,7 +6,9 @@ Checked on torch 2.11 and 2.13.
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -29,6 +31,43 @@ def in_backward() -> bool:
     """Is this thread running inside ``backward()`` (as a recomputed forward does)?"""
     # -1 outside the autograd engine; there is no public way to ask.
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> torch.Tensor:
+    """The tensor that holds a scaler's current scale, float32 ``()``; it is updated in place.
+
+    A scaler makes it at its first ``scale()``; asking earlier makes it now, with the same value.
+    """
+    if not scaler.is_enabled():
+        return torch.ones((), dtype=torch.float32, device=device)
+    if scaler._scale is None:
+        scaler._lazy_init_scale_growth_tracker(device)
+    scale = cast("torch.Tensor", scaler._scale)
+    return scale.view(()) if scale.device == device else scale.to(device)
+
+
+#: References to the classes of GradScalers at a time when no instance was found.
+_REFERENCES_WITHOUT: list[int] = []
+
+
+def live_grad_scalers() -> list[torch.amp.GradScaler]:
+    """Every enabled GradScaler that is alive: objects refer to their class.
+
+    The search looks at all objects there are (0.1 s); it is left out while there are no more
+    references to the classes than there were when nobody was found.
+    """
+    kinds = {torch.amp.GradScaler}
+    while found := {sub for kind in kinds for sub in kind.__subclasses__()} - kinds:
+        kinds |= found
+    references = sum(sys.getrefcount(kind) for kind in kinds)
+    if _REFERENCES_WITHOUT and references <= _REFERENCES_WITHOUT[0]:
+        return []
+    # Filtered at once: the list of all of them holds this frame, a cycle that would outlive it.
+    found_now = [r for kind in kinds for r in gc.get_referrers(kind) if type(r) in kinds]
+    scalers = {id(scaler): scaler for scaler in found_now}
+    if not scalers:
+        _REFERENCES_WITHOUT[:] = [references]
+    return [scaler for scaler in scalers.values() if scaler.is_enabled()]
 
 
 def known_empty(t: torch.Tensor) -> bool:
@@ -208,12 +247,17 @@ def compile_events() -> Iterator[list[str]]:
         events += [f"[{i}] {reasons.get(i) or 'the first compile of its code'}" for i in compiled]
 
 
-def compile_in_place(model: torch.nn.Module, **options: Any) -> None:
+def compile_in_place(
+    model: torch.nn.Module,
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    **options: Any,
+) -> None:
     """``model.compile(**options)``, as one frame of its own.
 
     ``Module.compile`` starts from a frame of torch's that Dynamo skips: of an ``nn.Sequential`` it
     compiles nothing but what lies below its children (torch 2.13), and instances of one class share
     one cache with one limit of recompiles. A frame of ours, with its own code object, has neither.
+    Each call runs inside ``around()``.
     """
 
     def whole_model(*args: Any, **kwargs: Any) -> Any:
@@ -225,4 +269,10 @@ def compile_in_place(model: torch.nn.Module, **options: Any) -> None:
         globals(),
         closure=whole_model.__closure__,
     )
-    model._compiled_call_impl = torch.compile(own, **options)
+    compiled: Callable[..., Any] = torch.compile(own, **options)
+
+    def gated(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return compiled(*args, **kwargs)
+
+    model._compiled_call_impl = gated

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from kasmina_fx._torch_compat import compile_with_inductor, inductor_option_names, mode_options
 from kasmina_fx.errors import InvalidArgument, UnknownOption
-from kasmina_fx.ops import DECOMPOSITIONS
+from kasmina_fx.moves import DECOMPOSITIONS
 from kasmina_fx.passes import GraphPass, passes_for, run_passes
 
 _LOG = logging.getLogger(__name__)

@@ -1,14 +1,16 @@
 """A bank: all blueprints of one class for the chunks of one run, stacked.
 
 Each *slot* of a bank holds one set of blueprint parameters; the table ``slots`` says whose, by
-blueprint id. What the graph reads (``seeds``, ``positions``, ``alphas``: who sits where) is derived
-from that table and the state tensor, on the host, and published as new tensors.
+blueprint id. What the graph reads (:class:`~kasmina_fx.tables.BankTables`: who sits where, and what
+happens there) is derived from that table and the state tensor, on the host, and published as new
+tensors.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,12 @@ from torch import Tensor, nn
 from kasmina_fx._torch_compat import mark_dynamic
 from kasmina_fx.blueprints import Blueprint, lookup
 from kasmina_fx.layout import BankSpec, ChunkLayout, Run, parse_banks
+from kasmina_fx.lifecycle import Mode, holds_blueprint, modes, runs
+from kasmina_fx.tables import BankTables
 from kasmina_fx.transfer import to_device
+
+if TYPE_CHECKING:
+    from kasmina_fx.layer import KasminaLayer
 
 #: Dynamo specialises sizes 0 and 1, so a dimension that grows never has them.
 SMALLEST = 2
@@ -27,7 +34,18 @@ class StackedParameter(nn.Parameter):
 
     A subclass, because Dynamo (torch 2.11 to 2.13) forces shapes static where
     ``type(t) is nn.Parameter``.
+
+    Attributes:
+        bank: Whose stack it is; None once a larger one has taken its place.
+        successor: That larger one.
+        optimizers: Those that have state of it.
+        fresh: Slots given to new seeds since an optimizer last stepped it.
     """
+
+    bank: weakref.ref[Bank] | None = None
+    successor: StackedParameter | None = None
+    optimizers: weakref.WeakSet[torch.optim.Optimizer] | None = None
+    fresh: frozenset[int] = frozenset()
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Rebuilt as what it is: torch would make a plain Parameter of it."""
@@ -49,7 +67,8 @@ class Bank(nn.Module):
     slots: Tensor
     seeds: Tensor
     positions: Tensor
-    alphas: Tensor
+    modes: Tensor
+    trainees: Tensor
 
     def __init__(
         self,
@@ -69,8 +88,11 @@ class Bank(nn.Module):
         self.spec = BankSpec(kind, run_index, shared, len(self.tensor_specs))
         self.held = torch.zeros(0, dtype=torch.int64)  # the host's copy of ``slots``
         self.register_buffer("slots", torch.zeros(0, dtype=torch.int64, device=device))
-        for name in ("seeds", "positions", "alphas"):
-            self.register_buffer(name, torch.empty(0, device=device), persistent=False)
+        for name in BankTables._fields:
+            empty = torch.empty(0, dtype=torch.int64, device=device)
+            self.register_buffer(name, empty, persistent=False)
+        self.frozen = empty  # slots whose parameters nothing may change
+        self.layer: weakref.ref[KasminaLayer] | None = None  # set by its publish()
         self.grow(capacity)
 
     @property
@@ -91,8 +113,10 @@ class Bank(nn.Module):
     def grow(self, capacity: int) -> None:
         """Make room for ``capacity`` slots; old slots keep their values, new ones are zero.
 
-        The stacks become new Parameter objects, of which optimizers have to be told.
+        The stacks become new Parameter objects, to which optimizers are carried over.
         """
+        from kasmina_fx.optim.growth import hand_over  # which imports this module
+
         device, used = self.slots.device, self.capacity
         for spec in self.tensor_specs:
             name = _registered(spec.name)
@@ -101,7 +125,10 @@ class Bank(nn.Module):
             fresh = torch.zeros(capacity, *spec.shape, dtype=dtype, device=device)
             if old is not None:
                 fresh[:used] = old.detach()
-            self.register_parameter(name, StackedParameter(fresh, requires_grad=spec.trainable))
+            stack = StackedParameter(fresh, requires_grad=spec.trainable)
+            if isinstance(old, StackedParameter):
+                hand_over(old, stack)
+            self.register_parameter(name, stack)
         held = torch.zeros(capacity, dtype=torch.int64)
         held[:used] = self.held
         self.held, self.slots = held, to_device(held, device)
@@ -111,6 +138,8 @@ class Bank(nn.Module):
         """Give each blueprint id (int64 ``(n,)``) a free slot with fresh parameters."""
         if not len(ids):
             return
+        from kasmina_fx.optim.growth import clear_slots  # which imports this module
+
         free = (self.held == 0).nonzero().flatten()
         if len(free) < len(ids):
             room = self.capacity
@@ -125,6 +154,7 @@ class Bank(nn.Module):
         for stack, values in zip(self.tensors(), fresh, strict=True):
             # .data: a backward still to run reads no free slot, so its saved stacks stay valid.
             stack.data[where] = values.to(stack.device, stack.dtype)
+        clear_slots(self, taken)
 
     def slot_of(self, blueprint_ids: Tensor) -> Tensor:
         """Slot of each blueprint id, -1 where the bank holds none: int64 ``(n,)`` on the CPU."""
@@ -135,24 +165,33 @@ class Bank(nn.Module):
         return torch.where((self.held[slots] == ids) & (ids > 0), slots, -1)
 
     @torch.inference_mode(False)
-    def publish(
-        self, blueprint_ids: Tensor, holding: Tensor, blended: Tensor, alpha: Tensor
-    ) -> None:
+    def publish(self, blueprint_ids: Tensor, stages: Tensor) -> None:
         """Derive what the graph reads from the run's seeds, each argument ``(n,)`` on the CPU.
 
         A private slot whose seed let go of its blueprint becomes free.
         """
-        slot = self.slot_of(torch.where(holding, blueprint_ids, 0))
+        slot = self.slot_of(torch.where(holds_blueprint(stages), blueprint_ids, 0))
         if not self.spec.shared:
             kept = torch.zeros(self.capacity, dtype=torch.bool)
             kept[slot[slot >= 0]] = True
             self.held = torch.where(kept, self.held, 0)
-        seeds, positions = self._seat(torch.where(blended, slot, -1))
-        alphas = torch.where(seeds >= 0, alpha[seeds.clamp_min(0)], 0.0)
+        seeds, positions = self._seat(torch.where(runs(stages), slot, -1))
+        does = torch.where(seeds >= 0, modes(stages)[seeds.clamp_min(0)], Mode.FROZEN)
+        trainees = (does.view(-1) == Mode.RECONSTRUCTS).nonzero().flatten()
+        trainees = nn.functional.pad(trainees, (0, max(0, SMALLEST - len(trainees))), value=-1)
+        frozen = self.held > 0
+        frozen[: len(does)] &= (does == Mode.FROZEN).all(1)
         device = self.slots.device
-        self.slots, self.seeds = to_device(self.held, device), to_device(seeds, device)
-        self.positions, self.alphas = to_device(positions, device), to_device(alphas, device)
+        self.slots = to_device(self.held, device)
+        self.frozen = to_device(frozen.nonzero().flatten(), device)
+        tables = BankTables(seeds, positions, does, trainees)
+        for name, table in tables._asdict().items():
+            setattr(self, name, to_device(table, device))
         self.mark()
+
+    def tables(self) -> BankTables:
+        """What the graph reads."""
+        return BankTables(self.seeds, self.positions, self.modes, self.trainees)
 
     def _seat(self, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Places for the seeds from their slots (``(n,)``, -1 for none): two inverse maps.
@@ -182,7 +221,10 @@ class Bank(nn.Module):
         if self.capacity >= SMALLEST:
             for stack in self.tensors():
                 mark_dynamic(stack, 0)
-        for table in (self.seeds, self.alphas):
+        for stack in self.tensors():
+            if isinstance(stack, StackedParameter):
+                stack.bank = weakref.ref(self)
+        for table in (self.seeds, self.modes, self.trainees):
             for dim, size in enumerate(table.shape):
                 if size >= SMALLEST:
                     mark_dynamic(table, dim)
@@ -199,7 +241,10 @@ class Bank(nn.Module):
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        from kasmina_fx.optim.growth import after_load  # which imports this module
+
         # A checkpoint may hold more or fewer slots than are allocated here: take its capacity.
+        before = dict(self._parameters)
         slots = state_dict.get(prefix + "slots")
         if slots is not None and len(slots) != self.capacity:
             self.held = self.held[:0]
@@ -213,6 +258,12 @@ class Bank(nn.Module):
         for name, loaded in list(self._parameters.items()):
             if loaded is not None and not isinstance(loaded, StackedParameter):  # assign=True
                 self._parameters[name] = StackedParameter(loaded.detach(), loaded.requires_grad)
+        after_load(before, self._parameters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its layer, which connects again."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's, unannotated
+        return state | {"layer": None}
 
 
 def check_bank(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.layer import KasminaLayer
 
 
@@ -22,6 +23,7 @@ class ChunkedKasminaLayer(KasminaLayer):
         chunk_sizes: See :class:`~kasmina_fx.KasminaLayer`.
         feature_dim: See :class:`~kasmina_fx.KasminaLayer`.
         reserve: See :class:`~kasmina_fx.KasminaLayer`.
+        config: See :class:`~kasmina_fx.KasminaLayer`.
 
     >>> ChunkedKasminaLayer(nn.Linear(4, 6), num_seeds=3).chunks.sizes
     (2, 2, 2)
@@ -32,12 +34,13 @@ class ChunkedKasminaLayer(KasminaLayer):
         base_layer: nn.Module,
         num_seeds: int = 1000,
         layer_id: str | None = None,
-        enable_telemetry: bool = True,
+        enable_telemetry: bool | TelemetryPolicy = True,
         device: torch.device | str | None = None,
         *,
         chunk_sizes: Sequence[int] | None = None,
         feature_dim: int | None = None,
         reserve: int = 0,
+        config: SeedConfig | None = None,
     ) -> None:
         super().__init__(
             base_layer if device is None else base_layer.to(device),
@@ -47,6 +50,7 @@ class ChunkedKasminaLayer(KasminaLayer):
             layer_id=layer_id,
             telemetry=enable_telemetry,
             reserve=reserve,
+            config=config,
         )
 
     @property

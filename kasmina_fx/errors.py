@@ -33,11 +33,29 @@ class InvalidBlueprint(KasminaError, ValueError):
 
 
 class IllegalTransition(KasminaError, ValueError):
-    """A transition that the lifecycle does not have; names from, to and the legal ones."""
+    """A transition that the lifecycle does not have.
+
+    Attributes:
+        seed: The first seed that can't make it.
+        source: Its stage; ``target``: the one asked for; ``legal``: the ones that are legal now.
+    """
+
+    seed: int
+    source: int
+    target: int
+    legal: tuple[int, ...]
+
+
+class InsideForward(KasminaError, RuntimeError):
+    """Seeds were to change inside a compiled model's forward."""
 
 
 class LayoutMismatch(KasminaError, RuntimeError):
     """A state dict written for another layout of seeds, chunks or blueprints."""
+
+
+class CheckpointError(KasminaError, ValueError):
+    """A checkpoint that can't be written, or a file that can't be loaded; nothing has changed."""
 
 
 class NoTargets(KasminaError, ValueError):

@@ -141,7 +141,7 @@ def _report(
         blended=int(layer.state.blended.sum()),
         layout=str(layer.chunks.layout),
         slots={b.key: f"{int((b.held > 0).sum())}/{b.capacity}" for b in banks},
-        bytes=sum(t.nbytes for b in banks for t in (*b.tensors(), b.seeds, b.positions, b.alphas)),
+        bytes=sum(t.nbytes for b in banks for t in (*b.tensors(), *b.tables())),
         flops=sum(2 * rows * b.seeds.numel() * _multiplies(b) for b in banks),
     )
 

@@ -6,22 +6,32 @@ seeds' tensors under ``fc.kasmina.``. Loading a plain checkpoint leaves the latt
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx.bank import check_bank
+from kasmina_fx.bank import SMALLEST, Bank, check_bank
 from kasmina_fx.blueprints.registry import lookup
+from kasmina_fx.blueprints.trial import why_unfit
 from kasmina_fx.errors import LayoutMismatch, UnknownBlueprint
 from kasmina_fx.layout import parse_banks
+from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
 from kasmina_fx.seed_store import LAYOUT_VERSION
+from kasmina_fx.state_tensor import StateTensor
 
 if TYPE_CHECKING:
     from kasmina_fx.layer import KasminaLayer
 
 OWN: Final = "kasmina."
 _BASE: Final = "base."
+_EXTRA: Final = OWN + "_extra_state"
+_STATE: Final = OWN + "state.state_tensor"
+_ALPHA: Final = OWN + "state.alpha"
+_BANKS: Final = OWN + "banks."
+#: Ids are int32 in the state tensor.
+_LAST_ID: Final = torch.iinfo(torch.int32).max
 
 
 def attach(layer: nn.Module) -> None:
@@ -38,45 +48,154 @@ def floating_tensor(module: nn.Module) -> Tensor | None:
 
 
 def check(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str) -> None:
-    """Refuse entries that were written for another layer; changes nothing.
+    """Refuse entries that could not be this layer's; changes nothing.
+
+    A state dict with no entry of the layer's seeds is a plain checkpoint, which fits.
+
+    Args:
+        layer: Whose entries they are to be.
+        state_dict: Of a whole model, or of a part of it.
+        prefix: Of the layer in it.
 
     Raises:
-        LayoutMismatch: Says what the entries hold and what this layer takes.
+        LayoutMismatch: Says which entry, what it holds and what this layer takes.
     """
-    own, name = prefix + OWN, layer.layer_id
-    extra = state_dict.get(own + "_extra_state")
-    if extra is not None:
-        if not isinstance(extra, dict) or extra.get("version") != LAYOUT_VERSION:
-            raise LayoutMismatch(
-                f"{name}: the state dict's kasmina entries have version "
-                f"{extra.get('version') if isinstance(extra, dict) else extra!r}; "
-                f"this release reads version {LAYOUT_VERSION}"
-            )
-        if extra.get("layout") != str(layer.kasmina.layout):
-            raise LayoutMismatch(
-                f"{name}: the state dict was written for chunks [{extra.get('layout')}]; this "
-                f"layer has [{layer.kasmina.layout}]. Give kasminify the same num_seeds"
-            )
-        try:
-            for kind in extra["blueprints"].values():
-                lookup(kind)
-            for key, text in extra["banks"].items():
-                check_bank(key, text, layer.kasmina.layout, state_dict, f"{own}banks.{key}.")
-        except UnknownBlueprint as error:
-            raise LayoutMismatch(
-                f"{name}: the state dict needs a blueprint that is not registered here: {error}"
-            ) from error
-        except (KeyError, ValueError) as error:
-            raise LayoutMismatch(f"{name}: a malformed state dict: {error}") from error
-    state = state_dict.get(own + "state.state_tensor")
-    layer.state.check_values(state, state_dict.get(own + "state.alpha"))
-    telemetry = state_dict.get(own + "telemetry.accumulated")
-    expected = layer.kasmina.telemetry.accumulated.shape
-    if telemetry is not None and telemetry.shape != expected:
+    name, own = layer.layer_id, prefix + OWN
+    entries = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(own)}
+    if not entries:
+        return
+    try:
+        extra = _checked_extra(layer, entries)
+        for key, value in entries.items():
+            if key != _EXTRA and not isinstance(value, Tensor):
+                raise TypeError(f"{key} is a {type(value).__name__}; this layer takes a tensor")
+        banks = [_bank_of(layer, key, text, entries) for key, text in extra["banks"].items()]
+        _check_tensors(layer, banks, entries)
+        layer.state.check_values(entries[_STATE], entries[_ALPHA])
+        _check_slots(extra["blueprints"], banks, entries)
+        _check_rows(banks, entries)
+    except UnknownBlueprint as error:
         raise LayoutMismatch(
-            f"{name}: telemetry of shape {tuple(telemetry.shape)}; this layer takes "
-            f"{tuple(expected)}"
+            f"{name}: the state dict needs a blueprint that is not registered here: {error}"
+        ) from error
+    except KeyError as error:
+        raise LayoutMismatch(
+            f"{name}: the state dict lacks {error}: it was cut off or edited; give it whole"
+        ) from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise LayoutMismatch(f"{name}: a malformed state dict: {error}") from error
+
+
+def _checked_extra(layer: KasminaLayer, entries: Mapping[str, Any]) -> dict[str, Any]:
+    extra, name = entries[_EXTRA], layer.layer_id
+    version = extra.get("version") if isinstance(extra, dict) else extra
+    if not isinstance(extra, dict) or version != LAYOUT_VERSION:
+        raise LayoutMismatch(
+            f"{name}: the state dict's kasmina entries have version {version!r}; "
+            f"this release reads version {LAYOUT_VERSION}"
         )
+    if extra["layout"] != str(layer.kasmina.layout):
+        raise LayoutMismatch(
+            f"{name}: the state dict was written for chunks [{extra['layout']}]; this "
+            f"layer has [{layer.kasmina.layout}]. Give kasminify the same num_seeds"
+        )
+    for number, kind in extra["blueprints"].items():
+        if type(number) is not int or not 0 < number <= _LAST_ID:
+            raise ValueError(f"{_EXTRA}: blueprint id {number!r}; allowed are 1 to {_LAST_ID}")
+        lookup(kind)
+    return extra
+
+
+def _bank_of(layer: KasminaLayer, key: str, text: str, entries: Mapping[str, Any]) -> Bank:
+    """The bank whose entries are under ``key``: the layer's, or one without data."""
+    layout, prefix = layer.kasmina.layout, f"{_BANKS}{key}."
+    check_bank(key, text, layout, entries, prefix)
+    (spec,) = parse_banks(text)
+    run, capacity = layout.runs[spec.run], len(entries[prefix + "slots"])
+    least = 1 if spec.shared else SMALLEST
+    if capacity < least:
+        raise ValueError(f"{prefix}slots has {capacity} rows; this layer takes {least} or more")
+    if not spec.training:
+        raise ValueError(f"{_EXTRA}: {text} is a bank as evaluation runs it, not as it is held")
+    for bank in layer.kasmina.bank_list():
+        if bank.key == key and bank.capacity == capacity:
+            return bank
+    reason = why_unfit(lookup(spec.kind), run.size, layer._features, layer._like())
+    if reason is not None:
+        raise ValueError(f"{_EXTRA}: {text} in chunks of {run.size} features: {reason}")
+    return Bank(
+        spec.kind,
+        spec.run,
+        run,
+        shared=spec.shared,
+        capacity=capacity,
+        dtype=torch.get_default_dtype(),
+        device=torch.device("meta"),
+    )
+
+
+def _check_tensors(layer: KasminaLayer, banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
+    """Names, shapes and dtypes; what follows the host's dtype may have any floating one."""
+    own = layer.kasmina.state_dict(prefix=OWN)
+    wanted = {k: v for k, v in own.items() if k != _EXTRA and not k.startswith(_BANKS)}
+    for bank in banks:
+        wanted |= bank.state_dict(prefix=f"{_BANKS}{bank.key}.")
+    unknown = sorted(entries.keys() - wanted.keys() - {_EXTRA})
+    if unknown:
+        raise ValueError(f"the layer has no {', '.join(unknown)}")
+    for name, like in wanted.items():
+        given = entries[name]
+        follows_host = name.startswith(_BANKS) and like.is_floating_point()
+        fits = given.is_floating_point() if follows_host else given.dtype == like.dtype
+        if not fits or given.shape != like.shape:
+            raise ValueError(
+                f"{name} is {given.dtype} {tuple(given.shape)}; this layer takes {like.dtype} "
+                f"{tuple(like.shape)}"
+            )
+
+
+def _check_slots(
+    blueprints: Mapping[int, str], banks: Sequence[Bank], entries: Mapping[str, Any]
+) -> None:
+    """Every id is in a bank of its blueprint, once; a private one in one bank alone."""
+    private = set(blueprints)
+    for bank in banks:
+        name = f"{_BANKS}{bank.key}.slots"
+        slots = entries[name].tolist()
+        held = [number for number in slots if number]
+        if any(not 0 <= number <= _LAST_ID for number in slots) or len(set(held)) < len(held):
+            raise ValueError(f"{name} holds {slots[:8]}; ids are 1 to {_LAST_ID}, each once, or 0")
+        if bank.spec.shared:
+            strange = {n for n in held if blueprints.get(n) != bank.spec.kind}
+        else:
+            strange = private.intersection(held)
+            private.update(held)
+        if strange:
+            raise ValueError(f"{name} holds ids {sorted(strange)[:8]} of another blueprint")
+
+
+def _check_rows(banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
+    """Every seed that holds a blueprint has a slot, private ones for itself; dormant ones none."""
+    state = entries[_STATE].cpu().long()
+    stages = state[:, StateTensor.LIFECYCLE_STATE_IDX]
+    ids = state[:, StateTensor.BLUEPRINT_ID_IDX]
+    holding, found = holds_blueprint(stages), torch.zeros_like(ids, dtype=torch.bool)
+    for bank in banks:
+        seeds = slice(bank.run.first_seed, bank.run.first_seed + bank.run.count)
+        slots = entries[f"{_BANKS}{bank.key}.slots"].cpu()
+        mine = holding[seeds] & (ids[seeds] > 0) & torch.isin(ids[seeds], slots)
+        found[seeds] |= mine
+        used = ids[seeds][mine].tolist()
+        if not bank.spec.shared and len(set(used)) < len(used):
+            raise ValueError(f"{_STATE}: several seeds have one slot of {_BANKS}{bank.key}")
+    lost = (holding & ~found).nonzero().flatten().tolist()
+    if lost:
+        raise ValueError(
+            f"{_STATE}: seeds {lost[:8]} hold blueprints that are in no bank of theirs"
+        )
+    idle = ((stages == SeedLifecycle.DORMANT) & (ids != 0)).nonzero().flatten().tolist()
+    if idle:
+        raise ValueError(f"{_STATE}: seeds {idle[:8]} are DORMANT and name a blueprint")
 
 
 def _strip_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -15,8 +15,10 @@ from kasmina_fx._torch_compat import compile_in_place, mode_options, uncompiled
 from kasmina_fx.backend import kasmina, split_options
 from kasmina_fx.chunked_layer import ChunkedKasminaLayer
 from kasmina_fx.colony import Colony
+from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidArgument, InvalidType, NoTargets, StillGrowing
 from kasmina_fx.features import find_features
+from kasmina_fx.gate import GATE
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle
 
@@ -40,7 +42,8 @@ def kasminify(
     targets: Sequence[type[nn.Module]] = (nn.Linear,),
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     reserve: int = 0,
-    telemetry: bool = True,
+    telemetry: bool | TelemetryPolicy = True,
+    config: SeedConfig | None = None,
     compile: bool = True,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -57,7 +60,8 @@ def kasminify(
         targets: Module types, or subclasses of them, to wrap.
         filter_fn: ``(module, fqn) -> bool``; wraps only where it is true.
         reserve: Slots a layer to allocate ahead for the default blueprint.
-        telemetry: Keep statistics of every chunk.
+        telemetry: Keep statistics of every chunk; a :class:`TelemetryPolicy` says of how much.
+        config: Ramps, embargo and error limit of every layer.
         compile: Call ``model.compile(backend="kasmina")``, which keeps class and state-dict keys.
         mode: Of ``torch.compile``.
         options: Of the backend, see :func:`kasmina_fx.backend.kasmina`.
@@ -90,7 +94,9 @@ def kasminify(
     colony, wrapped = Colony(), {}
     for module, fqn in found.items():
         count = min(num_seeds, find_features(module, None, None).count)
-        layer = ChunkedKasminaLayer(module, count, fqn or "model", telemetry, reserve=reserve)
+        layer = ChunkedKasminaLayer(
+            module, count, fqn or "model", telemetry, reserve=reserve, config=config
+        )
         layer.colony = colony
         colony.add(layer)
         wrapped[module] = layer
@@ -104,7 +110,9 @@ def kasminify(
         given = dict(options or {})
         if mode is not None and given:  # torch.compile takes one of them: spell the mode out
             mode, given = None, mode_options(mode) | given
-        compile_in_place(root, backend=kasmina, mode=mode, options=given or None, dynamic=dynamic)
+        compile_in_place(
+            root, GATE.forward, backend=kasmina, mode=mode, options=given or None, dynamic=dynamic
+        )
     return root
 
 

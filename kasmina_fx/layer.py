@@ -7,8 +7,8 @@ host's side: checked changes of seed state, which forward sees as whole tables o
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,43 +17,21 @@ from torch import Tensor, nn
 from kasmina_fx import host_state, ops
 from kasmina_fx._torch_compat import is_exporting
 from kasmina_fx.bank import SMALLEST, Bank
-from kasmina_fx.blueprints.registry import DEFAULT, lookup
+from kasmina_fx.blueprints.registry import DEFAULT
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.colony import Colony
+from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.features import find_features
-from kasmina_fx.layout import BankSpec, format_banks
+from kasmina_fx.health import reports
 from kasmina_fx.lifecycle import holds_blueprint
 from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
+from kasmina_fx.published import Published
 from kasmina_fx.seed_control import SeedControl
 from kasmina_fx.seed_store import SeedStore
-from kasmina_fx.telemetry import summary
+from kasmina_fx.tables import LayerTables
 
 _NUMBERS = itertools.count()
-
-
-class Published:
-    """What a forward reads, as one object: replaced whole, so that none sees half a change.
-
-    A plain object, because Dynamo (torch 2.11 to 2.13) forces the shapes of whatever it reaches as
-    a module's parameter or buffer to be static.
-    """
-
-    def __init__(self, banks: Sequence[Bank]) -> None:
-        specs = [bank.spec for bank in banks]
-        self.banks = format_banks(specs)
-        # The same text where no blueprint cares: then nothing is compiled anew.
-        self.banks_in_eval = format_banks([spec_in_eval(spec) for spec in specs])
-        self.seeds = [bank.seeds for bank in banks]
-        self.positions = [bank.positions for bank in banks]
-        self.alphas = [bank.alphas for bank in banks]
-        self.params = [stack for bank in banks for stack in bank.tensors()]
-
-
-def spec_in_eval(spec: BankSpec) -> BankSpec:
-    """What a bank is in evaluation: another one if its blueprint behaves differently there."""
-    blueprint = lookup(spec.kind)
-    return spec if blueprint.in_mode(False) is blueprint else replace(spec, training=False)
 
 
 class KasminaLayer(SeedControl):
@@ -65,9 +43,10 @@ class KasminaLayer(SeedControl):
         chunk_sizes: Features of each chunk; by default as equal as can be.
         feature_dim: Dimension of the features; found from the type of base unless given.
         layer_id: Name in messages and reports.
-        telemetry: Keep statistics of every chunk.
+        telemetry: Keep statistics of every chunk; a :class:`TelemetryPolicy` says of how much.
         reserve: Slots for the default blueprint to allocate ahead; above 0 the layer starts in its
             growing graph.
+        config: Ramps, embargo and error limit.
 
     Raises:
         InvalidArgument: Seeds, sizes or a base that don't fit; the message says which.
@@ -88,6 +67,8 @@ class KasminaLayer(SeedControl):
     {'DORMANT': 2, 'GRAFTING': 2}
     """
 
+    _published: Published
+
     def __init__(
         self,
         base: nn.Module,
@@ -96,8 +77,9 @@ class KasminaLayer(SeedControl):
         chunk_sizes: Sequence[int] | None = None,
         feature_dim: int | None = None,
         layer_id: str | None = None,
-        telemetry: bool = True,
+        telemetry: bool | TelemetryPolicy = True,
         reserve: int = 0,
+        config: SeedConfig | None = None,
     ) -> None:
         super().__init__()
         total = None if chunk_sizes is None else sum(chunk_sizes)
@@ -113,11 +95,12 @@ class KasminaLayer(SeedControl):
         if isinstance(given, bool) or not isinstance(given, int) or given < 0:
             raise InvalidArgument(f"reserve={reserve!r}: give a number of slots, 0 or more")
         self._layout = str(self._chunks.layout)
-        self.telemetry_enabled = telemetry
+        self.config = config or SeedConfig()
         self.base = base
         like = host_state.floating_tensor(base)
         device = torch.device("cpu") if like is None else like.device
-        self.kasmina = SeedStore(self._chunks, device, self.layer_id)
+        self.kasmina = SeedStore(self._chunks, device, self.layer_id, self.config)
+        self.set_telemetry(telemetry)
         self.training = base.training
         self.colony = Colony()
         host_state.attach(self)
@@ -134,24 +117,32 @@ class KasminaLayer(SeedControl):
         y = out[0] if isinstance(out, tuple) else out
         seen = self._tables()
         banks = seen.banks if self.training else seen.banks_in_eval
-        y, rejected = ops.BLEND(
-            y, seen.seeds, seen.positions, seen.alphas, seen.params, self._layout, banks
+        y, notes = ops.BLEND(
+            y,
+            seen.layer,
+            seen.seeds,
+            seen.positions,
+            seen.modes,
+            seen.trainees,
+            seen.params,
+            self._layout,
+            banks,
         )
         if self.telemetry_enabled:
             store: Any = self._modules["kasmina"]
-            ops.OBSERVE(y, rejected, store.telemetry.accumulated, self._layout)
+            ops.OBSERVE(y, notes, store.telemetry.accumulated, self._layout, self._one_in)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _tables(self) -> Published:
         if is_exporting():
-            return Published(self._banks())  # export must see registered tensors
+            # Export must see registered tensors.
+            store = self.kasmina
+            layer = LayerTables(store.state.alpha, store.telemetry.faults, store.loss_scale)
+            return Published(self._banks(), layer)
         if torch.compiler.is_dynamo_compiling():
             return self._published
         # Eagerly, parameters are read where functional_call and parametrizations replace them.
-        seen = Published.__new__(Published)
-        seen.__dict__.update(self._published.__dict__)
-        seen.params = [stack for bank in self._banks() for stack in bank.tensors()]
-        return seen
+        return self._published.with_params(self._banks())
 
     # Views.
 
@@ -164,6 +155,11 @@ class KasminaLayer(SeedControl):
     def seeds(self) -> Sequence[LogicalSeed]:
         """The seeds one by one, made when asked for."""
         return SeedSequence(self)
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """What multiplies the gradient of reconstruction losses, float32 ``()``."""
+        return self.colony.loss_scale(self.kasmina.loss_scale)
 
     def bank_of(self, seed_id: int) -> tuple[Bank, int] | None:
         """The bank and slot that hold a seed's blueprint, or None."""
@@ -189,11 +185,21 @@ class KasminaLayer(SeedControl):
 
     # Reports.
 
+    def set_telemetry(self, policy: bool | TelemetryPolicy) -> None:
+        """Statistics of every step (True), none (False: another graph), or as a policy says."""
+        if not isinstance(policy, (bool, TelemetryPolicy)):
+            raise InvalidArgument(f"telemetry={policy!r}: give a bool or a TelemetryPolicy")
+        chosen = policy if isinstance(policy, TelemetryPolicy) else TelemetryPolicy()
+        self.telemetry_enabled = policy is not False
+        self._one_in = chosen.one_in
+        self.kasmina.telemetry.observe_every(chosen.every)
+
     def get_health_report(self) -> dict[str, Any]:
-        """Statistics of every seed as CPU tensors ``(S,)``; one device-to-host copy."""
-        report: dict[str, Any] = {"layer_id": self.layer_id, "num_seeds": self.num_seeds}
-        report |= summary(self.kasmina.telemetry.accumulated)
-        report |= {"stage": self.state.stages.clone(), "alpha": self.state.alphas.clone()}
+        """Statistics of every seed as CPU tensors ``(S,)``; one device-to-host copy.
+
+        Seeds over their error limit are culled. Figures: see :func:`kasmina_fx.health.per_seed`.
+        """
+        (report,) = reports([self])
         return report
 
     def get_layer_stats(self) -> dict[str, Any]:
@@ -219,12 +225,24 @@ class KasminaLayer(SeedControl):
 
     # Keeping what forward reads in step with what is registered.
 
-    def publish(self) -> None:
-        """Make the state that is on the host now what every later forward reads."""
+    def publish(self, tables_changed: bool = True) -> None:
+        """Make the state that is on the host now what every later forward reads.
+
+        Args:
+            tables_changed: False where only alphas did.
+        """
+        store = self.kasmina
+        if not tables_changed:
+            self._published = self._published.with_alpha(store.state.alpha)
+            return
         self.state.on_publish = self.publish
         self.colony.add(self)
-        self.kasmina.publish()
-        self._published = Published(self._banks())
+        store.publish()
+        for bank in self._banks():
+            bank.layer = weakref.ref(self)
+        scale = self.colony.loss_scale(store.loss_scale)
+        tables = LayerTables(store.state.alpha, store.telemetry.probe(), scale)
+        self._published = Published(self._banks(), tables)
 
     def reload(self) -> None:
         """Take the host's tables from the registered tensors: after these were loaded."""

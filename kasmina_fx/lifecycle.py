@@ -62,15 +62,25 @@ BLENDED: Final = frozenset(
     {_S.GRAFTING, _S.STABILIZATION, _S.EVALUATING, _S.FINE_TUNING, _S.FOSSILIZED}
 )
 
-#: Stages in which a seed holds a blueprint of its own (and a slot for its parameters).
-HOLDS_BLUEPRINT: Final = BLENDED | {_S.GERMINATED, _S.TRAINING}
+#: Stages in which a seed holds a blueprint of its own (and a slot for its parameters). What was
+#: rolled back is kept for inspection until the seed is reset.
+HOLDS_BLUEPRINT: Final = BLENDED | {_S.GERMINATED, _S.TRAINING, _S.ROLLED_BACK}
 
-#: What ``KasminaLayer.advance`` reaches in this release. The stages behind GRAFTING blend frozen
-#: parameters, which the graph can't do yet; a stage that would behave wrongly is refused rather
-#: than half built.
-REACHABLE: Final = frozenset(
-    {_S.DORMANT, _S.GERMINATED, _S.TRAINING, _S.GRAFTING, _S.CULLED, _S.CANCELLED}
-)
+#: Stages in which a blueprint runs: it has a place in its bank's tables.
+RUNS: Final = BLENDED | {_S.TRAINING}
+
+#: Stages whose blueprint learns from the model's loss, and those in which it learns to reconstruct
+#: its chunk; in all others it is frozen.
+LEARNS_TASK: Final = frozenset({_S.GRAFTING, _S.FINE_TUNING})
+RECONSTRUCTS: Final = frozenset({_S.TRAINING})
+
+
+class Mode(IntEnum):
+    """What the graph does with a blueprint: a number in a bank's ``modes`` table."""
+
+    FROZEN = 0
+    LEARNS = 1
+    RECONSTRUCTS = 2
 
 
 def _table(members: frozenset[SeedLifecycle]) -> Tensor:
@@ -80,6 +90,13 @@ def _table(members: frozenset[SeedLifecycle]) -> Tensor:
 _LEGAL_TABLE: Final = torch.stack([_table(LEGAL[stage]) for stage in SeedLifecycle])
 _BLENDED_TABLE: Final = _table(BLENDED)
 _HOLDS_TABLE: Final = _table(HOLDS_BLUEPRINT)
+_RUNS_TABLE: Final = _table(RUNS)
+_MODE_TABLE: Final = torch.tensor(
+    [
+        Mode.RECONSTRUCTS if s in RECONSTRUCTS else Mode.LEARNS if s in LEARNS_TASK else Mode.FROZEN
+        for s in SeedLifecycle
+    ]
+)
 
 
 def is_legal(stages: Tensor, to: SeedLifecycle) -> Tensor:
@@ -95,3 +112,13 @@ def is_blended(stages: Tensor) -> Tensor:
 def holds_blueprint(stages: Tensor) -> Tensor:
     """Bool ``(n,)``: does a seed in each of the ``stages`` (int ``(n,)``, CPU) hold a blueprint?"""
     return _HOLDS_TABLE[stages.long()]
+
+
+def runs(stages: Tensor) -> Tensor:
+    """Bool ``(n,)``: does the blueprint of a seed in each of the ``stages`` (CPU) run?"""
+    return _RUNS_TABLE[stages.long()]
+
+
+def modes(stages: Tensor) -> Tensor:
+    """int64 ``(n,)``: the :class:`Mode` of a seed in each of the ``stages`` (CPU)."""
+    return _MODE_TABLE[stages.long()]

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from kasmina_fx.blueprints.builtin import PerFeature
-from kasmina_fx.lifecycle import SeedLifecycle
+from kasmina_fx.grafting.registry import strategies
+from kasmina_fx.health import figures_of
+from kasmina_fx.lifecycle import LEARNS_TASK, RECONSTRUCTS, RUNS, SeedLifecycle
 from kasmina_fx.seed_ids import as_seed_ids
 
 if TYPE_CHECKING:
     from kasmina_fx.layer import KasminaLayer
+    from kasmina_fx.snapshots import Snapshot
+
+
+@dataclass(frozen=True)
+class SeedState:
+    """What is known of a seed at one moment; see the properties of :class:`LogicalSeed`."""
+
+    layer_id: str
+    seed_id: int
+    chunk_start: int
+    chunk_size: int
+    stage: SeedLifecycle
+    blueprint_id: int
+    epochs_in_state: int
+    grafting_strategy: str
+    alpha: float
+    health: float
+    error_count: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name; the stage by its name."""
+        return asdict(self) | {"stage": self.stage.name}
 
 
 class LogicalSeed:
@@ -25,6 +51,11 @@ class LogicalSeed:
     def __repr__(self) -> str:
         """Layer, id and stage."""
         return f"LogicalSeed({self.layer.layer_id!r}, {self.seed_id}, {self.stage.name})"
+
+    @property
+    def id(self) -> int:
+        """Its number in the layer."""
+        return self.seed_id
 
     @property
     def chunk(self) -> slice:
@@ -42,8 +73,18 @@ class LogicalSeed:
         return int(self.layer.state.blueprint_ids[self.seed_id])
 
     @property
+    def epochs_in_state(self) -> int:
+        """Epochs since it entered its stage."""
+        return int(self.layer.state.epochs[self.seed_id])
+
+    @property
+    def grafting_strategy(self) -> int:
+        """Number of the strategy that its ramp follows."""
+        return int(self.layer.state.strategies[self.seed_id])
+
+    @property
     def alpha(self) -> float:
-        """Its blend factor, 0 to 1."""
+        """Its blend factor, 0 to 1; one device copy after a ramp."""
         return float(self.layer.state.alphas[self.seed_id])
 
     @property
@@ -51,20 +92,115 @@ class LogicalSeed:
         """Does it change the layer's output?"""
         return bool(self.layer.state.blended[self.seed_id])
 
+    @property
+    def health(self) -> float:
+        """Its health score, see :func:`kasmina_fx.health.per_seed`; one device copy."""
+        return float(figures_of(self.layer)["health"][self.seed_id])
+
+    @property
+    def error_count(self) -> int:
+        """Steps in which its blueprint yielded NaN or Inf; one device copy."""
+        return int(figures_of(self.layer)["errors"][self.seed_id])
+
+    def get_state(self) -> SeedState:
+        """A snapshot of all of the above; one device copy."""
+        figures, row, chunk = figures_of(self.layer), self.seed_id, self.chunk
+        return SeedState(
+            layer_id=self.layer.layer_id,
+            seed_id=row,
+            chunk_start=chunk.start,
+            chunk_size=chunk.stop - chunk.start,
+            stage=self.stage,
+            blueprint_id=self.blueprint_id,
+            epochs_in_state=self.epochs_in_state,
+            grafting_strategy=strategies()[self.grafting_strategy].name,
+            alpha=self.alpha,
+            health=float(figures["health"][row]),
+            error_count=int(figures["errors"][row]),
+        )
+
+    def request_germination(
+        self, blueprint_id: int | str | None = None, grafting_strategy: int | str = 0
+    ) -> bool:
+        """See :meth:`KasminaLayer.request_germination`."""
+        return self.layer.request_germination(self.seed_id, blueprint_id, grafting_strategy)
+
+    def cancel(self) -> bool:
+        """See :meth:`KasminaLayer.cancel_germination`."""
+        return self.layer.cancel_germination(self.seed_id)
+
+    def advance(self, stage: SeedLifecycle | int) -> None:
+        """See :meth:`KasminaLayer.advance`."""
+        self.layer.advance(self.seed_id, stage)
+
+    def reset(self) -> None:
+        """See :meth:`KasminaLayer.reset`."""
+        self.layer.reset(self.seed_id)
+
+    def set_alpha(self, alpha: float) -> None:
+        """See :meth:`KasminaLayer.set_alpha`."""
+        self.layer.set_alpha(self.seed_id, alpha)
+
+    def snapshot(self) -> Snapshot:
+        """See :meth:`KasminaLayer.snapshot`."""
+        return self.layer.snapshot(self.seed_id)
+
+    def rollback(self, snapshot: Snapshot, *, mark: bool = True) -> None:
+        """See :meth:`KasminaLayer.rollback`."""
+        self.layer.rollback(snapshot, self.seed_id, mark=mark)
+
     def process_chunk(self, chunk: Tensor) -> Tensor:
-        """What it makes of its chunk of the base's output, by the definition, in plain PyTorch."""
-        held = self.layer.bank_of(self.seed_id) if self.is_blended else None
-        if held is None:
+        """What it makes of its chunk of the base's output, by the definition, in plain PyTorch.
+
+        In TRAINING that is the chunk itself; its backward also trains the blueprint.
+        """
+        held, stage = self.layer.bank_of(self.seed_id), self.stage
+        if held is None or stage not in RUNS:
             return chunk
+        if stage in RECONSTRUCTS:
+            made = self._apply_blueprint(chunk.detach())
+            if not bool(made.isfinite().all()):
+                return chunk
+            wide = torch.promote_types(chunk.dtype, torch.float32)
+            loss = (made.to(wide) - chunk.detach().to(wide)).square().mean()
+            out: Tensor = WithLoss.apply(chunk, loss, self.layer.loss_scale)  # type: ignore[no-untyped-call]  # torch's, unannotated
+            return out
+        made = self._apply_blueprint(chunk)
+        if not bool(made.isfinite().all()):
+            return chunk
+        return (chunk + self.alpha * (made - chunk)).to(chunk.dtype)
+
+    def _apply_blueprint(self, chunk: Tensor) -> Tensor:
+        held = self.layer.bank_of(self.seed_id)
+        assert held is not None  # asked for by process_chunk alone
         bank, slot = held
-        module: Any = bank.blueprint.module(bank.run.size).to(chunk.device)
+        with torch.random.fork_rng(devices=[]):  # its values don't matter: leave the user's seed
+            module: Any = bank.blueprint.module(bank.run.size).to(chunk.device)
         module.train(self.layer.training)
         if isinstance(module, PerFeature):  # acts on features wherever they are
             module.dim = self.layer.chunks.feature_dim
-        out: Tensor = functional_call(module, bank.slot_tensors(slot), chunk)
-        if not bool(out.isfinite().all()):
-            return chunk
-        return (chunk + self.alpha * (out - chunk)).to(chunk.dtype)
+        tensors = bank.slot_tensors(slot)
+        if self.stage not in LEARNS_TASK | RECONSTRUCTS:
+            tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        out: Tensor = functional_call(module, tensors, chunk)
+        return out
+
+
+class WithLoss(torch.autograd.Function):
+    """Hands a tensor on; backward also starts from a loss that nobody added to the model's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
+        """``x``."""
+        ctx.save_for_backward(scale)
+        ctx.loss_dtype = loss.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """The gradient of ``x``, and the loss's weight."""
+        (scale,) = ctx.saved_tensors
+        return grad, scale.to(ctx.loss_dtype), None
 
 
 class SeedSequence(Sequence[LogicalSeed]):

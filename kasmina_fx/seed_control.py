@@ -7,23 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from kasmina_fx import epochs, snapshots
 from kasmina_fx.bank import SMALLEST, Bank
 from kasmina_fx.blueprints import Blueprint
 from kasmina_fx.blueprints.registry import DEFAULT, lookup
 from kasmina_fx.blueprints.trial import register_for, why_unfit
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.colony import Colony
-from kasmina_fx.errors import InvalidArgument, InvalidType, UnknownBlueprint
+from kasmina_fx.errors import InvalidType, UnknownBlueprint
 from kasmina_fx.features import Features
+from kasmina_fx.gate import GATE
+from kasmina_fx.grafting.registry import strategy_number
 from kasmina_fx.lifecycle import GraftingStrategy, SeedLifecycle
 from kasmina_fx.seed_ids import SeedIds, as_seed_ids
 from kasmina_fx.seed_store import SeedStore
+from kasmina_fx.snapshots import Snapshot
+from kasmina_fx.staging import LOCK
 from kasmina_fx.state_tensor import StateTensor
+
+if TYPE_CHECKING:
+    from kasmina_fx.layer import KasminaLayer
 
 
 class SeedControl(nn.Module):
@@ -67,7 +75,7 @@ class SeedControl(nn.Module):
         """
         sizes = dict.fromkeys(self._chunks.sizes)
         kind = register_for(blueprint, name, sizes, self._features, self._like())
-        number = self.kasmina.next_id()
+        number = int(self.kasmina.take_ids(1))
         self.kasmina.blueprints[number] = kind
         return number
 
@@ -75,7 +83,7 @@ class SeedControl(nn.Module):
         self,
         seed_id: SeedIds,
         blueprint_id: int | str | None = None,
-        grafting_strategy: int = GraftingStrategy.FIXED_RAMP,
+        grafting_strategy: int | str = GraftingStrategy.FIXED_RAMP,
     ) -> bool:
         """Germinate dormant seeds: all of them, or none.
 
@@ -84,7 +92,8 @@ class SeedControl(nn.Module):
             blueprint_id: An id from :meth:`register_blueprint`, whose parameters the seeds share; a
                 registered name, which gives each seed a copy of its own; None for the default name,
                 ``mlp``.
-            grafting_strategy: A :class:`GraftingStrategy`.
+            grafting_strategy: A :class:`GraftingStrategy`, or the number or name of one that
+                :func:`kasmina_fx.grafting.register_strategy` took.
 
         Returns:
             False, with nothing changed, if one of the seeds isn't dormant.
@@ -94,7 +103,7 @@ class SeedControl(nn.Module):
             UnknownBlueprint: No such id or name, or one that doesn't fit the seeds' chunk size.
         """
         ids = as_seed_ids(seed_id, self.num_seeds, self.layer_id)
-        strategy = self._strategy(grafting_strategy)
+        strategy = strategy_number(grafting_strategy, self.layer_id)
         shared, kind = self._resolve(blueprint_id)
         for size in {self._chunks.sizes[seed] for seed in ids.tolist()}:
             reason = why_unfit(lookup(kind), size, self._features, self._like())
@@ -107,7 +116,7 @@ class SeedControl(nn.Module):
             if bool((self.state.stages[ids] != SeedLifecycle.DORMANT).any()):
                 return False
             self._start_growing(kind, shared is not None)
-            own = torch.arange(len(ids)) + self.kasmina.next_id() if shared is None else None
+            own = self.kasmina.take_ids(len(ids)) if shared is None else None
             for bank in self._banks():
                 if bank.spec.kind != kind or bank.spec.shared != (shared is not None):
                     continue
@@ -124,6 +133,8 @@ class SeedControl(nn.Module):
                 epochs_in_state=0,
                 grafting_strategy=strategy,
             )
+            self.state.set_alpha(ids, 0.0)
+            self.kasmina.telemetry.forget_blueprints(ids)
         return True
 
     def cancel_germination(self, seed_ids: SeedIds) -> bool:
@@ -138,21 +149,65 @@ class SeedControl(nn.Module):
 
     def advance(self, seed_ids: SeedIds, stage: SeedLifecycle | int) -> None:
         """One legal transition for all the seeds, or IllegalTransition and none."""
-        self.state.advance(seed_ids, stage)
+        with self.transaction():
+            self.state.advance(seed_ids, stage)
+            if stage == SeedLifecycle.TRAINING:
+                self.colony.follow_scaler()
+
+    def reset(self, seed_ids: SeedIds) -> None:
+        """Make seeds DORMANT from any stage, without their blueprints.
+
+        The one way out of FOSSILIZED and ROLLED_BACK.
+        """
+        self.state.reset(seed_ids)
 
     def set_alpha(self, seed_ids: SeedIds, alpha: float | Tensor) -> None:
-        """Blend factors, a number or ``(n,)``, clamped to [0, 1]; NaN is refused."""
+        """Blend factors, a number or ``(n,)``, clamped to [0, 1]; NaN is refused.
+
+        A ramp goes on from there.
+        """
         self.state.set_alpha(seed_ids, alpha)
 
     def step_epoch(self) -> None:
-        """One epoch more for every seed that isn't dormant."""
-        self.state.increment_epochs()
+        """An epoch has passed; never called by forward.
+
+        Seeds over their error limit are culled. Every seed that isn't DORMANT is one epoch older,
+        culled ones whose embargo is over become DORMANT. Ramps make a step, unless they do so at
+        every optimizer step. On CUDA it waits for the work queued so far if a seed holds a
+        blueprint and there is an error limit: for the error counts.
+        """
+        epochs.step_epoch(self._as_layer())
+
+    def snapshot(self, seed_ids: SeedIds | None = None) -> Snapshot:
+        """Blueprints, alphas and states of some seeds, or all, to go back to.
+
+        Optimizer state is not part of it.
+        """
+        return snapshots.take(self._as_layer(), seed_ids)
+
+    def rollback(
+        self, snapshot: Snapshot, seed_ids: SeedIds | None = None, *, mark: bool | None = None
+    ) -> None:
+        """Put seeds back to a snapshot, to the bit.
+
+        Args:
+            snapshot: From :meth:`snapshot`.
+            seed_ids: Those to put back; None is all that the snapshot holds.
+            mark: Seeds become ROLLED_BACK, with all else as it was: they are out, and keep what
+                the snapshot held until they are reset. Else their stages are the snapshot's as
+                well, and they go on from there. Not given: mark if ``seed_ids`` are named.
+
+        Raises:
+            IllegalTransition: A seed to be marked is in a stage that ROLLED_BACK can't follow.
+            InvalidArgument: The snapshot is of another layout or lacks a seed.
+        """
+        snapshots.restore(self._as_layer(), snapshot, seed_ids, mark)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All changes inside become visible at once, at the end; an exception undoes them all."""
-        before = {bank: bank.held for bank in self._banks()}
         with self.state.transaction():
+            before = {bank: bank.held for bank in self._banks()}
             try:
                 yield
             except BaseException:
@@ -160,6 +215,9 @@ class SeedControl(nn.Module):
                     held = before.get(bank, bank.held[:0])
                     bank.held = nn.functional.pad(held, (0, bank.capacity - len(held)))
                 raise
+
+    def _as_layer(self) -> KasminaLayer:
+        return self  # type: ignore[return-value]  # the only subclass is KasminaLayer
 
     # Banks.
 
@@ -188,15 +246,6 @@ class SeedControl(nn.Module):
             )
         return blueprint_id, kind
 
-    def _strategy(self, strategy: int) -> GraftingStrategy:
-        try:
-            return GraftingStrategy(strategy)
-        except ValueError:
-            raise InvalidArgument(
-                f"{self.layer_id}: grafting strategy {strategy!r}; allowed are "
-                f"{[f'{s.name} {s.value}' for s in GraftingStrategy]}"
-            ) from None
-
     def _start_growing(self, kind: str, shared: bool) -> None:
         """Allocate the smallest banks for a blueprint that has none yet: once for the whole model.
 
@@ -205,14 +254,15 @@ class SeedControl(nn.Module):
         """
         if self.kasmina.has_bank(kind, shared):
             return
-        self.colony.add(self)  # type: ignore[arg-type]  # the only subclass is KasminaLayer
+        self.colony.add(self._as_layer())
         for layer in self.colony:
             wanted = {(name, True) for name in layer.kasmina.blueprints.values()}
             if not shared:
                 wanted.add((kind, False))
-            with layer.state.transaction():
+            with LOCK, GATE.publication():
                 for name, is_shared in sorted(wanted):
                     layer.allocate(name, shared=is_shared)
+                layer.publish()
 
     def allocate(self, kind: str, *, shared: bool = False, capacity: int = SMALLEST) -> None:
         """Banks for one blueprint in every run that it fits; those that exist are left alone."""

@@ -5,27 +5,40 @@ from __future__ import annotations
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kasmina_fx.bank import Bank
 from kasmina_fx.chunk_manager import ChunkManager
+from kasmina_fx.config import SeedConfig
 from kasmina_fx.layout import ChunkLayout
 from kasmina_fx.state_tensor import StateTensor
 from kasmina_fx.telemetry import Telemetry
 
 #: Of the entries in a state dict; a checkpoint of another version is refused.
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 
 
 class SeedStore(nn.Module):
     """State, telemetry and banks of a layer, under the one name ``kasmina`` in its state dict."""
 
-    def __init__(self, chunks: ChunkManager, device: torch.device, name: str) -> None:
+    loss_scale: Tensor
+    grad_norm: Tensor
+
+    def __init__(
+        self, chunks: ChunkManager, device: torch.device, name: str, config: SeedConfig
+    ) -> None:
         super().__init__()
-        self.state = StateTensor(chunks.num_chunks, device, name=name)
+        self.state = StateTensor(
+            chunks.num_chunks, device, name=name, embargo_epochs=config.embargo_epochs
+        )
         self.telemetry = Telemetry(chunks.num_chunks, device)
         self.banks = nn.ModuleDict()
+        one = torch.ones((), dtype=torch.float32, device=device)
+        self.register_buffer("loss_scale", one, persistent=False)
+        self.register_buffer("grad_norm", -one, persistent=False)
+        self.reference_weight: Tensor | None = None  # the host's, at the last step of the ramp
         self.layout: ChunkLayout = chunks.layout
+        self._highest_id = 0
         self.blueprints: dict[int, str] = {}  # ids whose parameters are shared, and their names
 
     def bank_list(self) -> list[Bank]:
@@ -36,23 +49,19 @@ class SeedStore(nn.Module):
         """Is there a bank for the blueprint?"""
         return any((b.spec.kind, b.spec.shared) == (kind, shared) for b in self.bank_list())
 
-    def next_id(self) -> int:
-        """A blueprint id that nothing uses."""
-        used = [int(self.state.blueprint_ids.max()), *self.blueprints]
+    def take_ids(self, count: int) -> Tensor:
+        """Blueprint ids that nothing uses or has used, int64 ``(count,)``."""
+        used = [self._highest_id, int(self.state.blueprint_ids.max()), *self.blueprints]
         used += [int(bank.held.max()) for bank in self.bank_list()]
-        return max(used) + 1
+        self._highest_id = max(used) + count
+        return torch.arange(count) + max(used) + 1
 
     def publish(self) -> None:
         """Derive every bank's tables from the state."""
-        state = self.state
+        stages, ids = self.state.stages, self.state.blueprint_ids
         for bank in self.bank_list():
             seeds = slice(bank.run.first_seed, bank.run.first_seed + bank.run.count)
-            bank.publish(
-                state.blueprint_ids[seeds],
-                state.holding[seeds],
-                state.blended[seeds],
-                state.alphas[seeds],
-            )
+            bank.publish(ids[seeds], stages[seeds])
 
     def get_extra_state(self) -> dict[str, Any]:
         """What tensors can't say: the layout, the shared blueprints and the banks."""

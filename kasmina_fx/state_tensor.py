@@ -1,40 +1,28 @@
-"""The state of every seed of a layer: one int32 row and one alpha each.
-
-The device buffers are what is saved and reported. A host mirror of the same numbers is what is
-checked and changed: no change waits for the device, and nothing is read back from it.
-"""
+"""The state of every seed of a layer: one int32 row and one alpha each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import RLock
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kasmina_fx.errors import IllegalTransition, InvalidArgument, InvalidType, LayoutMismatch
-from kasmina_fx.lifecycle import (
-    LEGAL,
-    REACHABLE,
-    GraftingStrategy,
-    SeedLifecycle,
-    holds_blueprint,
-    is_blended,
-    is_legal,
-)
+from kasmina_fx.grafting.registry import strategies
+from kasmina_fx.lifecycle import LEGAL, SeedLifecycle, holds_blueprint, is_blended, is_legal
 from kasmina_fx.seed_ids import SeedIds, as_seed_ids
-from kasmina_fx.transfer import to_device
+from kasmina_fx.staging import StagedState
 
-#: Largest value of each column: int8, int32, int16 and int8.
-_COLUMN_MAX: Final = (max(SeedLifecycle), 2**31 - 1, 2**15 - 1, max(GraftingStrategy))
-#: One lock for all layers: a first germination changes several, and changes are short.
-_LOCK: Final = RLock()
-_COLUMN_NAME: Final = ("lifecycle_state", "blueprint_id", "epochs_in_state", "grafting_strategy")
+#: Epochs fit int16.
+_MOST_EPOCHS: Final = 2**15 - 1
+COLUMN_NAMES: Final = ("lifecycle_state", "blueprint_id", "epochs_in_state", "grafting_strategy")
+_LETS_GO: Final = (SeedLifecycle.DORMANT, SeedLifecycle.CULLED, SeedLifecycle.CANCELLED)
+
+#: Epochs that a culled seed rests before it may germinate again.
+DEFAULT_EMBARGO: Final = 5
 
 
-class StateTensor(nn.Module):
+class StateTensor(StagedState):
     """Two buffers: ``state_tensor``, int32 ``(num_seeds, 4)``; ``alpha``, float32 ``(num_seeds,)``.
 
     Columns: ``LIFECYCLE_STATE_IDX`` 0 (fits int8), ``BLUEPRINT_ID_IDX`` 1, ``EPOCHS_IN_STATE_IDX``
@@ -45,6 +33,7 @@ class StateTensor(nn.Module):
         num_seeds: Rows, at least 1.
         device: Of the buffers.
         name: What messages call it.
+        embargo_epochs: Epochs that a CULLED seed rests before it may become DORMANT.
     """
 
     LIFECYCLE_STATE_IDX: Final = 0
@@ -52,22 +41,19 @@ class StateTensor(nn.Module):
     EPOCHS_IN_STATE_IDX: Final = 2
     GRAFTING_STRATEGY_IDX: Final = 3
 
-    state_tensor: Tensor
-    alpha: Tensor
-
     def __init__(
-        self, num_seeds: int, device: torch.device | str | None = None, *, name: str = "state"
+        self,
+        num_seeds: int,
+        device: torch.device | str | None = None,
+        *,
+        name: str = "state",
+        embargo_epochs: int = DEFAULT_EMBARGO,
     ) -> None:
-        super().__init__()
         given: Any = num_seeds  # from callers without a type checker, anything
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise InvalidArgument(f"num_seeds={num_seeds!r}: give an int of at least 1")
-        self.num_seeds, self.name = num_seeds, name
-        self.register_buffer("state_tensor", torch.zeros(num_seeds, 4, dtype=torch.int32))
-        self.register_buffer("alpha", torch.zeros(num_seeds, dtype=torch.float32))
-        self._mirror, self._alpha = self.state_tensor.clone(), self.alpha.clone()
-        self.on_publish: Callable[[], None] | None = None
-        self._depth = 0
+        super().__init__(num_seeds)
+        self.num_seeds, self.name, self.embargo_epochs = num_seeds, name, embargo_epochs
         if device is not None:
             self.to(device)
 
@@ -76,17 +62,22 @@ class StateTensor(nn.Module):
     @property
     def stages(self) -> Tensor:
         """int32 ``(num_seeds,)`` on the CPU, a view not to be written to."""
-        return self._mirror[:, self.LIFECYCLE_STATE_IDX]
+        return self.rows[:, self.LIFECYCLE_STATE_IDX]
 
     @property
     def blueprint_ids(self) -> Tensor:
         """int32 ``(num_seeds,)`` on the CPU, a view not to be written to."""
-        return self._mirror[:, self.BLUEPRINT_ID_IDX]
+        return self.rows[:, self.BLUEPRINT_ID_IDX]
 
     @property
-    def alphas(self) -> Tensor:
-        """float32 ``(num_seeds,)`` on the CPU, not to be written to."""
-        return self._alpha
+    def epochs(self) -> Tensor:
+        """int32 ``(num_seeds,)`` on the CPU, a view not to be written to."""
+        return self.rows[:, self.EPOCHS_IN_STATE_IDX]
+
+    @property
+    def strategies(self) -> Tensor:
+        """int32 ``(num_seeds,)`` on the CPU, a view not to be written to."""
+        return self.rows[:, self.GRAFTING_STRATEGY_IDX]
 
     @property
     def holding(self) -> Tensor:
@@ -114,9 +105,9 @@ class StateTensor(nn.Module):
         """One row by column name, with ``alpha``."""
         row = int(as_seed_ids(seed_id, self.num_seeds, self.name))
         columns: dict[str, int | float] = dict(
-            zip(_COLUMN_NAME, self._mirror[row].tolist(), strict=True)
+            zip(COLUMN_NAMES, self.rows[row].tolist(), strict=True)
         )
-        return columns | {"alpha": float(self._alpha[row])}
+        return columns | {"alpha": float(self.alphas[row])}
 
     def get_state_distribution(self) -> dict[str, int]:
         """Seeds in each stage that has any, by name."""
@@ -127,24 +118,7 @@ class StateTensor(nn.Module):
         """int64 ``(n,)`` on the CPU: ids of the seeds in a stage."""
         return (self.stages == int(stage)).nonzero().flatten()
 
-    # Writing: staged on the mirror, published as a whole.
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All changes inside become visible at once, at the end; an exception undoes them all."""
-        with _LOCK:
-            with torch.inference_mode(False):
-                before = self._mirror.clone(), self._alpha.clone()
-            self._depth += 1
-            try:
-                yield
-            except BaseException:
-                self._mirror, self._alpha = before
-                raise
-            finally:
-                self._depth -= 1
-            if self._depth == 0:
-                self._publish()
+    # Writing: staged on the host, published as a whole.
 
     def set_rows(self, seed_ids: SeedIds, **columns: SeedLifecycle | int | Tensor) -> None:
         """Write columns of some rows: ``set_rows([3, 5], lifecycle_state=1, blueprint_id=7)``.
@@ -154,28 +128,15 @@ class StateTensor(nn.Module):
                 nothing is written.
         """
         ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
-        staged = self._mirror[ids]
-        for name, value in columns.items():
-            if name not in _COLUMN_NAME:
-                raise InvalidArgument(f"{self.name}: no column {name!r}; it has {_COLUMN_NAME}")
-            column = _COLUMN_NAME.index(name)
-            values = torch.as_tensor(value)
-            if values.dtype.is_floating_point or values.dtype.is_complex:
-                raise InvalidType(f"{self.name}: {name}={value!r}; give ints")
-            if values.shape not in ((), (1,), (len(ids),)):
-                raise InvalidArgument(
-                    f"{self.name}: {name} of shape {tuple(values.shape)} for {len(ids)} seeds"
-                )
-            values = values.to("cpu", torch.int64)
-            wrong = values[(values < 0) | (values > _COLUMN_MAX[column])]
-            if wrong.numel():
-                raise InvalidArgument(
-                    f"{self.name}: {name}={int(wrong.flatten()[0])} for seeds {ids.tolist()[:8]}; "
-                    f"allowed are 0 to {_COLUMN_MAX[column]}"
-                )
-            staged[:, column] = values.to(torch.int32)
+        written = {_column(name, self.name): value for name, value in columns.items()}
+        checked = {
+            column: _in_range(value, column, ids, self.name) for column, value in written.items()
+        }
         with self.transaction():
-            self._mirror[ids] = staged
+            rows = self.rows[ids]
+            for column, values in checked.items():
+                rows[:, column] = values
+            self._stage_rows(ids, rows)
 
     def set_lifecycle_state(self, seed_id: int, state: SeedLifecycle | int) -> None:
         """Put a seed into a stage, with no check of the transition; its epochs start again."""
@@ -202,22 +163,45 @@ class StateTensor(nn.Module):
             raise InvalidArgument(
                 f"{self.name}: stage {to!r}; allowed are {[stage.name for stage in SeedLifecycle]}"
             ) from None
-        legal = is_legal(self.stages[ids], to)
-        if len(ids) and (to not in REACHABLE or not bool(legal.all())):
-            seed = int(ids[~legal][0]) if not bool(legal.all()) else int(ids[0])
-            now = SeedLifecycle(int(self.stages[seed]))
-            allowed = [stage.name for stage in sorted(LEGAL[now] & REACHABLE)]
-            raise IllegalTransition(
-                f"{self.name}: seed {seed} can't go from {now.name} to {to.name}; legal from "
-                f"{now.name}: {', '.join(allowed) or 'none'}"
-            )
+        with self.transaction():
+            legal = is_legal(self.stages[ids], to)
+            if to is SeedLifecycle.DORMANT:
+                legal &= ~self.embargoed[ids]
+            if not bool(legal.all()):
+                raise self._illegal(int(ids[~legal][0]), to)
+            self._enter(ids, to)
+
+    def reset(self, seed_ids: SeedIds) -> None:
+        """Make seeds DORMANT from any stage: the one way out of FOSSILIZED and ROLLED_BACK."""
+        ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
+        with self.transaction():
+            self._enter(ids, SeedLifecycle.DORMANT)
+
+    @property
+    def embargoed(self) -> Tensor:
+        """Bool ``(num_seeds,)`` on the CPU: culled seeds that have not rested long enough."""
+        return (self.stages == SeedLifecycle.CULLED) & (self.epochs < self.embargo_epochs)
+
+    def _enter(self, ids: Tensor, to: SeedLifecycle) -> None:
         changes: dict[str, int] = {"lifecycle_state": to, "epochs_in_state": 0}
         if to is SeedLifecycle.DORMANT:
             changes |= {"blueprint_id": 0, "grafting_strategy": 0}
-        with self.transaction():
-            self.set_rows(ids, **changes)
-            if to in (SeedLifecycle.DORMANT, SeedLifecycle.CULLED, SeedLifecycle.CANCELLED):
-                self._alpha[ids] = 0.0
+        self.set_rows(ids, **changes)
+        if to in _LETS_GO:
+            self._stage_alpha(ids, torch.zeros(len(ids)))
+
+    def _illegal(self, seed: int, to: SeedLifecycle) -> IllegalTransition:
+        now = SeedLifecycle(int(self.stages[seed]))
+        embargoed = bool(self.embargoed[seed])
+        legal = () if embargoed else tuple(sorted(LEGAL[now]))
+        rest = self.embargo_epochs - int(self.epochs[seed])
+        why = f"; its embargo lasts {rest} epochs more" if embargoed else ""
+        error = IllegalTransition(
+            f"{self.name}: seed {seed} can't go from {now.name} to {to.name}; legal from "
+            f"{now.name}: {', '.join(stage.name for stage in legal) or 'none'}{why}"
+        )
+        error.seed, error.source, error.target, error.legal = seed, now, to, legal
+        return error
 
     def set_alpha(self, seed_ids: SeedIds, alpha: float | Tensor) -> None:
         """Blend factors, a number or ``(n,)``; clamped to [0, 1].
@@ -238,20 +222,19 @@ class StateTensor(nn.Module):
         if bool(values.isnan().any()):
             raise InvalidArgument(f"{self.name}: alpha is NaN; give a number from 0 to 1")
         with self.transaction():
-            self._alpha[ids] = values.clamp(0.0, 1.0).expand(len(ids))
+            self._stage_alpha(ids, values.clamp(0.0, 1.0).expand(len(ids)).contiguous())
 
     def increment_epochs(self) -> None:
-        """One epoch more for every seed that isn't dormant; stops at 32,767."""
-        with self.transaction():
-            column = self._mirror[:, self.EPOCHS_IN_STATE_IDX]
-            column += (self.stages != SeedLifecycle.DORMANT).to(torch.int32)
-            column.clamp_(max=_COLUMN_MAX[self.EPOCHS_IN_STATE_IDX])
+        """One epoch more for every seed that isn't dormant; stops at 32,767.
 
-    @torch.inference_mode(False)
-    def refresh_mirror(self) -> None:
-        """Take the mirror from the device buffers: after they were loaded."""
-        self._mirror = self.state_tensor.detach().to("cpu", copy=True)
-        self._alpha = self.alpha.detach().to("cpu", torch.float32, copy=True)
+        Culled seeds whose embargo is over become DORMANT.
+        """
+        with self.transaction():
+            older = (self.epochs + 1).clamp_max(_MOST_EPOCHS)
+            awake = (self.stages != SeedLifecycle.DORMANT).nonzero().flatten()
+            self.set_rows(awake, epochs_in_state=older[awake])
+            rested = (self.stages == SeedLifecycle.CULLED) & ~self.embargoed
+            self._enter(rested.nonzero().flatten(), SeedLifecycle.DORMANT)
 
     def check_values(self, state: Tensor | None, alpha: Tensor | None) -> None:
         """Refuse what could not be this layer's state.
@@ -265,7 +248,7 @@ class StateTensor(nn.Module):
                     f"{self.name}: state tensor of {state.dtype} {tuple(state.shape)}; this layer "
                     f"takes int32 ({self.num_seeds}, 4)"
                 )
-            limits = torch.tensor(_COLUMN_MAX, device=state.device)
+            limits = torch.tensor(_column_max(), device=state.device)
             if bool(((state < 0) | (state > limits)).any()):
                 raise LayoutMismatch(f"{self.name}: the state tensor holds values out of range")
         if alpha is not None:
@@ -277,23 +260,32 @@ class StateTensor(nn.Module):
             if not bool(((alpha >= 0) & (alpha <= 1)).all()):
                 raise LayoutMismatch(f"{self.name}: alpha holds values outside 0 to 1")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StateTensor:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated
-        # float32, whatever the model's dtype
-        self.alpha = to_device(self._alpha, self.alpha.device)
-        return self
 
-    @torch.inference_mode(False)
-    def _publish(self) -> None:
-        # New tensors instead of writing in place: a backward still to run keeps its forward's.
-        device = self.state_tensor.device
-        self.state_tensor = to_device(self._mirror, device)
-        self.alpha = to_device(self._alpha, device)
-        if self.on_publish is not None:
-            self.on_publish()
+def _column_max() -> tuple[int, int, int, int]:
+    """Largest value of each column: they fit int8, int32, int16 and int8."""
+    return max(SeedLifecycle), 2**31 - 1, _MOST_EPOCHS, len(strategies()) - 1
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the layer that listens; it connects again."""
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's, unannotated
-        state["on_publish"] = None
-        return state
+
+def _column(name: str, where: str) -> int:
+    if name not in COLUMN_NAMES:
+        raise InvalidArgument(f"{where}: no column {name!r}; it has {COLUMN_NAMES}")
+    return COLUMN_NAMES.index(name)
+
+
+def _in_range(value: SeedLifecycle | int | Tensor, column: int, ids: Tensor, where: str) -> Tensor:
+    """The values of a column as int32, one or one for each id."""
+    name, values = COLUMN_NAMES[column], torch.as_tensor(value)
+    if values.dtype.is_floating_point or values.dtype.is_complex:
+        raise InvalidType(f"{where}: {name}={value!r}; give ints")
+    if values.shape not in ((), (1,), (len(ids),)):
+        raise InvalidArgument(
+            f"{where}: {name} of shape {tuple(values.shape)} for {len(ids)} seeds"
+        )
+    values = values.to("cpu", torch.int64)
+    wrong = values[(values < 0) | (values > _column_max()[column])]
+    if wrong.numel():
+        raise InvalidArgument(
+            f"{where}: {name}={int(wrong.flatten()[0])} for seeds {ids.tolist()[:8]}; "
+            f"allowed are 0 to {_column_max()[column]}"
+        )
+    return values.to(torch.int32)

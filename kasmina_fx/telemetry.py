@@ -1,45 +1,103 @@
-"""Running statistics of every seed's chunk of the layer's output, kept on the device.
+"""Running statistics of every seed, kept on the device.
 
-The buffer is float32 ``(5, S)``. Each step contributes the count, the mean and the sum of squared
-deviations of its chunk, merged by the pairwise update of Chan, Golub and LeVeque ("Updating
-formulae and a pairwise algorithm for computing sample variances", 1979). The step's own sums are
-taken around the first element of each feature, so that float32 keeps its digits when the mean is
-far from zero. A chunk with a NaN or Inf in it leaves its
-statistics as they were.
+The buffer is float32 ``(ROWS, S)``; all zero is empty. Each step contributes the count, the mean
+and the sum of squared deviations of its chunk, merged by the pairwise update of Chan, Golub and
+LeVeque ("Updating formulae and a pairwise algorithm for computing sample variances", 1979). Sums
+are taken around the first element of each feature, and means are kept as a difference from the
+first element ever seen, so that float32 keeps its digits when the mean is far from zero. A chunk
+with a NaN or Inf in it counts as such and leaves the other statistics as they were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kasmina_fx.layout import ChunkLayout, Run
+from kasmina_fx.tables import NOTE_DELTA, NOTE_LOSS, NOTE_REJECTED
 
-COUNT: Final = 0
-MEAN: Final = 1
+COUNT: Final = 0  # elements
+MEAN: Final = 1  # relative to ORIGIN
 SQUARED_DEVIATIONS: Final = 2
 REJECTED: Final = 3  # steps in which the seed's blueprint yielded NaN or Inf
 NON_FINITE: Final = 4  # steps in which the chunk itself held NaN or Inf
-ROWS: Final = 5
+ORIGIN: Final = 5
+MINIMUM: Final = 6
+MAXIMUM: Final = 7
+NEAR_ZERO: Final = 8  # elements of magnitude below DEAD_BELOW
+RUNS: Final = 9  # steps in which the seed's blueprint ran and was finite
+LOSS: Final = 10  # moving average of the blueprint's mean squared difference from its chunk
+DELTA: Final = 11  # moving average of the mean square of what was added to the output
+EVERY: Final = 12  # observe one step in so many; 0 and 1 are every step
+PHASE: Final = 13  # steps since the last one observed
+ROWS: Final = 14
+
+DEAD_BELOW: Final = 1e-6
+#: Weight of the newest step in the moving averages.
+NEWEST: Final = 0.1
+
+
+class _Step(NamedTuple):
+    """One step's statistics of some seeds, each ``(n,)``; the mean is relative to the start."""
+
+    elements: Tensor
+    start: Tensor
+    mean: Tensor
+    deviations: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    near_zero: Tensor
+
+
+class _Features(NamedTuple):
+    """One step's sums over each feature, each ``(D,)``, and its number of elements."""
+
+    origin: Tensor  # the first element
+    total: Tensor  # of the differences from it
+    squares: Tensor  # of their squares
+    minimum: Tensor
+    maximum: Tensor
+    near_zero: Tensor
 
 
 def merge_statistics(
-    y: Tensor, rejected: Tensor | None, telemetry: Tensor, layout: ChunkLayout
+    y: Tensor, notes: Tensor | None, telemetry: Tensor, layout: ChunkLayout, one_in: int = 1
 ) -> Tensor:
     """The telemetry after a step whose output is ``y``; pure.
 
     Args:
         y: Output, features along the layout's feature dim, any floating dtype.
-        rejected: int32 ``(S,)``, seeds whose blueprint was rejected in this step, or None.
-        telemetry: float32 ``(5, S)`` before the step.
+        notes: float32 ``(3, S)``, what the blueprints did (:mod:`kasmina_fx.tables`), or None.
+        telemetry: float32 ``(ROWS, S)`` before the step.
         layout: The layer's chunks.
+        one_in: Look at the first of so many equal parts of the batch (dim 0).
     """
     dim = layout.feature_dim % y.dim()
+    if one_in > 1 and dim > 0:
+        y = y.narrow(0, 0, (y.shape[0] + one_in - 1) // one_in)
+    features, rows = _sums(y, dim)
+    runs = [_of_run(features, rows, run) for run in layout.runs]
+    step = _Step(*(torch.cat(t) if len(t) > 1 else t[0] for t in zip(*runs, strict=True)))
+    old = telemetry.unbind(0)
+    finite = (step.start + step.deviations).isfinite()
+    due = old[PHASE] == 0
+    merged = dict(enumerate(old)) | _merged(old, step)
+    new = [torch.where(finite & due, merged[row], old[row]) for row in range(ROWS)]
+    new[NON_FINITE] = old[NON_FINITE] + (due & ~finite).float()
+    phase = old[PHASE] + 1
+    new[PHASE] = phase.masked_fill(phase >= old[EVERY], 0.0)
+    if notes is not None:
+        new[REJECTED] = old[REJECTED] + notes[NOTE_REJECTED]
+        new[RUNS], new[LOSS], new[DELTA] = _averages(old, notes)
+    return torch.stack(new)
+
+
+def _sums(y: Tensor, dim: int) -> tuple[_Features, int]:
+    """Sums over each feature, in one pass over ``y``, and the elements of a feature."""
     others = [d for d in range(y.dim()) if d != dim]
-    # One pass over y, features side by side: sums around the first element of each feature.
     origin, rows = y, 1
     for d in reversed(others):
         origin, rows = origin.select(d, 0), rows * y.shape[d]
@@ -48,98 +106,122 @@ def merge_statistics(
     # bfloat16 that kept a float32 copy of the output for backward.
     wide = torch.promote_types(y.dtype, torch.float32)
     offset = y - origin.to(wide).view(-1, *[1] * (y.dim() - 1 - dim))
-    total, squares = (
-        (t.sum(others) if others else t).to(torch.float32) for t in (offset, offset * offset)
-    )
-    origin = origin.to(torch.float32)
-    # From here on a handful of numbers a feature, then a seed.
-    parts = [_of_run(origin, total, squares, rows, run) for run in layout.runs]
-    elements, start, step_mean, step_deviations = (
-        torch.cat(column) if len(parts) > 1 else column[0] for column in zip(*parts, strict=True)
-    )
-    count, mean, deviations, bad, non_finite = telemetry.unbind(0)
-    merged = count + elements
-    share = elements / merged
-    delta = (start - mean) + step_mean
-    grown = deviations + step_deviations + delta.square() * count * share
-    finite = (start + step_deviations).isfinite()
-    return torch.stack(
-        [
-            torch.where(finite, merged, count),
-            torch.where(finite, mean + delta * share, mean),
-            torch.where(finite, grown, deviations),
-            bad if rejected is None else bad + rejected,
-            non_finite + (~finite).to(torch.float32),
-        ]
-    )
+    dead = (y.abs() < DEAD_BELOW).to(torch.float32)
+    sums = (offset, offset * offset, dead)
+    total, squares, near_zero = (t.sum(others) if others else t for t in sums)
+    low, high = (y.amin(others), y.amax(others)) if others else (y, y)
+    parts = (origin, total, squares, low, high, near_zero)
+    return _Features(*(t.to(torch.float32) for t in parts)), rows
 
 
-def _of_run(
-    origin: Tensor, total: Tensor, squares: Tensor, rows: int, run: Run
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Elements, start, mean relative to start, squared deviations of a run's chunks: ``(n,)`` each.
-
-    Args:
-        origin: First element of every feature, ``(D,)``.
-        total: Sum of the differences from it over ``rows`` elements, ``(D,)``.
-        squares: Sum of their squares, ``(D,)``.
-        rows: Elements of a feature.
-        run: Which features.
-    """
+def _of_run(features: _Features, rows: int, run: Run) -> _Step:
+    """Statistics of a run's chunks, each ``(n,)``."""
     shape = (run.count, run.size)
-    origin, total, squares = (
-        t.narrow(0, run.offset, run.width).unflatten(0, shape) for t in (origin, total, squares)
+    mine = _Features(*(t.narrow(0, run.offset, run.width).unflatten(0, shape) for t in features))
+    start = mine.origin[:, 0]
+    means = mine.total / rows
+    within = (mine.squares - mine.total * means).clamp_min(0.0).sum(1)
+    centred = (mine.origin - start.unsqueeze(1)) + means  # means of the features, from the start
+    mean = centred.mean(1)
+    between = (centred - mean.unsqueeze(1)).square().sum(1) * rows
+    return _Step(
+        torch.full_like(start, run.size) * rows,
+        start,
+        mean,
+        within + between,
+        mine.minimum.amin(1),
+        mine.maximum.amax(1),
+        mine.near_zero.sum(1),
     )
-    start = origin[:, 0]
-    means = total / rows
-    within = (squares - total * means).clamp_min(0.0).sum(1)
-    features = (origin - start.unsqueeze(1)) + means  # means of the features, relative to start
-    mean = features.mean(1)
-    between = (features - mean.unsqueeze(1)).square().sum(1) * rows
-    return torch.full_like(start, run.size) * rows, start, mean, within + between
 
 
-def summary(telemetry: Tensor) -> dict[str, Tensor]:
-    """Per-seed figures from a float32 ``(5, S)`` buffer, each ``(S,)`` on the CPU.
-
-    One device-to-host copy.
-
-    ``variance`` is the biased variance of all elements seen. ``health`` is ``v / (v + median(v))``
-    with v the variance: 0.5 for a typical chunk, near 0 for one that hardly varies. A unit whose
-    output does not vary carries no information about the input (the criterion of Hu et al.,
-    "Network Trimming", 2016, and of activation-variance pruning); the median makes it free of the
-    layer's scale. NaN before the first step.
-    """
-    count, mean, deviations, rejected, non_finite = telemetry.detach().cpu().unbind(0)
-    variance = deviations / count
+def _merged(old: Sequence[Tensor], step: _Step) -> dict[int, Tensor]:
+    """The rows that a finite step changes."""
+    first = old[COUNT] == 0
+    origin = torch.where(first, step.start, old[ORIGIN])
+    count = old[COUNT] + step.elements
+    share = step.elements / count
+    delta = (step.start - origin) + step.mean - old[MEAN]
     return {
-        "count": count,
-        "mean": torch.where(count > 0, mean, torch.nan),
-        "variance": variance,
-        "health": variance / (variance + variance.nanmedian()),
-        "rejected": rejected,
-        "non_finite": non_finite,
+        COUNT: count,
+        MEAN: old[MEAN] + delta * share,
+        SQUARED_DEVIATIONS: old[SQUARED_DEVIATIONS]
+        + step.deviations
+        + delta.square() * old[COUNT] * share,
+        ORIGIN: origin,
+        MINIMUM: torch.where(first, step.minimum, torch.minimum(old[MINIMUM], step.minimum)),
+        MAXIMUM: torch.where(first, step.maximum, torch.maximum(old[MAXIMUM], step.maximum)),
+        NEAR_ZERO: old[NEAR_ZERO] + step.near_zero,
     }
 
 
+def _averages(old: Sequence[Tensor], notes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs, and the moving averages over them, which start at the first value."""
+    # A chunk with Inf in it has no finite loss, and an average would never get rid of it.
+    ran = (notes[NOTE_LOSS] >= 0) & (notes[NOTE_LOSS] < torch.inf)
+    weight = NEWEST + (1.0 - NEWEST) * (old[RUNS] == 0).float()
+    loss = old[LOSS] + weight * (notes[NOTE_LOSS] - old[LOSS])
+    delta = old[DELTA] + weight * (notes[NOTE_DELTA] - old[DELTA])
+    return (
+        old[RUNS] + ran.float(),
+        torch.where(ran, loss, old[LOSS]),
+        torch.where(ran, delta, old[DELTA]),
+    )
+
+
 class Telemetry(nn.Module):
-    """A layer's statistics: the buffer ``accumulated``, float32 ``(5, S)``; all zero is empty."""
+    """A layer's statistics.
+
+    Buffers: ``accumulated``, float32 ``(ROWS, S)``; ``faults``, float32 ``(S,)``: steps in which a
+    gradient of the seed's blueprint was NaN or Inf. ``previous_loss``, float32 ``(S,)``: LOSS at
+    the last step of the ramp.
+    """
 
     accumulated: Tensor
+    faults: Tensor
+    previous_loss: Tensor
 
     def __init__(self, num_seeds: int, device: torch.device | str | None = None) -> None:
         super().__init__()
         # float32 whatever the layer's dtype: bfloat16 can't count past 256.
         empty = torch.zeros(ROWS, num_seeds, dtype=torch.float32, device=device)
         self.register_buffer("accumulated", empty)
+        self.register_buffer("faults", torch.zeros_like(empty[0]))
+        self.register_buffer("previous_loss", torch.zeros_like(empty[0]))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Telemetry:
-        before = self.accumulated
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated
-        if self.accumulated.dtype != torch.float32:
-            self.accumulated = before.to(self.accumulated.device)
-        return self
+    def probe(self) -> Tensor:
+        """A leaf float32 ``(S,)`` whose gradient accumulates in ``faults``."""
+        leaf = torch.zeros_like(self.faults).requires_grad_()
+        leaf.grad = self.faults  # AccumulateGrad adds in place to a gradient that is there
+        return leaf
+
+    def observe_every(self, steps: int) -> None:
+        """Observe one step in so many from now on."""
+        self.accumulated[EVERY] = 0.0 if steps == 1 else float(steps)
+        self.accumulated[PHASE] = 0.0
+
+    @torch.inference_mode(False)
+    def forget_blueprints(self, ids: Tensor) -> None:
+        """Start anew what is known of the blueprints of some seeds (int64 ``(n,)``, CPU)."""
+        where = ids.to(self.faults.device, non_blocking=True)
+        for row in (REJECTED, RUNS, LOSS, DELTA):
+            self.accumulated[row].index_fill_(0, where, 0.0)
+        self.faults.index_fill_(0, where, 0.0)
+        self.previous_loss.index_fill_(0, where, 0.0)
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all statistics; how often to observe stays."""
+        every = self.accumulated[EVERY].clone()
         self.accumulated.zero_()
+        self.accumulated[EVERY] = every
+        self.faults.zero_()
+        self.previous_loss.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Telemetry:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != torch.float32:
+                self._buffers[name] = old.to(new.device)
+        return self

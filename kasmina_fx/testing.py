@@ -17,7 +17,7 @@ from kasmina_fx.errors import GraphMismatch
 from kasmina_fx.graph_text import graph_text
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle
-from kasmina_fx.ops import DECOMPOSITIONS
+from kasmina_fx.moves import DECOMPOSITIONS
 from kasmina_fx.passes import run_passes
 from kasmina_fx.passes.copying import copy_graph_module
 from kasmina_fx.seed_ids import SeedIds
@@ -107,15 +107,23 @@ class RecordingBackend:
         return compiled
 
 
+_WAY: Final = tuple(SeedLifecycle)[SeedLifecycle.TRAINING : SeedLifecycle.FOSSILIZED + 1]
+
+
 def graft(
-    layer: KasminaLayer, seed_ids: SeedIds, blueprint: int | str | None = None, alpha: float = 0.5
+    layer: KasminaLayer,
+    seed_ids: SeedIds,
+    blueprint: int | str | None = None,
+    alpha: float = 0.5,
+    stage: SeedLifecycle = SeedLifecycle.GRAFTING,
 ) -> None:
-    """Bring dormant seeds of a layer to GRAFTING with some alpha, in one transaction."""
+    """Bring dormant seeds of a layer to a stage, GERMINATED to FOSSILIZED, in one transaction."""
     with layer.transaction():
         if not layer.request_germination(seed_ids, blueprint):
             raise GraphMismatch(f"{layer.layer_id}: one of {seed_ids} is not dormant")
-        layer.advance(seed_ids, SeedLifecycle.TRAINING)
-        layer.advance(seed_ids, SeedLifecycle.GRAFTING)
+        for step in _WAY:
+            if step <= stage:
+                layer.advance(seed_ids, step)
         layer.set_alpha(seed_ids, alpha)
 
 

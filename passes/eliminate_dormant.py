@@ -1,10 +1,10 @@
 """A layer without a single blueprint slot is its base.
 
 before  %y = linear(x, w, b)
-        %blend = kasmina.blend.default(%y, [], [], [], [], 'dim=-1 runs=8x4', '')
+        %blend = kasmina.blend.default(%y, [], [], [], [], [], [], 'dim=-1 runs=8x4', '')
         %out = getitem(%blend, 0)
-        %rejected = getitem(%blend, 1)
-after   %y = linear(x, w, b)            (uses of %out read %y, observe's rejected is None)
+        %notes = getitem(%blend, 1)
+after   %y = linear(x, w, b)            (uses of %out read %y, observe's notes are None)
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class EliminateDormant(GraphPass):
 
     def _eliminate(self, match: Match) -> bool:
         y = argument(match.node, "y")
-        out, rejected = outputs_of(match.node)
-        if any(user.op == "output" for node in rejected for user in node.users):
+        out, notes = outputs_of(match.node)
+        if any(user.op == "output" for node in notes for user in node.users):
             return False  # somebody returns the marker's second output: let the operator compute it
         for node in out:
             node.replace_all_uses_with(y)
             match.graph_module.graph.erase_node(node)
-        for node in rejected:
+        for node in notes:
             for user in list(node.users):
                 user.args = tuple(None if arg is node else arg for arg in user.args)
             match.graph_module.graph.erase_node(node)

@@ -1,10 +1,12 @@
 """Blend markers become chunked subgraphs over their banks.
 
-    before  %blend = kasmina.blend.default(%y, [seeds], [positions], [alphas],
-                                           [w1, b1, w2, b2], ...)
+    before  %blend = kasmina.blend.default(%y, [alpha, faults, loss_scale], [seeds], [positions],
+                                           [modes], [trainees], [w1, b1, w2, b2], ...)
     after   %chunks = view(%y)                                  (n, rows, size)
             %taken = kasmina.gather.default(%chunks, seeds, positions)   (K, rows, size)
-            %f = bmm(relu(bmm(%taken, w1) + b1), w2) + b2
+            %rows, %w1, ... = kasmina.guard.default([%taken, w1, ...], modes, positions, faults)
+            %f = bmm(relu(bmm(%rows, %w1) + %b1), %w2) + %b2
+            %f = kasmina.reconstruct.default(%f, %taken, trainees, loss_scale)
             %pulled = kasmina.pull.default(%f, positions, seeds)         (n, rows, size)
             %out = where(blended, %chunks + alpha * (%pulled - %chunks), %chunks)
 
@@ -14,7 +16,7 @@ The number of nodes depends on runs and blueprint classes, never on the number o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -27,6 +29,9 @@ from kasmina_fx.passes.pass_base import GraphPass
 from kasmina_fx.passes.regions import autocast_at
 from kasmina_fx.passes.splicing import splice
 from kasmina_fx.passes.templates import Argument, tensor_argument, trace_template
+
+#: The marker's arguments that are lists of tensors, in the order of its schema.
+LISTS: Final = ("layer", "seeds", "positions", "modes", "trainees", "params")
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class LowerBlend(GraphPass):
 
     def _lower(self, match: Match) -> None:
         node, graph = match.node, match.graph_module.graph
-        lists = [argument(node, name) for name in ("seeds", "positions", "alphas", "params")]
+        lists = [argument(node, name) for name in LISTS]
         inputs = [argument(node, "y"), *(n for nodes in lists for n in nodes)]
         chunks, banks = argument(node, "chunks"), argument(node, "banks")
         counts = [len(nodes) for nodes in lists]
@@ -53,8 +58,10 @@ class LowerBlend(GraphPass):
             rest, groups = list(flat), []
             for count in counts:
                 groups.append([rest.pop(0) for _ in range(count)])
-            seeds, positions, alphas, params = groups
-            return physical.blend(y, seeds, positions, alphas, params, chunks, banks)
+            layer, seeds, positions, modes, trainees, params = groups
+            return physical.blend(
+                y, layer, seeds, positions, modes, trainees, params, chunks, banks
+            )
 
         template = trace_template(
             ("blend", chunks, banks),
@@ -71,13 +78,15 @@ class LowerBlend(GraphPass):
         graph.erase_node(node)
 
     def _arguments(self, match: Match, lists: list[Any]) -> list[Argument]:
-        seeds, positions, alphas, params = lists
+        layer, seeds, positions, modes, trainees, params = lists
         y = argument(match.node, "y")
         arguments = [tensor_argument(y, fixed={match.chunks.feature_dim})]
         # Tables of one bank share their symbols; a stack's capacity is its own.
+        arguments += [tensor_argument(n, fixed={0}) for n in layer]
         arguments += [tensor_argument(n, names=(f"k{i}", f"m{i}")) for i, n in enumerate(seeds)]
         arguments += [tensor_argument(n, fixed={0}) for n in positions]
-        arguments += [tensor_argument(n, names=(f"k{i}", f"m{i}")) for i, n in enumerate(alphas)]
+        arguments += [tensor_argument(n, names=(f"k{i}", f"m{i}")) for i, n in enumerate(modes)]
+        arguments += [tensor_argument(n, names=(f"t{i}",)) for i, n in enumerate(trainees)]
         owners = [i for i, bank in enumerate(match.banks) for _ in range(bank.num_params)]
         for i, node in zip(owners, params, strict=True):
             arguments.append(tensor_argument(node, names=(f"c{i}",)))

@@ -1,6 +1,6 @@
 """Observe markers become statistics of the layer's output, merged into their buffer.
 
-    before  kasmina.observe.default(%y, %rejected, telemetry, 'dim=-1 runs=8x4')
+    before  kasmina.observe.default(%y, %notes, telemetry, 'dim=-1 runs=8x4', 1)
     after   %merged = stack([count, mean, ...])     from sums of y over rows, then over chunks
             copy_(telemetry, %merged)
 
@@ -39,18 +39,18 @@ class PlaceTelemetry(GraphPass):
 
     def _lower(self, match: Match) -> None:
         node = match.node
-        y, rejected, telemetry = (argument(node, n) for n in ("y", "rejected", "telemetry"))
-        chunks = argument(node, "chunks")
-        inputs = [n for n in (y, rejected, telemetry) if n is not None]
+        y, notes, telemetry = (argument(node, n) for n in ("y", "notes", "telemetry"))
+        chunks, one_in = argument(node, "chunks"), argument(node, "one_in") or 1
+        inputs = [n for n in (y, notes, telemetry) if n is not None]
         arguments = [tensor_argument(y, fixed={match.chunks.feature_dim})]
         arguments += [tensor_argument(n, fixed={0, 1}) for n in inputs[1:]]
 
         def observe(y: Tensor, *rest: Tensor) -> tuple[()]:
-            physical.observe(y, rest[0] if len(rest) > 1 else None, rest[-1], chunks)
+            physical.observe(y, rest[0] if len(rest) > 1 else None, rest[-1], chunks, one_in)
             return ()
 
         template = trace_template(
-            ("observe", chunks, len(inputs)), observe, arguments, inputs, autocast_at(node)
+            ("observe", chunks, one_in, len(inputs)), observe, arguments, inputs, autocast_at(node)
         )
         splice(match.graph_module, node, template, inputs, by=self.name)
         match.graph_module.graph.erase_node(node)

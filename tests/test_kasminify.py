@@ -64,7 +64,7 @@ def _tensors(model: nn.Module) -> dict[str, Any]:
     """Every tensor that a model holds, by name: registered, published and on the host."""
     found = dict(model.state_dict(keep_vars=True))
     for name, layer in kasmina_layers(model).items():
-        found |= {f"{name}.mirror": layer.state._mirror, f"{name}.alphas": layer.state.alphas}
+        found |= {f"{name}.mirror": layer.state.rows, f"{name}.alphas": layer.state.alphas}
         found |= {f"{name}.{n}": t for n, t in layer.named_buffers()}
         for bank in layer.kasmina.bank_list():
             found[f"{name}.{bank.key}.held"] = bank.held
@@ -527,7 +527,7 @@ def test_a_state_dict_of_another_number_of_seeds_is_refused_whole(num_seeds: int
 
 def test_the_reason_for_a_refusal_names_the_layer_and_what_it_takes() -> None:
     saved = _edited(dict(_grown().state_dict()), EXTRA, lambda e: {**e, "version": 99})
-    with pytest.raises(LayoutMismatch, match=r"2: .*version 99.*version 1"):
+    with pytest.raises(LayoutMismatch, match=r"2: .*version 99.*version 2"):
         _wrapped(_net()).load_state_dict(saved)
 
 

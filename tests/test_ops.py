@@ -1,12 +1,25 @@
-"""The four operators by themselves."""
+"""The operators by themselves: the four that move chunks, and the markers."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kasmina_fx.ops import BLEND, DECOMPOSITIONS, GATHER, OBSERVE, PULL
+from kasmina_fx import moves
+from kasmina_fx.lifecycle import Mode
+from kasmina_fx.moves import DECOMPOSITIONS, GATHER, GUARD, PULL, RECONSTRUCT
+from kasmina_fx.ops import BLEND, MARKERS, OBSERVE
+from kasmina_fx.telemetry import COUNT, LOSS, REJECTED, ROWS, RUNS
+
+F, L, R = Mode.FROZEN, Mode.LEARNS, Mode.RECONSTRUCTS
+NAN, INF = float("nan"), float("inf")
+OPCHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+moving = pytest.mark.parametrize("op", [PULL, GATHER], ids=["pull", "gather"])
 
 
 def maps() -> tuple[Tensor, Tensor]:
@@ -15,50 +28,440 @@ def maps() -> tuple[Tensor, Tensor]:
     return seeds, torch.tensor([-1, 1, 3, -1, 0])
 
 
-@pytest.mark.parametrize("op", [PULL, GATHER], ids=["pull", "gather"])
+# pull and gather.
+
+
+@moving
 def test_moving_operators_pass_opcheck_and_gradcheck(op: torch._ops.OpOverload) -> None:
     seeds, positions = maps()
     f = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(op, (f, seeds, positions))
     assert torch.autograd.gradcheck(lambda f: op(f, seeds, positions), f)
+    assert torch.autograd.gradgradcheck(lambda f: op(f, seeds, positions), f)
 
 
-@pytest.mark.parametrize("op", [PULL, GATHER], ids=["pull", "gather"])
+@moving
 def test_moving_operators_take_partners_and_zeros(op: torch._ops.OpOverload) -> None:
     seeds, positions = maps()
     f = torch.arange(1.0, 6.0).unsqueeze(1)
     assert op(f, seeds, positions).flatten().tolist() == [5, 2, 0, 3]
-    assert torch.equal(DECOMPOSITIONS[op](f, seeds, positions), op(f, seeds, positions))
 
 
-def test_a_gather_hands_no_nan_back() -> None:
+@moving
+def test_what_has_no_partner_is_zero_whatever_is_in_the_first_row(
+    op: torch._ops.OpOverload,
+) -> None:
+    f = torch.tensor([NAN, 1.0, 2.0])
+    index, inverse = torch.tensor([-1, 2, -1, 0]), torch.tensor([3, -1, 1])
+    for run in (op, DECOMPOSITIONS[op], moves.take):
+        out = run(f, index, inverse).tolist()
+        assert out[:3] == [0, 2, 0]
+        assert out[3] != out[3]
+
+
+def test_a_gather_hands_no_strangers_gradient_back() -> None:
     seeds, positions = maps()
-    f = torch.ones(5, 2, requires_grad=True)
-    grad = torch.ones(4, 2)
-    grad[0, 1], grad[3, 0] = torch.nan, torch.inf
+    f = torch.randn(5, 2, requires_grad=True)
+    grad = torch.arange(1.0, 9.0).view(4, 2)
     GATHER(f, seeds, positions).backward(grad)
     assert f.grad is not None
-    assert f.grad.tolist() == [[0, 0], [1, 1], [0, 0], [0, 0], [0, 0]]
-    PULL(f, seeds, positions).backward(grad)
-    assert bool(f.grad[4].isnan().any())
+    assert f.grad.tolist() == [[0, 0], [3, 4], [7, 8], [0, 0], [1, 2]]
 
 
-def test_markers_pass_opcheck() -> None:
-    y = torch.randn(3, 6, requires_grad=True)
+# guard.
+
+#: Slots: one that learns, one frozen, one in TRAINING, one free; 5 seeds, of which 2 are outside.
+MODES = torch.tensor([[L], [F], [R], [F]])
+POSITIONS = torch.tensor([2, -1, 0, -1, 1])
+
+
+def _bank() -> list[Tensor]:
+    """Rows ``(4, 1, 3, 2)`` and two parameters."""
+    shapes = [(4, 1, 3, 2), (4, 2), (4, 2, 3)]
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+def _guarded(
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    modes: Tensor = MODES,
+    positions: Tensor = POSITIONS,
+) -> tuple[list[Tensor], list[float]]:
+    """What reaches each of the tensors, and the faults."""
+    faults = torch.zeros(len(positions), requires_grad=True)
+    out = GUARD(list(tensors), modes, positions, faults)
+    passed = torch.autograd.grad(out, [*tensors, faults], list(grads))
+    return list(passed[:-1]), passed[-1].tolist()
+
+
+def test_guard_is_the_identity_on_copies() -> None:
+    tensors, faults = _bank(), torch.zeros(5, requires_grad=True)
+    for run in (GUARD, DECOMPOSITIONS[GUARD], moves._plain_guard):
+        out = run(tensors, MODES, POSITIONS, faults)
+        assert len(out) == len(tensors)
+        assert all(torch.equal(a, b) for a, b in zip(out, tensors, strict=True))
+    assert all(
+        a is not b for a, b in zip(GUARD(tensors, MODES, POSITIONS, faults), tensors, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_guard_passes_opcheck(dtype: torch.dtype) -> None:
+    tensors = [t.detach().to(dtype).requires_grad_() for t in _bank()]
+    faults = torch.zeros(5, requires_grad=True)
+    torch.library.opcheck(GUARD, (tensors, MODES, POSITIONS, faults))
+
+
+def test_guard_lets_gradients_through_by_mode() -> None:
+    tensors = _bank()
+    grads = [torch.randn_like(t) for t in tensors]
+    (rows, *params), faults = _guarded(tensors, grads)
+    for slot, (to_host, to_params) in enumerate([(1, 1), (1, 0), (0, 1), (1, 0)]):
+        assert torch.equal(rows[slot], grads[0][slot] * to_host)
+        for passed, grad in zip(params, grads[1:], strict=True):
+            assert torch.equal(passed[slot], grad[slot] * to_params)
+    assert faults == [0] * 5
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["rows", "first", "second"])
+@pytest.mark.parametrize("slot", [0, 1, 2])
+def test_guard_stops_a_slot_with_any_gradient_that_is_not_finite(
+    slot: int, which: int, value: float
+) -> None:
+    tensors = _bank()
+    grads = [torch.randn_like(t) for t in tensors]
+    clean, _ = _guarded(tensors, grads)
+    grads[which][slot].view(-1)[-1] = value
+    passed, faults = _guarded(tensors, grads)
+    for now, before in zip(passed, clean, strict=True):
+        assert not now[slot].any()
+        others = [i for i in range(4) if i != slot]
+        assert torch.equal(now[others], before[others])
+    assert faults == [float(position == slot) for position in POSITIONS.tolist()]
+
+
+def test_a_fault_in_a_free_slot_is_nobodys() -> None:
+    tensors = _bank()
+    grads = [torch.randn_like(t) for t in tensors]
+    grads[0][3] = NAN
+    passed, faults = _guarded(tensors, grads)
+    assert not passed[0][3].any()
+    assert faults == [0] * 5
+
+
+def test_seeds_that_share_a_slot_have_their_own_rows_and_one_set_of_parameters() -> None:
+    tensors = [torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)]
+    grads = [torch.randn_like(t) for t in tensors]
+    modes, positions = torch.tensor([[F, R, L], [F, F, F]]), torch.tensor([1, 0, 2, 3])
+    (rows, param), faults = _guarded(tensors, grads, modes, positions)
+    assert torch.equal(rows, grads[0] * (modes != R).unsqueeze(-1))
+    assert torch.equal(param[0], grads[1][0])
+    assert not param[1].any()
+    grads[0][0, 2, 1] = INF
+    (rows, param), faults = _guarded(tensors, grads, modes, positions)
+    assert not rows[0].any()
+    assert not param.any()
+    assert torch.equal(rows[1], grads[0][1])
+    assert faults == [1, 1, 1, 0]
+
+
+def test_guard_takes_tensors_that_have_no_gradient() -> None:
+    rows, weight = (torch.randn(4, 1, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True))
+    counter = torch.arange(4)
+    faults = torch.zeros(5, requires_grad=True)
+    out = GUARD([rows, weight, counter], MODES, POSITIONS, faults)
+    assert torch.equal(out[2], counter)
+    (out[0].sum() + out[1].sum()).backward()
+    assert weight.grad is not None
+    assert weight.grad.any(1).tolist() == [True, False, True, False]
+
+
+def test_guard_takes_parameters_of_one_number() -> None:
+    tensors = [torch.randn(4, 1, 2, requires_grad=True), torch.randn(4, requires_grad=True)]
+    (_, gain), faults = _guarded(tensors, [torch.ones_like(t) for t in tensors])
+    assert gain.tolist() == [1, 0, 1, 0]
+    assert faults == [0] * 5
+
+
+def test_guard_without_its_operator_has_the_same_gradients_where_they_are_finite() -> None:
+    tensors = _bank()
+    grads = [torch.randn_like(t) for t in tensors]
+    expected, _ = _guarded(tensors, grads)
+    faults = torch.zeros(5, requires_grad=True)
+    found = torch.autograd.grad(
+        moves._plain_guard(tensors, MODES, POSITIONS, faults), tensors, grads
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+# reconstruct.
+
+TRAINEES = torch.tensor([3, 1, -1, -1])
+
+
+def _loss(f: Tensor, rows: Tensor, places: Sequence[int]) -> Tensor:
+    """Sum over the trainees of the mean squared difference."""
+    losses = [(f[i] - rows[i]).square().mean() for i in places]
+    return torch.stack([*losses, f.new_zeros(())]).sum()
+
+
+def _check_reconstruct(shape: Sequence[int], trainees: list[int], scale: float) -> None:
+    f = torch.randn(5, *shape, dtype=torch.float64, requires_grad=True)
+    rows, grad = torch.randn_like(f, requires_grad=True), torch.randn_like(f)
+    out = RECONSTRUCT(f, rows, torch.tensor(trainees), torch.tensor(scale))
+    assert torch.equal(out, f)
+    assert out is not f
+    (found,) = torch.autograd.grad(out, f, grad)
+    loss = 0 * f.sum() + scale * _loss(f, rows.detach(), [i for i in trainees if i >= 0])
+    (of_loss,) = torch.autograd.grad(loss, f)
+    torch.testing.assert_close(found, grad + of_loss, atol=1e-15, rtol=1e-13)
+    untouched = [i for i in range(5) if i not in trainees]
+    assert torch.equal(found[untouched], grad[untouched])
+
+
+@pytest.mark.parametrize("trainees", [[3, 1], [3, 1, -1, -1], [0, -1], [-1, -1], [4, 3, 2, 1, 0]])
+@pytest.mark.parametrize("scale", [1.0, 65536.0, 0.0])
+def test_reconstruct_adds_the_gradient_of_the_scaled_loss(
+    trainees: list[int], scale: float
+) -> None:
+    _check_reconstruct((4, 2), trainees, scale)
+
+
+def test_reconstruct_adds_it_to_the_last_digit_for_any_number_of_elements() -> None:
+    _check_reconstruct((3, 2), [3, 1], 1.0)
+
+
+def test_reconstruct_sends_nothing_to_the_chunks() -> None:
+    f, rows = (torch.randn(5, 3, requires_grad=True) for _ in range(2))
+    RECONSTRUCT(f, rows, TRAINEES, torch.ones(())).sum().backward()
+    assert rows.grad is None or not rows.grad.any()
+
+
+def test_padding_adds_nothing_even_where_the_first_place_is_not_finite() -> None:
+    f = torch.randn(5, 3, requires_grad=True)
+    with torch.no_grad():
+        f[0] = NAN
+    (found,) = torch.autograd.grad(
+        RECONSTRUCT(f, torch.zeros(5, 3), TRAINEES, torch.ones(())).sum(), f
+    )
+    assert found[[0, 2, 4]].tolist() == [[1.0] * 3] * 3
+
+
+def test_the_loss_scale_is_read_as_it_was_in_forward() -> None:
+    f, rows = torch.ones(2, 1, requires_grad=True), torch.zeros(2, 1)
+    scale = torch.tensor(4.0)
+    out = RECONSTRUCT(f, rows, torch.tensor([0, -1]), scale)
+    (found,) = torch.autograd.grad(out, f, torch.zeros(2, 1))
+    assert found.tolist() == [[8.0], [0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_reconstruct_computes_in_float32_and_keeps_the_dtype(dtype: torch.dtype) -> None:
+    f = (300 + torch.randn(5, 64)).to(dtype).requires_grad_()
+    rows = torch.randn(5, 64).to(dtype)
+    (found,) = torch.autograd.grad(
+        RECONSTRUCT(f, rows, TRAINEES, torch.ones(())), f, torch.zeros_like(f)
+    )
+    assert found.dtype == dtype
+    wide = f.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(_loss(wide, rows.double(), [3, 1]), wide)
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(found.double(), expected, atol=0, rtol=tolerance)
+
+
+def _check_reconstruct_op(dtype: torch.dtype, tests: Sequence[str]) -> None:
+    f = torch.randn(5, 3, 2, dtype=dtype, requires_grad=True)
+    rows = torch.randn(5, 3, 2, dtype=dtype)
+    torch.library.opcheck(RECONSTRUCT, (f, rows, TRAINEES, torch.ones(())), test_utils=tests)
+
+
+def test_reconstruct_passes_opcheck() -> None:
+    _check_reconstruct_op(torch.float32, OPCHECKS)
+    _check_reconstruct_op(torch.bfloat16, ("test_schema", *OPCHECKS))
+
+
+@pytest.mark.xfail(strict=True, reason="_save_errors: .to() of the dtype that it is is its input")
+def test_reconstruct_passes_the_check_of_its_schema() -> None:
+    _check_reconstruct_op(torch.float32, ("test_schema",))
+
+
+def test_reconstruct_passes_gradcheck_with_its_loss() -> None:
+    f = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    rows, scale = torch.randn(5, 3, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
+
+    class WithLoss(torch.autograd.Function):
+        """The same gradient, from a loss that is really there."""
+
+        @staticmethod
+        def forward(ctx: Any, f: Tensor) -> Tensor:
+            ctx.save_for_backward(f)
+            with torch.enable_grad():
+                out = f.sum() + scale * _loss(f, rows, [3, 1])
+            return out.detach()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (f,) = ctx.saved_tensors
+            with torch.enable_grad():
+                leaf = f.detach().requires_grad_()
+                total = RECONSTRUCT(leaf, rows, TRAINEES, scale).sum()
+            found: Tensor = torch.autograd.grad(total, leaf)[0]
+            return found * grad
+
+    assert torch.autograd.gradcheck(WithLoss.apply, f)
+
+
+# What Inductor fuses.
+
+
+def _arguments(op: torch._ops.OpOverload) -> tuple[Any, ...]:
+    if op is GUARD:
+        return _bank(), MODES, POSITIONS, torch.zeros(5, requires_grad=True)
+    f = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
+    if op is RECONSTRUCT:
+        return f, torch.randn_like(f), TRAINEES, torch.ones(())
+    return f, *maps()
+
+
+@pytest.mark.parametrize("op", DECOMPOSITIONS, ids=lambda op: op.name())
+def test_decompositions_equal_their_operators(op: torch._ops.OpOverload) -> None:
+    arguments = _arguments(op)
+    found, expected = DECOMPOSITIONS[op](*arguments), op(*arguments)
+    pairs = zip(found, expected, strict=True) if op is GUARD else [(found, expected)]
+    for a, b in pairs:
+        assert torch.equal(a, b)
+
+
+def test_all_four_moves_decompose() -> None:
+    assert (
+        set(DECOMPOSITIONS)
+        == {PULL, GATHER, GUARD, RECONSTRUCT}
+        == set(moves.current()._asdict().values())
+    )
+
+
+def test_inside_torch_func_plain_code_stands_for_the_moves() -> None:
+    seeds, positions = maps()
+    inside: list[moves.Moves] = []
+
+    def total(f: Tensor) -> Tensor:
+        inside.append(moves.current())
+        return (moves.current().gather(f, seeds, positions) ** 2).sum()
+
+    f = torch.randn(5, 3)
+    found = torch.func.grad(total)(f)
+    assert inside[0] is moves._PLAIN
+    leaf = f.clone().requires_grad_()
+    (GATHER(leaf, seeds, positions) ** 2).sum().backward()
+    assert leaf.grad is not None
+    torch.testing.assert_close(found, leaf.grad)
+    assert moves.current() is moves._OPERATORS
+
+
+# The markers.
+
+LAYOUT, BANK = "dim=-1 runs=3x2", "affine@0*2"
+
+
+def _blend(y: Tensor, mode: Mode = L, alpha: float = 0.5) -> tuple[Any, ...]:
+    """Three seeds, of which the second has an affine blueprint in the first of two slots."""
+    layer = [torch.tensor([0.0, alpha, 0.0]), torch.zeros(3, requires_grad=True), torch.ones(())]
     seeds, positions = torch.tensor([[1], [-1]]), torch.tensor([-1, 0, -1])
-    alphas = torch.tensor([[0.5], [0.0]])
-    params = [torch.randn(2, 2, requires_grad=True) for _ in range(2)]
-    layout = "dim=-1 runs=3x2"
-    out, rejected = BLEND(y, [seeds], [positions], [alphas], params, layout, "affine@0*2")
+    trainees = torch.tensor([0 if mode is R else -1, -1])
+    params = [torch.randn(2, 2, dtype=y.dtype, requires_grad=True) for _ in range(2)]
+    modes = torch.tensor([[mode], [F]])
+    return y, layer, [seeds], [positions], [modes], [trainees], params, LAYOUT, BANK
+
+
+def test_blend_and_its_notes() -> None:
+    y = torch.randn(3, 6, requires_grad=True)
+    arguments = _blend(y)
+    params = arguments[6]
+    out, notes = BLEND(*arguments)
     expected = y.clone()
     chunk = y[:, 2:4]
-    expected[:, 2:4] = chunk + 0.5 * (chunk * params[0][0] + params[1][0] - chunk)
+    made = chunk * params[0][0] + params[1][0]
+    expected[:, 2:4] = chunk + 0.5 * (made - chunk)
     torch.testing.assert_close(out, expected)
-    assert rejected.tolist() == [0, 0, 0]
-    telemetry = torch.zeros(5, 3)
-    OBSERVE(y, rejected, telemetry, layout)
-    assert telemetry[0].tolist() == [6, 6, 6]
-    empty, none = BLEND(y, [], [], [], [], layout, "")
-    assert torch.equal(empty, y)
-    assert empty is not y
-    assert none.tolist() == [0, 0, 0]
+    assert torch.equal(out[:, :2], y[:, :2])
+    assert torch.equal(out[:, 4:], y[:, 4:])
+    loss = float((made - chunk).detach().square().mean())
+    assert not notes.requires_grad
+    assert notes.dtype == torch.float32
+    assert notes[0].tolist() == [0, 0, 0]
+    assert notes[1].tolist() == pytest.approx([-1, loss, -1])
+    assert notes[2].tolist() == pytest.approx([0, loss / 4, 0])
+
+
+def test_blend_in_training_changes_nothing_and_notes_the_loss() -> None:
+    y = torch.randn(3, 6, requires_grad=True)
+    out, notes = BLEND(*_blend(y, R, 1.0))
+    assert torch.equal(out, y)
+    assert notes[1, 1] > 0
+    assert notes[2].tolist() == [0, 0, 0]
+
+
+def test_blend_rejects_what_is_not_finite() -> None:
+    y = torch.randn(3, 6)
+    arguments = _blend(y)
+    with torch.no_grad():
+        arguments[6][0][0, 1] = INF
+    out, notes = BLEND(*arguments)
+    assert torch.equal(out, y)
+    assert notes.tolist() == [[0, 1, 0], [-1, -1, -1], [0, 0, 0]]
+
+
+def test_blend_without_banks_is_a_copy() -> None:
+    y = torch.randn(3, 6)
+    out, notes = BLEND(y, [], [], [], [], [], [], LAYOUT, "")
+    assert torch.equal(out, y)
+    assert out is not y
+    assert notes.tolist() == [[0] * 3, [-1] * 3, [0] * 3]
+
+
+def test_observe_merges_in_place() -> None:
+    y = torch.randn(3, 6)
+    _, notes = BLEND(*_blend(y))
+    telemetry = torch.zeros(ROWS, 3)
+    OBSERVE(y, notes, telemetry, LAYOUT)
+    assert telemetry[COUNT].tolist() == [6, 6, 6]
+    assert telemetry[RUNS].tolist() == [0, 1, 0]
+    assert telemetry[LOSS, 1] == notes[1, 1]
+    OBSERVE(y, None, telemetry, LAYOUT, 3)
+    assert telemetry[COUNT].tolist() == [8, 8, 8]
+    assert telemetry[REJECTED].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("mode", [L, R], ids=["learns", "reconstructs"])
+@pytest.mark.parametrize("test", OPCHECKS)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's
+def test_blend_passes_opcheck(test: str, mode: Mode) -> None:
+    # Its schema is checked by what it is made of: it is a composite operator.
+    y = torch.randn(3, 6, requires_grad=True)
+    torch.library.opcheck(BLEND, _blend(y, mode), test_utils=test)
+
+
+@pytest.mark.parametrize(("with_notes", "one_in"), [(False, 1), (True, 2)])
+def test_observe_passes_opcheck(with_notes: bool, one_in: int) -> None:
+    y, telemetry = torch.randn(4, 6), torch.rand(ROWS, 3)
+    notes = torch.rand(3, 3) if with_notes else None
+    torch.library.opcheck(OBSERVE, (y, notes, telemetry, LAYOUT, one_in))
+
+
+def test_blend_passes_gradcheck() -> None:
+    y = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    arguments = _blend(y)
+    params = arguments[6]
+
+    def out(y: Tensor, *params: Tensor) -> Tensor:
+        blended: Tensor = BLEND(y, *arguments[1:6], list(params), LAYOUT, BANK)[0]
+        return blended
+
+    assert torch.autograd.gradcheck(out, (y, *params))
+
+
+def test_the_markers_are_overloads() -> None:
+    assert MARKERS == (BLEND, OBSERVE)
+    assert all(isinstance(op, torch._ops.OpOverload) for op in MARKERS)

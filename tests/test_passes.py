@@ -117,23 +117,25 @@ def test_dormant_elimination_takes_the_marker_and_leaves_growing_ones() -> None:
 def test_a_marker_whose_second_output_is_returned_stays() -> None:
     class Both(nn.Module):
         def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-            out, rejected = torch.ops.kasmina.blend.default(
-                y, [], [], [], [], "dim=-1 runs=4x3", ""
+            out, notes = torch.ops.kasmina.blend.default(
+                y, [], [], [], [], [], [], "dim=-1 runs=4x3", ""
             )
-            return out, rejected
+            return out, notes
 
     gm = torch.fx.symbolic_trace(Both())
     result = rewrite(gm, [torch.randn(2, 12)])
     assert not result.modified
-    assert torch.equal(result.graph_module(torch.ones(2, 12))[1], torch.zeros(4, dtype=torch.int32))
+    notes = result.graph_module(torch.ones(2, 12))[1]
+    assert notes.tolist() == [[0.0] * 4, [-1.0] * 4, [0.0] * 4]
 
 
-def test_lowering_inserts_one_gather_and_one_pull_pair_a_bank() -> None:
+def test_lowering_inserts_one_of_each_move_a_bank() -> None:
     gm = growing(telemetry=False)
     assert LowerBlend()(gm).modified
     counts = op_counts(gm)
     assert counts["kasmina.gather.default"] == 1
-    assert counts["kasmina.pull.default"] == 2  # outcomes and weights
+    assert counts["kasmina.pull.default"] == 3  # outcomes, weights and losses
+    assert counts["kasmina.guard.default"] == counts["kasmina.reconstruct.default"] == 1
     assert counts["aten.bmm.default"] == 2
     assert not find_matches(gm)
 
@@ -159,7 +161,7 @@ def test_dead_inserted_nodes_go_and_dead_host_nodes_stay() -> None:
 
 def test_verify_refuses_a_host_that_reads_statistics() -> None:
     gm = rewrite(growing()).graph_module
-    stack = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.stack.default)
+    stack = [n for n in gm.graph.nodes if n.target is torch.ops.aten.stack.default][-1]
     out = gm.graph.output_node()
     with gm.graph.inserting_before(out):
         leak = gm.graph.call_function(torch.add, (out.args[0][0], stack))

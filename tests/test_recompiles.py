@@ -13,7 +13,15 @@ from graph_cases import OneLayer, layer_of, wrapped
 from torch import Tensor, nn
 
 import kasmina_fx
-from kasmina_fx import GraphMismatch, SeedLifecycle, capture, kasmina_layers, kasminify, rewrite
+from kasmina_fx import (
+    GraphMismatch,
+    SeedConfig,
+    SeedLifecycle,
+    capture,
+    kasmina_layers,
+    kasminify,
+    rewrite,
+)
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.testing import RecordingBackend, assert_no_recompiles, graft
 
@@ -72,7 +80,8 @@ def step(model: nn.Module, run: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def test_a_whole_life_compiles_three_graphs_and_equals_the_reference() -> None:
-    model = kasminify(three_layers(), num_seeds=12, compile=False)
+    config = SeedConfig(embargo_epochs=0)
+    model = kasminify(three_layers(), num_seeds=12, compile=False, config=config)
     backend = RecordingBackend("aot_eager")
     run = torch.compile(model, backend=backend, fullgraph=True)
     life = Life(model)

@@ -1,11 +1,14 @@
-"""The state of seeds: columns, ranges, transitions, and that changes show whole or not at all."""
+"""The state of seeds: columns and their ranges, and that changes show whole or not at all."""
 
 from __future__ import annotations
 
 import copy
 import io
+import pickle
+import threading
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -22,76 +25,40 @@ from kasmina_fx import (
     SeedLifecycle,
     StateTensor,
 )
-from kasmina_fx.lifecycle import (
-    BLENDED,
-    HOLDS_BLUEPRINT,
-    LEGAL,
-    REACHABLE,
-    holds_blueprint,
-    is_blended,
-    is_legal,
-)
+from kasmina_fx.lifecycle import BLENDED, HOLDS_BLUEPRINT, LEGAL
 
 S = SeedLifecycle
-stages = pytest.mark.parametrize("stage", SeedLifecycle, ids=lambda stage: stage.name)
+LETS_GO = (S.DORMANT, S.CULLED, S.CANCELLED)
+T = TypeVar("T")
 
 
 def _frozen(state: StateTensor) -> tuple[Any, ...]:
     return (
         state.state_tensor.tolist(),
         state.alpha.tolist(),
-        state._mirror.tolist(),
+        state.rows.tolist(),
         state.alphas.tolist(),
     )
+
+
+def _in_a_thread(call: Callable[[], T]) -> T:
+    """What another thread gets; fails instead of waiting for it for good."""
+    found: list[T] = []
+    thread = threading.Thread(target=lambda: found.append(call()), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found, "the thread hangs, or died"
+    return found[0]
+
+
+def _leave_to_the_device(state: StateTensor) -> None:
+    """As after a ramp on CUDA: what alpha is, the host does not know."""
+    state._committed = replace(state._committed, alpha=None)
 
 
 def _any(value: Any) -> Any:
     """What the types would refuse too."""
     return value
-
-
-# The lifecycle.
-
-
-def test_stages_and_their_numbers() -> None:
-    assert [stage.name for stage in SeedLifecycle] == [
-        "DORMANT",
-        "GERMINATED",
-        "TRAINING",
-        "GRAFTING",
-        "STABILIZATION",
-        "EVALUATING",
-        "FINE_TUNING",
-        "FOSSILIZED",
-        "CULLED",
-        "CANCELLED",
-        "ROLLED_BACK",
-    ]
-    assert [int(stage) for stage in SeedLifecycle] == list(range(11))
-
-
-def test_the_legal_transitions_are_those_of_the_design() -> None:
-    text = """DORMANT>GERMINATED; GERMINATED>TRAINING|CANCELLED;
-    TRAINING>GRAFTING|CULLED|CANCELLED|ROLLED_BACK; GRAFTING>STABILIZATION|CULLED|ROLLED_BACK;
-    STABILIZATION>EVALUATING|ROLLED_BACK; EVALUATING>FINE_TUNING|CULLED|ROLLED_BACK;
-    FINE_TUNING>FOSSILIZED|CULLED|ROLLED_BACK; CULLED>DORMANT; CANCELLED>DORMANT;
-    FOSSILIZED>; ROLLED_BACK>"""
-    by_name = {stage.name: stage for stage in SeedLifecycle}
-    expected = {}
-    for part in text.split(";"):
-        source, _, targets = part.strip().partition(">")
-        expected[by_name[source]] = frozenset(by_name[n] for n in targets.split("|") if n)
-    assert expected == LEGAL
-
-
-@stages
-def test_the_vectorised_rules_equal_the_tables(stage: SeedLifecycle) -> None:
-    all_stages = torch.arange(len(SeedLifecycle), dtype=torch.int32)
-    assert is_legal(all_stages, stage).tolist() == [stage in LEGAL[now] for now in SeedLifecycle]
-    one = torch.tensor([stage], dtype=torch.int32)
-    assert bool(is_blended(one)) == (stage in BLENDED)
-    assert bool(holds_blueprint(one)) == (stage in HOLDS_BLUEPRINT)
-    assert stage not in BLENDED or 3 <= stage <= 7
 
 
 # Columns.
@@ -156,6 +123,7 @@ BAD: dict[str, tuple[Callable[[StateTensor], Any], type[Exception], str]] = {
     "negative blueprint": (lambda s: s.set_rows(1, blueprint_id=-1), InvalidArgument, "-1"),
     "epochs": (lambda s: s.set_rows(1, epochs_in_state=2**15), InvalidArgument, "32767"),
     "strategy": (lambda s: s.set_rows(1, grafting_strategy=4), InvalidArgument, "0 to 3"),
+    "negative strategy": (lambda s: s.set_rows(1, grafting_strategy=-1), InvalidArgument, "-1"),
     "one of many": (
         lambda s: s.set_rows([0, 1], blueprint_id=torch.tensor([1, -2])),
         InvalidArgument,
@@ -223,81 +191,68 @@ def test_a_number_of_seeds_that_is_none_is_refused(num_seeds: Any) -> None:
         StateTensor(num_seeds)
 
 
-# Transitions.
-
-
-@stages
-@pytest.mark.parametrize("now", SeedLifecycle, ids=lambda stage: stage.name)
-def test_advance_takes_the_legal_transitions_that_this_release_reaches(
-    now: SeedLifecycle, stage: SeedLifecycle
-) -> None:
-    state = StateTensor(3, name="fc")
-    state.set_rows([0, 2], lifecycle_state=now, blueprint_id=7, epochs_in_state=4)
-    state.set_rows([0, 2], grafting_strategy=1)
-    state.set_alpha([0, 2], 0.5)
-    before = _frozen(state)
-    if stage in LEGAL[now] and stage in REACHABLE:
-        state.advance([0, 2], stage)
-        dormant = stage is S.DORMANT
-        row = [int(stage), 0 if dormant else 7, 0, 0 if dormant else 1]
-        assert state.state_tensor.tolist() == [row, [0] * 4, row]
-        alpha = 0.0 if stage in (S.DORMANT, S.CULLED, S.CANCELLED) else 0.5
-        assert state.alpha.tolist() == [alpha, 0.0, alpha]
-    else:
-        with pytest.raises(IllegalTransition) as caught:
-            state.advance([0, 2], stage)
-        message = str(caught.value)
-        assert message.startswith(f"fc: seed 0 can't go from {now.name} to {stage.name}")
-        for name in sorted(s.name for s in LEGAL[now] & REACHABLE) or ["none"]:
-            assert name in message.partition("legal from")[2]
-        assert _frozen(state) == before
-
-
-@pytest.mark.parametrize("bad", [0, 57, 99])
-def test_one_illegal_of_many_changes_nothing(bad: int) -> None:
-    state = StateTensor(100, name="fc")
-    others = [i for i in range(100) if i != bad]
-    state.advance(others, S.GERMINATED)
-    before, tensor = _frozen(state), state.state_tensor
-    with pytest.raises(IllegalTransition, match=f"seed {bad} .*DORMANT to TRAINING"):
-        state.advance(range(100), S.TRAINING)
-    assert _frozen(state) == before
-    assert state.state_tensor is tensor
-    state.advance(others, S.TRAINING)
+# Against plain Python.
 
 
 class Life(RuleBasedStateMachine):
     """The state tensor against lists of plain ints."""
 
-    @initialize(n=st.integers(1, 6))
-    def begin(self, n: int) -> None:
-        self.state = StateTensor(n)
+    @initialize(n=st.integers(1, 6), embargo=st.integers(1, 3))
+    def begin(self, n: int, embargo: int) -> None:
+        self.embargo = embargo
+        self.state = StateTensor(n, embargo_epochs=embargo)
         self.rows = [[0, 0, 0, 0] for _ in range(n)]
         self.alpha = [0.0] * n
 
     def _ids(self, data: st.DataObject) -> list[int]:
         return data.draw(st.lists(st.integers(0, len(self.rows) - 1), unique=True))
 
+    def _may(self, i: int, to: SeedLifecycle) -> bool:
+        stage, _, epochs, _ = self.rows[i]
+        return to in LEGAL[S(stage)] and (stage != S.CULLED or epochs >= self.embargo)
+
+    def _enter(self, i: int, to: SeedLifecycle) -> None:
+        kept = [0, 0] if to is S.DORMANT else [self.rows[i][1], self.rows[i][3]]
+        self.rows[i] = [int(to), kept[0], 0, kept[1]]
+        if to in LETS_GO:
+            self.alpha[i] = 0.0
+
     @rule(data=st.data(), to=st.sampled_from(SeedLifecycle))
     def advance(self, data: st.DataObject, to: SeedLifecycle) -> None:
         ids = self._ids(data)
-        if ids and not all(to in LEGAL[S(self.rows[i][0])] & REACHABLE for i in ids):
+        if not all(self._may(i, to) for i in ids):
             with pytest.raises(IllegalTransition):
                 self.state.advance(ids, to)
             return
         self.state.advance(ids, to)
         for i in ids:
-            kept = [0, 0] if to is S.DORMANT else [self.rows[i][1], self.rows[i][3]]
-            self.rows[i] = [int(to), kept[0], 0, kept[1]]
-            if to in (S.DORMANT, S.CULLED, S.CANCELLED):
-                self.alpha[i] = 0.0
+            self._enter(i, to)
 
-    @rule(data=st.data(), stage=st.sampled_from(SeedLifecycle), blueprint=st.integers(0, 9))
-    def put(self, data: st.DataObject, stage: SeedLifecycle, blueprint: int) -> None:
+    @rule(data=st.data())
+    def reset(self, data: st.DataObject) -> None:
         ids = self._ids(data)
-        self.state.set_rows(ids, lifecycle_state=stage, blueprint_id=blueprint)
+        self.state.reset(ids)
         for i in ids:
-            self.rows[i][:2] = [int(stage), blueprint]
+            self._enter(i, S.DORMANT)
+
+    @rule(
+        data=st.data(),
+        stage=st.sampled_from(SeedLifecycle),
+        blueprint=st.integers(0, 9),
+        strategy=st.integers(0, 3),
+    )
+    def put(self, data: st.DataObject, stage: SeedLifecycle, blueprint: int, strategy: int) -> None:
+        ids = self._ids(data)
+        row = [int(stage), blueprint, 0, strategy]
+        self.state.set_rows(
+            ids,
+            lifecycle_state=stage,
+            blueprint_id=blueprint,
+            epochs_in_state=0,
+            grafting_strategy=strategy,
+        )
+        for i in ids:
+            self.rows[i] = list(row)
 
     @rule(data=st.data(), value=st.floats(-1, 2, width=32))
     def blend(self, data: st.DataObject, value: float) -> None:
@@ -306,11 +261,41 @@ class Life(RuleBasedStateMachine):
         for i in ids:
             self.alpha[i] = min(1.0, max(0.0, value))
 
+    @rule(data=st.data(), value=st.floats(0, 1, width=32), look=st.booleans())
+    def together(self, data: st.DataObject, value: float, look: bool) -> None:
+        first, second = self._ids(data), self._ids(data)
+        with self.state.transaction():
+            self.state.set_alpha(first, value)
+            if look:
+                seen = [value if i in first else now for i, now in enumerate(self.alpha)]
+                assert self.state.alphas.tolist() == seen
+            self.state.reset(second)
+        for i in first:
+            self.alpha[i] = value
+        for i in second:
+            self._enter(i, S.DORMANT)
+
+    @rule(data=st.data())
+    def ramp(self, data: st.DataObject) -> None:
+        values = st.floats(0, 1, width=32)
+        self.alpha = [data.draw(values) for _ in self.rows]
+        self.state.set_device_alpha(torch.tensor(self.alpha))
+
+    @rule()
+    def leave_to_the_device(self) -> None:
+        _leave_to_the_device(self.state)
+
+    @rule()
+    def look(self) -> None:
+        assert self.state.alphas.tolist() == self.alpha
+
     @rule()
     def epoch(self) -> None:
         self.state.increment_epochs()
-        for row in self.rows:
+        for i, row in enumerate(self.rows):
             row[2] = min(32_767, row[2] + (row[0] != 0))
+            if row[0] == S.CULLED and row[2] >= self.embargo:
+                self._enter(i, S.DORMANT)
 
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
@@ -328,7 +313,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def reload(self) -> None:
-        fresh = StateTensor(len(self.rows))
+        fresh = StateTensor(len(self.rows), embargo_epochs=self.embargo)
         fresh.load_state_dict(self.state.state_dict())
         fresh.refresh_mirror()
         self.state = fresh
@@ -337,10 +322,19 @@ class Life(RuleBasedStateMachine):
     def agrees(self) -> None:
         if not hasattr(self, "state"):
             return
-        assert self.state.state_tensor.tolist() == self.state._mirror.tolist() == self.rows
-        assert self.state.alpha.tolist() == self.state.alphas.tolist() == self.alpha
+        assert self.state.state_tensor.tolist() == self.state.rows.tolist() == self.rows
+        assert self.state.alpha.tolist() == self.alpha  # not .alphas, which asks the device
+        columns = [self.state.stages, self.state.blueprint_ids, self.state.epochs]
+        assert [list(row) for row in zip(*[c.tolist() for c in columns], strict=True)] == [
+            row[:3] for row in self.rows
+        ]
+        assert self.state.strategies.tolist() == [row[3] for row in self.rows]
         blended = [row[0] in BLENDED and row[1] > 0 for row in self.rows]
-        assert self.state.blended.tolist() == blended
+        assert self.state.blended.tolist() == self.state.get_active_seeds().tolist() == blended
+        assert self.state.holding.tolist() == [row[0] in HOLDS_BLUEPRINT for row in self.rows]
+        assert self.state.embargoed.tolist() == [
+            row[0] == S.CULLED and row[2] < self.embargo for row in self.rows
+        ]
 
 
 TestLife = Life.TestCase
@@ -391,7 +385,7 @@ def test_alphas_of_several_seeds(alpha: Any) -> None:
 def test_a_transaction_publishes_once_and_at_its_end() -> None:
     state = StateTensor(3)
     published: list[list[int]] = []
-    state.on_publish = lambda: published.append(state.state_tensor[:, 0].tolist())
+    state.on_publish = lambda moved: published.append(state.state_tensor[:, 0].tolist())
     old = state.state_tensor
     with state.transaction():
         state.advance(0, S.GERMINATED)
@@ -409,8 +403,8 @@ def test_an_exception_undoes_a_transaction(error: type[BaseException]) -> None:
     state = StateTensor(3)
     state.set_rows(1, lifecycle_state=S.GRAFTING, blueprint_id=2)
     state.set_alpha(1, 0.5)
-    published: list[int] = []
-    state.on_publish = lambda: published.append(1)
+    published: list[bool] = []
+    state.on_publish = published.append
     before, tensor = _frozen(state), state.state_tensor
 
     def fail() -> None:
@@ -427,22 +421,253 @@ def test_an_exception_undoes_a_transaction(error: type[BaseException]) -> None:
     assert state.state_tensor is tensor
     assert published == []
     state.advance([0, 2], S.GERMINATED)  # not stuck
-    assert published == [1]
+    assert published == [True]
+
+
+def test_a_nested_transaction_that_fails_undoes_only_itself() -> None:
+    state = StateTensor(4)
+
+    def fail() -> None:
+        with state.transaction():
+            state.advance(1, S.GERMINATED)
+            state.set_alpha([0, 1], 1.0)
+            state.advance(2, S.FOSSILIZED)
+
+    with state.transaction():
+        state.advance(0, S.GERMINATED)
+        state.set_alpha(0, 0.25)
+        with pytest.raises(IllegalTransition):
+            fail()
+        assert state.stages.tolist() == [1, 0, 0, 0]
+        assert state.alphas.tolist() == [0.25, 0, 0, 0]
+        state.advance(3, S.GERMINATED)
+        assert state.state_tensor.any().item() is False
+    assert state.state_tensor[:, 0].tolist() == [1, 0, 0, 1]
+    assert state.alpha.tolist() == [0.25, 0, 0, 0]
+
+
+def test_an_outer_transaction_that_fails_undoes_what_inner_ones_did() -> None:
+    state = StateTensor(2)
+    before, tensor = _frozen(state), state.state_tensor
+
+    def fail() -> None:
+        with state.transaction():
+            with state.transaction():
+                state.advance(0, S.GERMINATED)
+            state.set_alpha(0, 1.0)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert _frozen(state) == before
+    assert state.state_tensor is tensor
+
+
+def test_a_listener_hears_whether_rows_changed() -> None:
+    state = StateTensor(2)
+    heard: list[bool] = []
+    state.on_publish = heard.append
+    state.set_alpha(0, 0.5)
+    state.advance(0, S.GERMINATED)
+    with state.transaction():
+        state.set_alpha(0, 0.75)
+        state.advance(0, S.TRAINING)
+    state.set_device_alpha(torch.tensor([0.5, 0.0]))
+    assert heard == [False, True, True, False]
+
+
+def test_a_transaction_that_changes_nothing_publishes_nothing() -> None:
+    state = StateTensor(2)
+    heard: list[bool] = []
+    state.on_publish = heard.append
+    tensor, alpha = state.state_tensor, state.alpha
+    with state.transaction(), state.transaction():
+        assert state.stages.tolist() == [0, 0]
+    assert heard == []
+    assert state.state_tensor is tensor
+    assert state.alpha is alpha
+
+
+def test_another_thread_sees_only_what_is_published() -> None:
+    state = StateTensor(3)
+    state.set_rows(1, lifecycle_state=S.GRAFTING, blueprint_id=2)
+    state.set_alpha(1, 0.5)
+    before = _frozen(state)
+    with state.transaction():
+        state.advance(0, S.GERMINATED)
+        with state.transaction():
+            state.advance(1, S.CULLED)
+        assert state.stages.tolist() == [1, 8, 0]
+        assert state.alphas.tolist() == [0, 0, 0]
+        assert _in_a_thread(lambda: _frozen(state)) == before
+        assert _in_a_thread(lambda: state.get_seed_state(1))["alpha"] == 0.5
+        assert _in_a_thread(lambda: state.blended.tolist()) == [False, True, False]
+    assert _in_a_thread(lambda: state.stages.tolist()) == [1, 8, 0]
+    assert _in_a_thread(lambda: state.alphas.tolist()) == [0, 0, 0]
+
+
+def test_a_transaction_of_another_thread_waits_for_this_one_and_builds_on_it() -> None:
+    state = StateTensor(2)
+    begun, seen = threading.Event(), list[list[int]]()
+
+    def other() -> None:
+        begun.set()
+        with state.transaction():
+            seen.append(state.stages.tolist())
+            state.advance(0, S.TRAINING)
+
+    thread = threading.Thread(target=other, daemon=True)
+    with state.transaction():
+        thread.start()
+        assert begun.wait(20)
+        thread.join(0.1)
+        state.advance([0, 1], S.GERMINATED)
+        assert seen == []
+    thread.join(20)
+    assert seen == [[1, 1]]
+    assert state.stages.tolist() == [2, 1]
+
+
+def test_many_threads_lose_no_change() -> None:
+    state = StateTensor(40)
+
+    def work(first: int) -> None:
+        for seed in range(first, 40, 4):
+            state.advance(seed, S.GERMINATED)
+            with state.transaction():
+                state.set_alpha(seed, seed / 64)
+                state.advance(seed, S.TRAINING)
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert state.state_tensor[:, 0].tolist() == [S.TRAINING] * 40
+    assert state.alpha.tolist() == [seed / 64 for seed in range(40)]
+
+
+def test_versions_are_never_written_to() -> None:
+    state = StateTensor(3)
+    state.set_alpha(1, 0.5)
+    rows, alphas = state.rows, state.alphas
+    with state.transaction():
+        state.advance([0, 1], S.GERMINATED)
+        staged_rows, staged_alphas = state.rows, state.alphas
+        state.set_alpha(2, 1.0)
+        state.advance(0, S.TRAINING)
+        state.increment_epochs()
+    assert rows.tolist() == [[0] * 4] * 3
+    assert alphas.tolist() == staged_alphas.tolist() == [0, 0.5, 0]
+    assert staged_rows[:, 0].tolist() == [1, 1, 0]
 
 
 def test_published_tensors_are_new_objects() -> None:
     state = StateTensor(3)
     old_state, old_alpha = state.state_tensor, state.alpha
-    mirror = state._mirror
     state.advance(1, S.GERMINATED)
     state.set_alpha(1, 0.5)
     assert old_state.tolist() == [[0] * 4] * 3
     assert old_alpha.tolist() == [0.0] * 3
     assert state.state_tensor is not old_state
     assert state.alpha is not old_alpha
-    assert state.state_tensor.data_ptr() != mirror.data_ptr()
+    assert state.state_tensor.data_ptr() != state.rows.data_ptr()
     assert state.alpha.data_ptr() != state.alphas.data_ptr()
     assert dict(state.named_buffers()).keys() == {"state_tensor", "alpha"}
+
+
+# Alphas that the device computed.
+
+
+def test_after_a_ramp_on_the_cpu_the_host_knows_alpha() -> None:
+    state = StateTensor(3)
+    computed = torch.tensor([0.25, 0.5, 0.0])
+    state.set_device_alpha(computed)
+    assert state.alpha is computed
+    assert state._committed.alpha is not None
+    assert state.alphas.tolist() == [0.25, 0.5, 0.0]
+    state.set_alpha(0, 1.0)
+    assert state.alpha.tolist() == state.alphas.tolist() == [1.0, 0.5, 0.0]
+    assert computed.tolist() == [0.25, 0.5, 0.0]
+
+
+def test_what_the_device_alone_knows_is_asked_for_once() -> None:
+    state = StateTensor(3)
+    state.set_device_alpha(torch.tensor([0.25, 0.5, 0.75]))
+    _leave_to_the_device(state)
+    known = state.alphas
+    assert known.tolist() == [0.25, 0.5, 0.75]
+    assert known.data_ptr() != state.alpha.data_ptr()
+    assert state.alphas is known
+    assert state.get_seed_state(2)["alpha"] == 0.75
+
+
+def test_setting_alpha_leaves_what_the_device_alone_knows() -> None:
+    state = StateTensor(4)
+    state.set_device_alpha(torch.tensor([0.25, 0.5, 0.75, 1.0]))
+    _leave_to_the_device(state)
+    old = state.alpha
+    state.set_alpha([1, 2], torch.tensor([0.125, 0.0]))
+    state.set_alpha(2, 0.375)
+    assert state._committed.alpha is None  # nothing was read back
+    assert state.alpha.tolist() == [0.25, 0.125, 0.375, 1.0]
+    assert old.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert state.alphas.tolist() == [0.25, 0.125, 0.375, 1.0]
+
+
+@pytest.mark.parametrize("look", [False, True], ids=["blind", "looking"])
+def test_a_transaction_over_unknown_alphas_reads_its_own_changes(look: bool) -> None:
+    state = StateTensor(4)
+    state.set_rows([1, 2], lifecycle_state=S.GRAFTING, blueprint_id=3)
+    state.set_device_alpha(torch.tensor([0.25, 0.5, 0.75, 1.0]))
+    _leave_to_the_device(state)
+    with state.transaction():
+        state.set_alpha([0, 2], 0.125)
+        if look:
+            assert state.alphas.tolist() == [0.125, 0.5, 0.125, 1.0]
+        state.set_alpha(2, 0.375)
+        state.advance(1, S.CULLED)
+        if look:
+            assert state.alphas.tolist() == [0.125, 0.0, 0.375, 1.0]
+            assert state.get_seed_state(1)["alpha"] == 0.0
+        assert state.alpha.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert state.alpha.tolist() == state.alphas.tolist() == [0.125, 0.0, 0.375, 1.0]
+    assert state.stages.tolist() == [0, 8, 3, 0]
+
+
+def test_a_failed_transaction_over_unknown_alphas_changes_nothing() -> None:
+    state = StateTensor(2)
+    state.set_device_alpha(torch.tensor([0.25, 0.5]))
+    _leave_to_the_device(state)
+    tensor = state.alpha
+
+    def fail_inside() -> None:
+        with state.transaction():
+            state.set_alpha(1, 1.0)
+            state.set_alpha(1, float("nan"))
+
+    def fail() -> None:
+        with state.transaction():
+            state.set_alpha(0, 1.0)
+            with pytest.raises(InvalidArgument):
+                fail_inside()
+            assert state.alphas.tolist() == [1.0, 0.5]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert state.alpha is tensor
+    assert state.alphas.tolist() == [0.25, 0.5]
+
+
+def test_another_thread_reads_unknown_alphas_as_they_are_published() -> None:
+    state = StateTensor(2)
+    state.set_device_alpha(torch.tensor([0.25, 0.5]))
+    _leave_to_the_device(state)
+    assert _in_a_thread(lambda: state.alphas.tolist()) == [0.25, 0.5]
+    with state.transaction():
+        state.set_alpha(0, 1.0)
+        assert _in_a_thread(lambda: state.alphas.tolist()) == [0.25, 0.5]
 
 
 # As a module.
@@ -472,13 +697,24 @@ def test_state_dict_round_trip_and_refresh() -> None:
 
 def test_a_copy_has_a_state_of_its_own() -> None:
     state = StateTensor(3)
-    state.on_publish = lambda: None
-    twin = copy.deepcopy(state)
-    assert twin.on_publish is None
-    assert state.on_publish is not None
-    twin.advance(0, S.GERMINATED)
-    assert state.stages.tolist() == [0, 0, 0]
-    assert twin.stages.tolist() == [1, 0, 0]
+    state.on_publish = lambda moved: None
+    for twin in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert twin.on_publish is None
+        assert state.on_publish is not None
+        twin.advance(0, S.GERMINATED)
+        twin.set_alpha(0, 0.5)
+        assert _frozen(state) == _frozen(StateTensor(3))
+        assert twin.state_tensor[:, 0].tolist() == twin.stages.tolist() == [1, 0, 0]
+        assert twin.alphas.tolist() == [0.5, 0, 0]
+
+
+def test_a_copy_made_inside_a_transaction_can_change() -> None:
+    state = StateTensor(3)
+    with state.transaction():
+        state.advance(0, S.GERMINATED)
+        twin = copy.deepcopy(state)
+    twin.advance(1, S.GERMINATED)
+    assert int(twin.state_tensor[1, 0]) == S.GERMINATED
 
 
 def test_casting_a_model_keeps_int32_and_float32() -> None:
@@ -487,7 +723,7 @@ def test_casting_a_model_keeps_int32_and_float32() -> None:
     nn.Sequential(state).to(torch.bfloat16)
     assert state.state_tensor.dtype == torch.int32
     assert state.alpha.dtype == torch.float32
-    assert state.alpha[0] == torch.tensor(0.3)
+    assert state.alpha[0] == state.alphas[0] == torch.tensor(0.3)
 
 
 def test_what_a_caller_holds_is_not_written_to() -> None:

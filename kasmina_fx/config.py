@@ -1,0 +1,79 @@
+"""Settings of a layer's seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.grafting.config import GraftingConfig
+from kasmina_fx.state_tensor import DEFAULT_EMBARGO
+
+RAMP_EVERY: Final = ("epoch", "step")
+
+
+@dataclass(frozen=True)
+class SeedConfig:
+    """How a layer's seeds live.
+
+    Args:
+        grafting: Of the ramp.
+        ramp_every: "epoch": a ramp makes a step at each ``step_epoch()``; "step": at each step of
+            an optimizer that holds the layer's blueprints.
+        embargo_epochs: Epochs that a culled seed rests before it becomes DORMANT, 0 or more.
+        error_limit: A seed whose blueprint yielded NaN or Inf in more steps than this is culled at
+            the next report or ``step_epoch()``; None never culls.
+
+    Raises:
+        InvalidArgument: A value outside what is allowed.
+    """
+
+    grafting: GraftingConfig = field(default_factory=GraftingConfig)
+    ramp_every: str = "epoch"
+    embargo_epochs: int = DEFAULT_EMBARGO
+    error_limit: int | None = 3
+
+    def __post_init__(self) -> None:
+        """Refuse values outside what is allowed."""
+        if not isinstance(self.grafting, GraftingConfig):
+            raise InvalidArgument(f"grafting={self.grafting!r}: give a GraftingConfig")
+        if self.ramp_every not in RAMP_EVERY:
+            raise InvalidArgument(
+                f"ramp_every={self.ramp_every!r}: allowed are {', '.join(RAMP_EVERY)}"
+            )
+        _check_count("embargo_epochs", self.embargo_epochs)
+        if self.error_limit is not None:
+            _check_count("error_limit", self.error_limit)
+
+
+@dataclass(frozen=True)
+class TelemetryPolicy:
+    """How much of a layer's output its statistics look at.
+
+    Args:
+        every: Observe one step in so many, at least 1. Data: it may change without a recompile.
+        fraction: Of the rows of a batch (the first ones), above 0 up to 1; rounded to one in a
+            whole number. Compiled in: a change recompiles, and saves what it leaves out.
+
+    Raises:
+        InvalidArgument: A value outside what is allowed.
+    """
+
+    every: int = 1
+    fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside what is allowed."""
+        _check_count("every", self.every, least=1)
+        if isinstance(self.fraction, bool) or not 0 < self.fraction <= 1:
+            raise InvalidArgument(f"fraction={self.fraction!r}: give a number above 0 up to 1")
+
+    @property
+    def one_in(self) -> int:
+        """One row in how many."""
+        return max(1, round(1 / self.fraction))
+
+
+def _check_count(name: str, given: Any, least: int = 0) -> None:
+    if isinstance(given, bool) or not isinstance(given, int) or given < least:
+        raise InvalidArgument(f"{name}={given!r}: give an int of at least {least}")

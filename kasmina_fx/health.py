@@ -1,0 +1,150 @@
+"""What the statistics say about each seed: the report that controllers and people read."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from kasmina_fx import telemetry as t
+from kasmina_fx.lifecycle import SeedLifecycle, is_legal
+from kasmina_fx.transfer import to_host
+
+if TYPE_CHECKING:
+    from kasmina_fx.layer import KasminaLayer
+
+_LOG: Final = logging.getLogger(__name__)
+
+
+def per_seed(accumulated: Tensor, faults: Tensor) -> dict[str, Tensor]:
+    """Figures of each seed, ``(S,)`` on the CPU, from a layer's statistics on the CPU.
+
+    ``count`` elements seen; ``mean`` and ``variance`` (biased) of all of them, ``minimum``,
+    ``maximum``, ``dead_fraction`` (magnitude below 1e-6); NaN before the first step.
+
+    ``health`` is ``(1 - dead_fraction) * v / (v + median(v))`` with v the variance: 0.5 for a
+    typical chunk, near 0 for one that hardly varies or whose units are silent. A unit whose output
+    does not vary carries no information about the input: the share of zeros is the criterion of Hu
+    et al., "Network Trimming" (2016), low variance that of activation-variance pruning; the median
+    makes it free of the layer's scale.
+
+    ``non_finite`` steps in which the chunk held NaN or Inf; ``rejected`` and ``faults`` steps in
+    which the blueprint's output, or a gradient of it, did. ``errors`` is the larger of the two: a
+    step that is rejected counts in both.
+
+    ``reconstruction_loss``: moving average of the mean squared difference between the blueprint's
+    output and its chunk; ``delta_norm``: root mean square of what it added to the output, likewise
+    averaged. NaN where no blueprint ran.
+    """
+    rows = accumulated
+    count, seen, ran = rows[t.COUNT], rows[t.COUNT] > 0, rows[t.RUNS] > 0
+
+    def if_seen(values: Tensor, known: Tensor = seen) -> Tensor:
+        return torch.where(known, values, torch.nan)
+
+    variance = if_seen(rows[t.SQUARED_DEVIATIONS] / count)
+    dead = if_seen(rows[t.NEAR_ZERO] / count)
+    share = variance / (variance + variance.nanmedian())
+    return {
+        "count": count,
+        "mean": if_seen(rows[t.ORIGIN] + rows[t.MEAN]),
+        "variance": variance,
+        "minimum": if_seen(rows[t.MINIMUM]),
+        "maximum": if_seen(rows[t.MAXIMUM]),
+        "dead_fraction": dead,
+        # Where most chunks are silent the median is 0: these are 0, not 0 / 0.
+        "health": (1 - dead) * torch.where(variance == 0, 0.0, share),
+        "rejected": rows[t.REJECTED],
+        "non_finite": rows[t.NON_FINITE],
+        "faults": faults,
+        "errors": torch.maximum(rows[t.REJECTED], faults),
+        "runs": rows[t.RUNS],
+        "reconstruction_loss": if_seen(rows[t.LOSS], ran),
+        "delta_norm": if_seen(rows[t.DELTA].sqrt(), ran),
+    }
+
+
+def reports(layers: Sequence[KasminaLayer]) -> list[dict[str, Any]]:
+    """Each layer's report; one device-to-host copy for all on one device.
+
+    Seeds over their error limit are culled.
+    """
+    found = []
+    for layer, (accumulated, faults, alpha) in zip(layers, _fetch(layers), strict=True):
+        figures = per_seed(accumulated, faults)
+        culled = cull_faulty(layer, figures["errors"])
+        state = layer.state
+        report = {
+            "layer_id": layer.layer_id,
+            "num_seeds": layer.num_seeds,
+            **figures,
+            "stage": state.stages.clone(),
+            "alpha": alpha.index_fill(0, culled, 0.0),
+            "epochs": state.epochs.clone(),
+            "blueprint_id": state.blueprint_ids.clone(),
+        }
+        found.append(report)
+    return found
+
+
+def figures_of(layer: KasminaLayer) -> dict[str, Tensor]:
+    """A layer's figures, see :func:`per_seed`; culls nobody."""
+    ((accumulated, faults, _),) = _fetch([layer])
+    return per_seed(accumulated, faults)
+
+
+def cull_faulty(layer: KasminaLayer, errors: Tensor) -> Tensor:
+    """Cull seeds with more errors than the limit; their ids, int64 ``(n,)``.
+
+    FOSSILIZED seeds stay: nothing leads out of that stage but ``reset``.
+    """
+    state, limit = layer.state, layer.config.error_limit
+    nobody = torch.zeros(0, dtype=torch.int64)
+    if limit is None or not bool((over := errors > limit).any()):
+        return nobody
+    with layer.transaction():
+        # From STABILIZATION the way to CULLED leads through EVALUATING.
+        waiting = (over & (state.stages == SeedLifecycle.STABILIZATION)).nonzero().flatten()
+        layer.advance(waiting, SeedLifecycle.EVALUATING)
+        ids = (over & is_legal(state.stages, SeedLifecycle.CULLED)).nonzero().flatten()
+        layer.advance(ids, SeedLifecycle.CULLED)
+    if len(ids):
+        text = "%s: culled seeds %s: NaN or Inf in more than %d steps"
+        _LOG.warning(text, layer.layer_id, ids.tolist()[:8], limit)
+    return ids
+
+
+def _fetch(layers: Sequence[KasminaLayer]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Statistics, faults and alphas of each layer on the CPU."""
+    packed = []
+    for layer in layers:
+        seen = layer.kasmina.telemetry
+        packed.append(torch.cat([seen.accumulated, seen.faults[None], layer.state.alpha[None]]))
+    here: list[Tensor | None] = [None] * len(layers)
+    for device in {p.device for p in packed}:
+        mine = [i for i, p in enumerate(packed) if p.device == device]
+        whole = to_host(torch.cat([packed[i].flatten() for i in mine]))
+        for i, flat in zip(mine, whole.split([packed[i].numel() for i in mine]), strict=True):
+            here[i] = flat.view_as(packed[i])
+    return [(p[: t.ROWS], p[t.ROWS], p[t.ROWS + 1]) for p in here if p is not None]
+
+
+def to_json_values(report: dict[str, Any]) -> dict[str, Any]:
+    """A report with lists for tensors, and None for NaN and infinities, which JSON lacks."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return plain(value.tolist())
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {str(key): plain(v) for key, v in value.items()}
+        return value
+
+    return {key: plain(value) for key, value in report.items()}

@@ -1,0 +1,216 @@
+"""Operators that move chunks between seeds and slots, and decide which gradients pass.
+
+Each has a backward of its own and a decomposition (:data:`DECOMPOSITIONS`) that Inductor fuses into
+its neighbours.
+
+``pull(f, index, inverse)``, ``gather(f, index, inverse)``
+    ``out[i] = f[index[i]]``, 0 where ``index[i]`` is -1. Seeds and slots are inverse maps, so the
+    backward of one is the same move along the other map: no atomic scatter.
+``guard(tensors, modes, positions, faults)``
+    The identity on a bank's rows ``(K, M, ...)`` and parameters ``(K, ...)``. Backward lets a
+    slot's gradients through if all of them are finite (0 x NaN is NaN: a blueprint rejected in
+    forward could still poison the host's gradient) and its mode allows: frozen parameters get none,
+    and no chunk gets any from a seed in TRAINING. What was refused is counted in the gradient of
+    ``faults`` ``(n,)``.
+``reconstruct(f, rows, trainees, loss_scale)``
+    The identity on ``f`` ``(P, ...)``. Backward adds the gradient of ``loss_scale`` times the mean
+    squared difference of ``f`` from ``rows``, a sum over the places in ``trainees``: an auxiliary
+    loss that needs no change of the trainees loop, as mixture-of-experts layers inject theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kasmina_fx._torch_compat import in_functorch
+from kasmina_fx.lifecycle import Mode
+
+
+def take(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """``out[i] = f[index[i]]``, 0 where ``index[i]`` is -1: what ``pull`` and ``gather`` compute.
+
+    The zeros matter for gradients: without them a seed without a slot, or a slot without a seed,
+    would receive row 0's gradient.
+    """
+    taken = f.index_select(0, index.clamp_min(0))
+    return taken.masked_fill((index < 0).view(_column(f)), 0.0)
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    """Bool ``(K,)``: are all values of ``values[k]`` finite? ``values`` is ``(K, ...)``."""
+    # The largest magnitude is finite exactly if all are (amax hands NaN on): one reduction,
+    # vectorised.
+    return values.detach().abs().reshape(values.shape[0], -1).amax(1).isfinite()
+
+
+def _column(like: Tensor) -> tuple[int, ...]:
+    return (-1, *[1] * (like.dim() - 1))
+
+
+# pull and gather: two names, so that graphs say which way chunks move.
+
+
+def _save_maps(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _move_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    index, inverse = ctx.saved_tensors
+    return torch.ops.kasmina.pull.default(grad, inverse, index), None, None
+
+
+def _fake_move(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return f.new_empty([index.shape[0], *f.shape[1:]])
+
+
+def _decomposed_move(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    # An index, not index_select: Inductor makes it a pointwise load, which fuses. Unsafe, because
+    # the maps are ours, and a bounds check for each row of each chunk slows a CPU's blend.
+    taken = torch.ops.aten._unsafe_index.Tensor(f, [index.clamp_min(0)])
+    masked: Tensor = taken.masked_fill((index < 0).view(_column(f)), 0.0)
+    return masked
+
+
+for _name in ("pull", "gather"):
+    _op = torch.library.custom_op(
+        f"kasmina::{_name}",
+        take,
+        mutates_args=(),
+        schema="(Tensor f, Tensor index, Tensor inverse) -> Tensor",
+    )
+    _op.register_fake(_fake_move)
+    _op.register_autograd(_move_backward, setup_context=_save_maps)
+
+
+# guard
+
+
+@torch.library.custom_op(
+    "kasmina::guard",
+    mutates_args=(),
+    schema="(Tensor[] tensors, Tensor modes, Tensor positions, Tensor faults) -> Tensor[]",
+)
+def _guard(
+    tensors: Sequence[Tensor], modes: Tensor, positions: Tensor, faults: Tensor
+) -> list[Tensor]:
+    return [t.clone() for t in tensors]
+
+
+@_guard.register_fake
+def _(tensors: Sequence[Tensor], modes: Tensor, positions: Tensor, faults: Tensor) -> list[Tensor]:
+    return [torch.empty_like(t) for t in tensors]
+
+
+def _save_modes(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2])
+
+
+def _guard_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    modes, positions = ctx.saved_tensors
+    # 0 x finite is 0, 0 x NaN and 0 x Inf are NaN: one sum a tensor says whether all is sound.
+    # Values that are no parameters (counters of a user's module) have no gradient to check.
+    checks = [(g.detach() * 0).reshape(g.shape[0], -1).sum(1) for g in grads if g is not None]
+    sound = sum(checks[1:], checks[0]).float() == 0
+    host = (modes != Mode.RECONSTRUCTS) & sound.unsqueeze(1)
+    learns = (modes != Mode.FROZEN).any(1) & sound
+    rows, *params = grads
+    assert rows is not None  # a floating-point output: autograd makes it zeros
+    passed: list[Any] = [rows.masked_fill(~host.view(*modes.shape, *[1] * (rows.dim() - 2)), 0.0)]
+    passed += [g if g is None else g.masked_fill(~learns.view(_column(g)), 0.0) for g in params]
+    faulty = (~sound).float().unsqueeze(1).expand(modes.shape).reshape(-1)
+    return passed, None, None, take(faulty, positions, positions)
+
+
+_guard.register_autograd(_guard_backward, setup_context=_save_modes)
+
+
+# reconstruct
+
+
+@torch.library.custom_op(
+    "kasmina::reconstruct",
+    mutates_args=(),
+    schema="(Tensor f, Tensor rows, Tensor trainees, Tensor loss_scale) -> Tensor",
+)
+def _reconstruct(f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor) -> Tensor:
+    return f.clone()
+
+
+@_reconstruct.register_fake
+def _(f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor) -> Tensor:
+    return torch.empty_like(f)
+
+
+def _save_errors(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    f, rows, trainees, loss_scale = inputs
+    wide = torch.promote_types(torch.promote_types(f.dtype, rows.dtype), torch.float32)
+    error = take(f, trainees, trainees).to(wide) - take(rows, trainees, trainees).to(wide)
+    ctx.save_for_backward(error, trainees, loss_scale)
+
+
+def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    error, trainees, loss_scale = ctx.saved_tensors
+    # A gradient that comes in as NaN or Inf (an overflow of a scaled loss) is not the blueprint's
+    # fault: it goes no further, and the host's own gradient shows it anyway.
+    checks = (grad.detach() * 0).reshape(grad.shape[0], -1).sum(1)
+    grad = grad.masked_fill((checks != 0).view(_column(grad)), 0.0)
+    added = error * (2.0 / error[0].numel()) * loss_scale
+    # Padding adds 0 to place 0; every other place occurs once, so the order does not matter.
+    return grad.index_add(0, trainees.clamp_min(0), added.to(grad.dtype)), None, None, None
+
+
+_reconstruct.register_autograd(_reconstruct_backward, setup_context=_save_errors)
+
+
+PULL: Final = torch.ops.kasmina.pull.default
+GATHER: Final = torch.ops.kasmina.gather.default
+GUARD: Final = torch.ops.kasmina.guard.default
+RECONSTRUCT: Final = torch.ops.kasmina.reconstruct.default
+
+#: For ``compile_fx(decompositions=...)``.
+DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
+    PULL: _decomposed_move,
+    GATHER: _decomposed_move,
+    GUARD: lambda tensors, modes, positions, faults: list(tensors),
+    RECONSTRUCT: lambda f, rows, trainees, loss_scale: f,
+}
+
+
+class Moves(NamedTuple):
+    """The four operators, or what stands for them."""
+
+    gather: Callable[[Tensor, Tensor, Tensor], Tensor]
+    pull: Callable[[Tensor, Tensor, Tensor], Tensor]
+    guard: Callable[[list[Tensor], Tensor, Tensor, Tensor], list[Tensor]]
+    reconstruct: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _plain_guard(
+    tensors: list[Tensor], modes: Tensor, positions: Tensor, faults: Tensor
+) -> list[Tensor]:
+    rows, *params = tensors
+    frozen = ~(modes != Mode.FROZEN).any(1)
+    trains = (modes == Mode.RECONSTRUCTS).view(*modes.shape, *[1] * (rows.dim() - 2))
+    return [
+        torch.where(trains, rows.detach(), rows),
+        *(torch.where(frozen.view(_column(p)), p.detach(), p) for p in params),
+    ]
+
+
+def _no_reconstruction(f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor) -> Tensor:
+    return f
+
+
+_OPERATORS: Final = Moves(GATHER, PULL, GUARD, RECONSTRUCT)
+_PLAIN: Final = Moves(take, take, _plain_guard, _no_reconstruction)
+
+
+def current() -> Moves:
+    """The operators; under ``torch.func`` transforms plain code with the same values."""
+    # torch.func does not take operators with a registered backward (torch 2.13). Plain code has the
+    # same gradients too, but for the guard against NaN and the reconstruction loss.
+    return _PLAIN if in_functorch() else _OPERATORS

@@ -1,0 +1,201 @@
+"""What happens around every ``step()`` of an optimizer that holds stacks.
+
+Torch's hooks for all optimizers, registered once. They look at one that holds no stack and let it
+be. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from kasmina_fx import epochs
+from kasmina_fx._torch_compat import live_grad_scalers
+from kasmina_fx.bank import Bank, StackedParameter
+from kasmina_fx.optim.growth import (
+    STEPPING,
+    holds_stacks,
+    meet,
+    newest,
+    replace_grown,
+    stacks_of,
+)
+from kasmina_fx.staging import LOCK
+
+if TYPE_CHECKING:
+    from kasmina_fx.layer import KasminaLayer
+
+_LOG: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Rows of a stack that nothing may change, as they were before a step."""
+
+    stack: StackedParameter
+    where: Tensor  # int64 (n,)
+    rows: Tensor  # (n, ...)
+    slots: Tensor  # the bank's table then: who sat there
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step under way: what it may not change, and the layers whose ramps follow it."""
+
+    kept: list[_Kept]
+    ramps: dict[KasminaLayer, int]  # and how many ramp steps they had made
+
+
+#: Steps under way, the last one last: step() of a subclass may call its base's, which runs the
+#: hooks again. One that raised stays until it is pushed out.
+_STEPS: Final[weakref.WeakKeyDictionary[Optimizer, list[_Step]]] = weakref.WeakKeyDictionary()
+_DEEPEST: Final = 4
+#: Ramp steps made after optimizer steps. An optimizer may wrap one that holds the same stacks: what
+#: the inner step ramped, the outer one does not.
+_RAMPED: Final[weakref.WeakKeyDictionary[KasminaLayer, int]] = weakref.WeakKeyDictionary()
+
+
+def register() -> None:
+    """Register the hooks; called when the package is imported."""
+    register_optimizer_step_pre_hook(_before)
+    register_optimizer_step_post_hook(_after)
+
+
+# Dynamo traces these two in a compiled step(), and breaks the graph only if there are stacks.
+
+
+def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if holds_stacks(optimizer):
+        _begin(optimizer)
+
+
+def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if holds_stacks(optimizer):
+        _end(optimizer)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's, unannotated
+@torch.no_grad()
+def _begin(optimizer: Optimizer) -> None:
+    with LOCK:
+        replaced = replace_grown(optimizer)
+        if replaced:
+            _drop_scaled_gradients(optimizer, replaced)
+        stacks = stacks_of(optimizer)
+        for stack in stacks:
+            meet(optimizer, stack)
+            stack.fresh = frozenset()
+        kept = [kept for stack in stacks if (kept := _keep(stack)) is not None]
+        ramps = {layer: _RAMPED.get(layer, 0) for layer in _led(stacks)}
+        _STEPS[optimizer] = [*_STEPS.get(optimizer, [])[1 - _DEEPEST :], _Step(kept, ramps)]
+        STEPPING[optimizer] = threading.get_ident()
+    for layer in ramps:
+        if epochs.in_use(layer, "needs_grad_norm"):
+            _record_grad_norm(optimizer, layer)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's, unannotated
+@torch.no_grad()
+def _end(optimizer: Optimizer) -> None:
+    with LOCK:
+        steps = _STEPS.get(optimizer)
+        step = steps.pop() if steps else _Step([], {})  # empty: a closure put its first stack in
+        STEPPING.pop(optimizer, None)
+        for kept in step.kept:
+            _write_back(kept)
+        replace_grown(optimizer)
+    for layer, made in step.ramps.items():
+        if layer.config.ramp_every == "step" and _RAMPED.get(layer, 0) == made:
+            epochs.step_ramp(layer)
+            _RAMPED[layer] = made + 1
+
+
+# Frozen slots.
+
+
+def _keep(stack: StackedParameter) -> _Kept | None:
+    bank = _bank_of(stack)
+    if bank is None or not len(bank.frozen):
+        return None
+    rows = stack.detach().index_select(0, bank.frozen)
+    return _Kept(stack, bank.frozen, rows, bank.slots)
+
+
+def _write_back(kept: _Kept) -> None:
+    stack = newest(kept.stack)
+    bank, rows = _bank_of(stack), kept.rows
+    if bank is not None and bank.slots is not kept.slots:
+        # Seeds have changed meanwhile, in a closure or another thread: a slot that went to another
+        # seed keeps what that has put there.
+        same = bank.slots[kept.where] == kept.slots[kept.where]
+        now = stack.detach().index_select(0, kept.where)
+        rows = torch.where(same.view(-1, *[1] * (rows.dim() - 1)), rows, now)
+    stack.data.index_copy_(0, kept.where, rows)
+
+
+# Layers.
+
+
+def _led(stacks: list[StackedParameter]) -> Iterator[KasminaLayer]:
+    """The layers whose first stack is among these: one optimizer a layer has it."""
+    held = {id(stack) for stack in stacks}
+    for layer in dict.fromkeys(_layer_of(stack) for stack in stacks):
+        if layer is not None and id(_first_stack(layer)) in held:
+            yield layer
+
+
+def _first_stack(layer: KasminaLayer) -> Tensor | None:
+    for bank in layer.kasmina.bank_list():
+        for spec, stack in zip(bank.tensor_specs, bank.tensors(), strict=True):
+            if spec.trainable:
+                return stack
+    return None
+
+
+def _bank_of(stack: StackedParameter) -> Bank | None:
+    return None if stack.bank is None else stack.bank()
+
+
+def _layer_of(stack: StackedParameter) -> KasminaLayer | None:
+    bank = _bank_of(stack)
+    return None if bank is None or bank.layer is None else bank.layer()
+
+
+def _record_grad_norm(optimizer: Optimizer, layer: KasminaLayer) -> None:
+    store = layer.kasmina
+    before = store.grad_norm
+    epochs.record_grad_norm(layer)
+    # A GradScaler leaves it to a fused optimizer to divide the gradients, which comes later.
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None and store.grad_norm is not before:
+        store.grad_norm = store.grad_norm / scale
+
+
+def _drop_scaled_gradients(optimizer: Optimizer, replaced: list[StackedParameter]) -> None:
+    """Drop gradients of stacks that a GradScaler did not find in the optimizer.
+
+    It divided and checked those of the outgrown ones. Only an optimizer that has neither stepped
+    nor been synced gets here: all others had the new stacks at once.
+    """
+    unchecked = [stack for stack in replaced if stack.grad is not None]
+    if unchecked and live_grad_scalers():
+        _LOG.warning(
+            "%d stacks grew before their optimizer's first step: that step leaves them out, since "
+            "a GradScaler did not see their gradients. kasmina_fx.optim.sync(optimizer, model) "
+            "after the growth avoids it",
+            len(unchecked),
+        )
+        for stack in unchecked:
+            stack.grad = None

@@ -1,0 +1,83 @@
+"""What an optimizer keeps of a stacked parameter, row by row.
+
+A tensor of state has a row a slot if its first dimension is the stack's: ``exp_avg``,
+``momentum_buffer``, ``square_avg``, Adafactor's ``row_var`` and so on. All else (``step``, None,
+factors over all slots) belongs to the stack as a whole and is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kasmina_fx.transfer import to_device
+
+#: State that does not start from 0, and the option of the parameter group that it starts from:
+#: of Adagrad and of Rprop.
+_STARTS_FROM: Final = {"sum": "initial_accumulator_value", "step_size": "lr"}
+
+
+def has_rows(name: str, value: object, stack: Tensor) -> bool:
+    """Has a state tensor of the stack a row a slot?"""
+    if not isinstance(value, Tensor) or name == "step" or not value.dim():
+        return False
+    # Of a stack of vectors, Adafactor's factor over the columns has no slots (torch: col_var,
+    # transformers: exp_avg_sq_col). Shapes can't tell: one slot, or as many slots as columns.
+    over_slots = stack.dim() == 2 and "col" in name
+    return value.shape[0] == stack.shape[0] and not over_slots
+
+
+def resized(tensor: Tensor, rows: int, fill: float | Tensor = 0.0) -> Tensor:
+    """A copy with so many rows; those that are new hold ``fill``."""
+    kept = min(rows, len(tensor))
+    copy = tensor.new_zeros(rows, *tensor.shape[1:])
+    copy[:kept] = tensor.detach()[:kept]
+    copy[kept:] += fill
+    return copy
+
+
+def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The group that holds a parameter; an empty one if none does."""
+    groups = optimizer.param_groups
+    return next((g for g in groups if any(p is parameter for p in g["params"])), {})
+
+
+def move(optimizer: Optimizer, old: Tensor, new: Tensor, group: Mapping[str, Any]) -> None:
+    """Hand the state of a stack to the one that took its place, unless that has some."""
+    state = optimizer.state.pop(old, None)
+    if state and not optimizer.state.get(new):
+        optimizer.state[new] = {
+            name: resized(value, len(new), _start(name, group))
+            if has_rows(name, value, old)
+            else value
+            for name, value in state.items()
+        }
+
+
+def clear(optimizer: Optimizer, stack: Tensor, slots: Collection[int]) -> None:
+    """Empty the rows of slots, as if the optimizer had never seen them; without a sync."""
+    state = optimizer.state.get(stack)
+    if not state or not slots:
+        return
+    where = to_device(torch.tensor(sorted(slots)), stack.device)
+    group = group_of(optimizer, stack)
+    for name, value in state.items():
+        if has_rows(name, value, stack):
+            rows = value.new_zeros(len(slots), *value.shape[1:]) + _start(name, group)
+            value.data.index_copy_(0, where, rows)
+
+
+def start(optimizer: Optimizer, stack: Tensor, group: Mapping[str, Any]) -> None:
+    """State of a parameter that was added: most optimizers make it at the next step."""
+    if isinstance(optimizer, torch.optim.Adagrad):  # makes it in its constructor alone
+        options = {name: group[name] for name in optimizer.defaults}
+        optimizer.state[stack] = torch.optim.Adagrad([stack], **options).state[stack]
+
+
+def _start(name: str, group: Mapping[str, Any]) -> float | Tensor:
+    option: float | Tensor = group.get(_STARTS_FROM.get(name, ""), 0.0)
+    return option

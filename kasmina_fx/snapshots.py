@@ -1,0 +1,110 @@
+"""Take seeds back to where they were: blueprint, alpha and state, to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.lifecycle import SeedLifecycle
+from kasmina_fx.seed_ids import SeedIds, as_seed_ids
+from kasmina_fx.state_tensor import COLUMN_NAMES
+
+if TYPE_CHECKING:
+    from kasmina_fx.bank import Bank
+    from kasmina_fx.layer import KasminaLayer
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Some seeds of a layer at one moment.
+
+    Attributes:
+        layer_id: Whose.
+        layout: Of the layer's chunks.
+        seeds: int64 ``(n,)``; this and the next two are on the CPU.
+        rows: int32 ``(n, 4)``: their rows of the state tensor.
+        alpha: float32 ``(n,)``.
+        blueprints: By seed that held one: the bank's key, and a copy of the slot's tensors.
+    """
+
+    layer_id: str
+    layout: str
+    seeds: Tensor
+    rows: Tensor
+    alpha: Tensor
+    blueprints: dict[int, tuple[str, tuple[Tensor, ...]]]
+
+
+@torch.no_grad()
+def take(layer: KasminaLayer, seed_ids: SeedIds | None = None) -> Snapshot:
+    """See :meth:`KasminaLayer.snapshot`."""
+    ids = _ids(layer, seed_ids)
+    blueprints = {}
+    for seed in ids.tolist():
+        held = layer.bank_of(seed)
+        if held is not None:
+            bank, slot = held
+            blueprints[seed] = (bank.key, tuple(t[slot].detach().clone() for t in bank.tensors()))
+    return Snapshot(
+        layer.layer_id,
+        str(layer.kasmina.layout),
+        ids,
+        layer.state.rows[ids].clone(),
+        layer.state.alphas[ids].clone(),
+        blueprints,
+    )
+
+
+@torch.no_grad()
+@torch.inference_mode(False)
+def restore(
+    layer: KasminaLayer, snapshot: Snapshot, seed_ids: SeedIds | None, mark: bool | None
+) -> None:
+    """See :meth:`KasminaLayer.rollback`."""
+    mark = seed_ids is not None if mark is None else mark
+    if snapshot.layout != str(layer.kasmina.layout):
+        raise InvalidArgument(
+            f"{layer.layer_id}: the snapshot is of chunks [{snapshot.layout}]; this layer has "
+            f"[{layer.kasmina.layout}]"
+        )
+    ids = snapshot.seeds if seed_ids is None else _ids(layer, seed_ids)
+    places = {seed: place for place, seed in enumerate(snapshot.seeds.tolist())}
+    missing = [seed for seed in ids.tolist() if seed not in places]
+    if missing:
+        raise InvalidArgument(
+            f"{layer.layer_id}: the snapshot does not hold seed {missing[0]}; it holds "
+            f"{snapshot.seeds.tolist()[:8]}"
+        )
+    where = torch.tensor([places[seed] for seed in ids.tolist()], dtype=torch.int64)
+    rows = snapshot.rows[where]
+    with layer.transaction():
+        if mark:
+            layer.state.advance(ids, SeedLifecycle.ROLLED_BACK)
+            rows[:, layer.state.LIFECYCLE_STATE_IDX] = SeedLifecycle.ROLLED_BACK
+        for seed, row in zip(ids.tolist(), rows, strict=True):
+            _restore_blueprint(layer, snapshot, seed, row)
+        layer.state.set_rows(ids, **dict(zip(COLUMN_NAMES, rows.unbind(1), strict=True)))
+        layer.state.set_alpha(ids, snapshot.alpha[where])
+
+
+def _restore_blueprint(layer: KasminaLayer, snapshot: Snapshot, seed: int, row: Tensor) -> None:
+    if seed not in snapshot.blueprints:
+        return
+    key, values = snapshot.blueprints[seed]
+    bank: Bank = layer.kasmina.banks[key]  # type: ignore[assignment]  # holds nothing but banks
+    number = row[layer.state.BLUEPRINT_ID_IDX : layer.state.BLUEPRINT_ID_IDX + 1].long()
+    if int(bank.slot_of(number)) < 0:
+        bank.acquire(number)
+    slot = int(bank.slot_of(number))
+    for stack, value in zip(bank.tensors(), values, strict=True):
+        stack.data[slot] = value.to(stack.device, stack.dtype)
+
+
+def _ids(layer: KasminaLayer, seed_ids: SeedIds | None) -> Tensor:
+    if seed_ids is None:
+        return torch.arange(layer.num_seeds)
+    return as_seed_ids(seed_ids, layer.num_seeds, layer.layer_id)
