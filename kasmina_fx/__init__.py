@@ -30,6 +30,7 @@ from kasmina_fx.colony_control import (
 )
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import (
+    CheckpointError,
     GraphMismatch,
     IllegalTransition,
     InsideForward,
@@ -61,6 +62,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEFAULT_PASSES",
+    "CheckpointError",
     "ChunkManager",
     "ChunkedKasminaLayer",
     "Explanation",

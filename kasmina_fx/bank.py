@@ -91,7 +91,7 @@ class Bank(nn.Module):
         for name in BankTables._fields:
             empty = torch.empty(0, dtype=torch.int64, device=device)
             self.register_buffer(name, empty, persistent=False)
-        self.frozen = empty  # slots whose parameters nothing may change
+        self.frozen_slots = empty  # slots whose parameters nothing may change
         self.layer: weakref.ref[KasminaLayer] | None = None  # set by its publish()
         self.grow(capacity)
 
@@ -183,7 +183,7 @@ class Bank(nn.Module):
         frozen[: len(does)] &= (does == Mode.FROZEN).all(1)
         device = self.slots.device
         self.slots = to_device(self.held, device)
-        self.frozen = to_device(frozen.nonzero().flatten(), device)
+        self.frozen_slots = to_device(frozen.nonzero().flatten(), device)
         tables = BankTables(seeds, positions, does, trainees)
         for name, table in tables._asdict().items():
             setattr(self, name, to_device(table, device))

@@ -583,7 +583,7 @@ def test_after_a_ramp_on_the_cpu_the_host_knows_alpha() -> None:
     state = StateTensor(3)
     computed = torch.tensor([0.25, 0.5, 0.0])
     state.set_device_alpha(computed)
-    assert state.alpha is computed
+    assert torch.equal(state.alpha, computed)
     assert state._committed.alpha is not None
     assert state.alphas.tolist() == [0.25, 0.5, 0.0]
     state.set_alpha(0, 1.0)

@@ -127,10 +127,10 @@ def _end(optimizer: Optimizer) -> None:
 
 def _keep(stack: StackedParameter) -> _Kept | None:
     bank = _bank_of(stack)
-    if bank is None or not len(bank.frozen):
+    if bank is None or not len(bank.frozen_slots):
         return None
-    rows = stack.detach().index_select(0, bank.frozen)
-    return _Kept(stack, bank.frozen, rows, bank.slots)
+    rows = stack.detach().index_select(0, bank.frozen_slots)
+    return _Kept(stack, bank.frozen_slots, rows, bank.slots)
 
 
 def _write_back(kept: _Kept) -> None:

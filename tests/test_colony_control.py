@@ -1,0 +1,92 @@
+"""Calls for all layers of a model: transactions, reports; snapshots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from graph_cases import TwoLayers, layer_of, wrapped
+from torch import nn
+
+import kasmina_fx
+from kasmina_fx import IllegalTransition, InvalidArgument, NoTargets
+from kasmina_fx.lifecycle import SeedLifecycle as S
+from kasmina_fx.testing import graft
+
+
+def _model() -> nn.Module:
+    return wrapped(TwoLayers(), seeds=4, telemetry=True)
+
+
+def test_a_transaction_over_a_model_shows_all_or_nothing() -> None:
+    model = _model()
+    up, down = layer_of(model, "up"), layer_of(model, "down")
+
+    def fail() -> None:
+        with kasmina_fx.transaction(model):
+            graft(up, [0])
+            graft(down, [1])
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert not bool(up.state.stages.any() | down.state.stages.any())
+    with kasmina_fx.transaction(model):
+        graft(up, [0])
+        graft(down, [1])
+        assert not bool(up.state.state_tensor.any())
+    assert int(up.state.state_tensor[0, 0]) == int(down.state.state_tensor[1, 0]) == S.GRAFTING
+
+
+def test_a_report_of_a_model(tmp_path: Path) -> None:
+    model = _model()
+    model(torch.randn(5, 8))
+    report = kasmina_fx.health_report(model)
+    assert list(report) == ["up", "down"]
+    assert len(report) == 2
+    text = report.to_json(tmp_path / "report.json")
+    assert json.loads(text)["up"]["num_seeds"] == 4
+    assert (tmp_path / "report.json").read_text() == text + "\n"
+    kasmina_fx.step_epoch(model)
+    with pytest.raises(NoTargets):
+        kasmina_fx.health_report(nn.Linear(2, 2))
+
+
+def test_a_rollback_returns_bits_and_marks() -> None:
+    layer = layer_of(_model(), "up")
+    graft(layer, [0, 1], alpha=0.25)
+    held = layer.bank_of(0)
+    assert held is not None
+    before = {name: t.detach().clone() for name, t in held[0].slot_tensors(held[1]).items()}
+    snapshot = layer.snapshot()
+    with torch.no_grad():
+        for parameter in layer.blueprint_parameters():
+            parameter.add_(1.0)
+    layer.set_alpha([0, 1], 0.75)
+    layer.step_epoch()
+    layer.seeds[0].rollback(snapshot)
+    assert layer.seeds[0].stage is S.ROLLED_BACK
+    layer.rollback(snapshot, [1], mark=False)
+    assert layer.seeds[1].stage is S.GRAFTING
+    assert layer.seeds[0].alpha == layer.seeds[1].alpha == 0.25
+    for name, value in held[0].slot_tensors(held[1]).items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_rollback_brings_back_what_was_culled() -> None:
+    layer = layer_of(_model(), "up")
+    graft(layer, [0])
+    snapshot = layer.seeds[0].snapshot()
+    layer.advance(0, S.CULLED)
+    graft(layer, [1])  # takes the slot
+    layer.rollback(snapshot, mark=False)
+    assert layer.state.rows[0].tolist() == snapshot.rows[0].tolist()
+    assert layer.bank_of(0) != layer.bank_of(1)
+    with pytest.raises(IllegalTransition):
+        layer.rollback(layer.snapshot([2]), [2])
+    with pytest.raises(InvalidArgument, match="does not hold seed 3"):
+        layer.rollback(snapshot, [3])
+    with pytest.raises(InvalidArgument, match="the snapshot is of chunks"):
+        layer_of(_model(), "down").rollback(snapshot)

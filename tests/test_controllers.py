@@ -1,0 +1,56 @@
+"""Controllers take legal decisions by their rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graph_cases import TwoLayers, wrapped
+from torch import nn
+
+from kasmina_fx import GraftingConfig, InvalidArgument, NoTargets, SeedConfig, kasmina_layers
+from kasmina_fx.controllers import HealthController
+from kasmina_fx.lifecycle import SeedLifecycle as S
+
+
+def _life(losses: list[float], **options: int) -> tuple[nn.Module, list[list[S]]]:
+    model = wrapped(
+        TwoLayers(),
+        seeds=4,
+        telemetry=True,
+        config=SeedConfig(grafting=GraftingConfig(fixed_steps=2)),
+    )
+    controller = HealthController(model, budget=3, pace=2, **options)
+    model(torch.randn(8, 8))
+    return model, [[d.stage for d in controller.step({"loss": loss})] for loss in losses]
+
+
+def test_a_seed_that_does_no_harm_is_fossilized() -> None:
+    model, _ = _life([1.0] * 16)
+    stages = torch.cat([layer.state.stages for layer in kasmina_layers(model).values()])
+    assert int((stages == S.FOSSILIZED).sum()) == 3  # the budget
+    assert int((stages == S.DORMANT).sum()) == len(stages) - 3
+
+
+def test_a_loss_that_rises_culls() -> None:
+    _, decisions = _life([2.0**i for i in range(16)])
+    assert any(S.CULLED in step for step in decisions)
+    assert not any(S.FOSSILIZED in step for step in decisions)
+
+
+def test_the_sickest_germinate_first_and_no_more_than_the_pace() -> None:
+    model, decisions = _life([1.0])
+    assert S.GERMINATED in decisions[0]
+    holding = sum(int(layer.state.holding.sum()) for layer in kasmina_layers(model).values())
+    assert holding == 2
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(NoTargets, match="call kasminify"):
+        HealthController(nn.Linear(2, 2), budget=1)
+    model = wrapped(TwoLayers(), seeds=2)
+    with pytest.raises(InvalidArgument, match="budget=-1"):
+        HealthController(model, budget=-1)
+    with pytest.raises(InvalidArgument, match="pace=0"):
+        HealthController(model, budget=1, pace=0)
+    with pytest.raises(InvalidArgument, match="judges by 'loss'"):
+        HealthController(model, budget=1).step({"accuracy": 1.0})
