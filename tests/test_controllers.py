@@ -12,14 +12,14 @@ from kasmina_fx.controllers import HealthController
 from kasmina_fx.lifecycle import SeedLifecycle as S
 
 
-def _life(losses: list[float], **options: int) -> tuple[nn.Module, list[list[S]]]:
+def _life(losses: list[float]) -> tuple[nn.Module, list[list[S]]]:
     model = wrapped(
         TwoLayers(),
         seeds=4,
         telemetry=True,
         config=SeedConfig(grafting=GraftingConfig(fixed_steps=2)),
     )
-    controller = HealthController(model, budget=3, pace=2, **options)
+    controller = HealthController(model, budget=3, pace=2)
     model(torch.randn(8, 8))
     return model, [[d.stage for d in controller.step({"loss": loss})] for loss in losses]
 
