@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Tracer
 
 from kasmina_fx._torch_compat import placeholder_source, resolve_source, uncompiled
@@ -77,7 +77,8 @@ def _dynamo(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Gr
     for node in gm.graph.find_nodes(op="placeholder"):
         source = placeholder_source(node)
         value = resolve_source(source, model)
-        set_role(node, names.get(id(value)) or f"input {node.target.strip('_').removeprefix('L_')}")
+        role = _role_in(names, value)
+        set_role(node, role or f"input {node.target.strip('_').removeprefix('L_')}")
     return gm
 
 
@@ -100,7 +101,7 @@ def _fx(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> GraphM
         value: Any = model
         for part in node.target.split("."):
             value = getattr(value, part)
-        set_role(node, names.get(id(value), f"buffer {node.target}"))
+        set_role(node, _role_in(names, value) or f"buffer {node.target}")
     return gm
 
 
@@ -139,3 +140,11 @@ def _named(model: nn.Module) -> dict[int, tuple[str, str]]:
 
 def _names(model: nn.Module) -> dict[int, str]:
     return {key: role for key, (_, role) in _named(model).items()}
+
+
+def _role_in(names: dict[int, str], value: Any) -> str | None:
+    """A tensor's role and name; a probe is called after the buffer that collects its gradient."""
+    role = names.get(id(value))
+    if role is None and isinstance(value, Tensor) and value.is_leaf:
+        role = names.get(id(value.grad))
+    return role
