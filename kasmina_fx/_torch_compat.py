@@ -21,6 +21,7 @@ from torch._dynamo.source import ConstantSource
 from torch._inductor import config as inductor_config
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
 from torch.utils import _pytree as pytree
 
@@ -68,6 +69,11 @@ def live_grad_scalers() -> list[torch.amp.GradScaler]:
     if not scalers:
         _REFERENCES_WITHOUT[:] = [references]
     return [scaler for scaler in scalers.values() if scaler.is_enabled()]
+
+
+def asks_for_shapes(t: torch.Tensor) -> bool:
+    """Is ``t`` a fake tensor of which nobody records what is done with it (Dynamo's own)?"""
+    return isinstance(t, FakeTensor) and get_proxy_mode() is None
 
 
 def known_empty(t: torch.Tensor) -> bool:

@@ -29,7 +29,6 @@ from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
 from kasmina_fx.published import Published
 from kasmina_fx.seed_control import SeedControl
 from kasmina_fx.seed_store import SeedStore
-from kasmina_fx.tables import LayerTables
 
 _NUMBERS = itertools.count()
 
@@ -137,7 +136,7 @@ class KasminaLayer(SeedControl):
         if is_exporting():
             # Export must see registered tensors.
             store = self.kasmina
-            layer = LayerTables(store.state.alpha, store.telemetry.faults, store.loss_scale)
+            layer = store.layer_tables(store.telemetry.faults, store.loss_scale)
             return Published(self._banks(), layer)
         if torch.compiler.is_dynamo_compiling():
             return self._published
@@ -241,7 +240,7 @@ class KasminaLayer(SeedControl):
         for bank in self._banks():
             bank.layer = weakref.ref(self)
         scale = self.colony.loss_scale(store.loss_scale)
-        tables = LayerTables(store.state.alpha, store.telemetry.probe(), scale)
+        tables = store.layer_tables(store.telemetry.probe(), scale)
         self._published = Published(self._banks(), tables)
 
     def reload(self) -> None:

@@ -83,6 +83,14 @@ class Mode(IntEnum):
     RECONSTRUCTS = 2
 
 
+class Role(IntEnum):
+    """What a seed's blueprint does for its layer: a number in the layer's ``roles`` table."""
+
+    IDLE = 0
+    RUNS = 1
+    BLENDS = 2
+
+
 def _table(members: frozenset[SeedLifecycle]) -> Tensor:
     return torch.tensor([stage in members for stage in SeedLifecycle])
 
@@ -97,6 +105,9 @@ _MODE_TABLE: Final = torch.tensor(
         for s in SeedLifecycle
     ]
 )
+
+
+_ROLE_TABLE: Final = _RUNS_TABLE.long() + _BLENDED_TABLE.long()
 
 
 def is_legal(stages: Tensor, to: SeedLifecycle) -> Tensor:
@@ -122,3 +133,8 @@ def runs(stages: Tensor) -> Tensor:
 def modes(stages: Tensor) -> Tensor:
     """int64 ``(n,)``: the :class:`Mode` of a seed in each of the ``stages`` (CPU)."""
     return _MODE_TABLE[stages.long()]
+
+
+def roles(stages: Tensor) -> Tensor:
+    """int64 ``(n,)``: the :class:`Role` of a seed in each of the ``stages`` (CPU)."""
+    return _ROLE_TABLE[stages.long()]

@@ -42,9 +42,21 @@ def take(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 def finite_rows(values: Tensor) -> Tensor:
     """Bool ``(K,)``: are all values of ``values[k]`` finite? ``values`` is ``(K, ...)``."""
-    # The largest magnitude is finite exactly if all are (amax hands NaN on): one reduction,
-    # vectorised.
-    return values.detach().abs().reshape(values.shape[0], -1).amax(1).isfinite()
+    # The largest magnitude is finite exactly if all are (amax hands NaN on, which is not below
+    # Inf): one reduction, vectorised.
+    return values.detach().abs().amax(inside(values)) < torch.inf
+
+
+def inside(values: Tensor) -> list[int]:
+    """All dims but the first: reduced at once, with no copy of what is not contiguous."""
+    return list(range(1, values.dim()))
+
+
+def _zero_if_finite(values: Tensor) -> Tensor:
+    """``(K,)`` for ``values`` ``(K, ...)``: 0 if all of ``values[k]`` are finite, else NaN."""
+    # 0 x finite is 0, 0 x NaN and 0 x Inf are NaN.
+    zeros = values * 0
+    return zeros.sum(inside(zeros)) if zeros.dim() > 1 else zeros
 
 
 def _column(like: Tensor) -> tuple[int, ...]:
@@ -111,18 +123,18 @@ def _save_modes(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None
 
 def _guard_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     modes, positions = ctx.saved_tensors
-    # 0 x finite is 0, 0 x NaN and 0 x Inf are NaN: one sum a tensor says whether all is sound.
     # Values that are no parameters (counters of a user's module) have no gradient to check.
-    checks = [(g.detach() * 0).reshape(g.shape[0], -1).sum(1) for g in grads if g is not None]
-    sound = sum(checks[1:], checks[0]).float() == 0
-    host = (modes != Mode.RECONSTRUCTS) & sound.unsqueeze(1)
-    learns = (modes != Mode.FROZEN).any(1) & sound
+    checks = [_zero_if_finite(g) for g in grads if g is not None]
+    faulty = sum(checks[1:], checks[0]) != 0
+    detached = (modes == Mode.RECONSTRUCTS) | faulty.unsqueeze(1)
+    frozen = (modes == Mode.FROZEN).all(1) | faulty
     rows, *params = grads
     assert rows is not None  # a floating-point output: autograd makes it zeros
-    passed: list[Any] = [rows.masked_fill(~host.view(*modes.shape, *[1] * (rows.dim() - 2)), 0.0)]
-    passed += [g if g is None else g.masked_fill(~learns.view(_column(g)), 0.0) for g in params]
-    faulty = (~sound).float().unsqueeze(1).expand(modes.shape).reshape(-1)
-    return passed, None, None, take(faulty, positions, positions)
+    places = (*modes.shape, *[1] * (rows.dim() - 2))
+    passed: list[Any] = [rows.masked_fill(detached.view(places), 0.0)]
+    passed += [g if g is None else g.masked_fill(frozen.view(_column(g)), 0.0) for g in params]
+    faults = faulty.float().unsqueeze(1).expand(modes.shape).reshape(-1)
+    return passed, None, None, torch.ops.kasmina.pull.default(faults, positions, positions)
 
 
 _guard.register_autograd(_guard_backward, setup_context=_save_modes)
@@ -156,8 +168,8 @@ def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, N
     error, trainees, loss_scale = ctx.saved_tensors
     # A gradient that comes in as NaN or Inf (an overflow of a scaled loss) is not the blueprint's
     # fault: it goes no further, and the host's own gradient shows it anyway.
-    checks = (grad.detach() * 0).reshape(grad.shape[0], -1).sum(1)
-    grad = grad.masked_fill((checks != 0).view(_column(grad)), 0.0)
+    faulty = _zero_if_finite(grad.detach()) != 0
+    grad = grad.masked_fill(faulty.view(_column(grad)), 0.0)
     added = error * (2.0 / error[0].numel()) * loss_scale
     # Padding adds 0 to place 0; every other place occurs once, so the order does not matter.
     return grad.index_add(0, trainees.clamp_min(0), added.to(grad.dtype)), None, None, None

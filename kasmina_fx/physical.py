@@ -4,7 +4,7 @@ These functions are the meaning of the markers. Eager execution calls them; the 
 once per layout and splice the graph in place of the marker.
 
     y --narrow, unflatten--> chunks (n, ..., size, ...) --gather--> (K, M, ..., size, ...)
-      --guard--> stacked blueprints --reconstruct--> --pull--> chunks + alpha * (f - chunks)
+      --guard--> stacked blueprints --reconstruct--> --pull--> f, chunks + alpha * (f - chunks)
 
 Three of the moves exist for what they do in backward: ``guard`` decides which gradients leave a
 blueprint (to its parameters, to its chunk), ``reconstruct`` adds the gradient of the reconstruction
@@ -14,7 +14,8 @@ loss of seeds in TRAINING, ``gather`` and ``pull`` turn into each other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +24,9 @@ from kasmina_fx import moves
 from kasmina_fx._torch_compat import known_empty
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.layout import BankSpec, ChunkLayout, Run, parse_banks
-from kasmina_fx.lifecycle import Mode
+from kasmina_fx.lifecycle import Mode, Role
 from kasmina_fx.tables import NO_LOSS, BankTables, LayerTables
 from kasmina_fx.telemetry import merge_statistics
-
-#: Weights of places whose blueprint does not reach the host.
-NOT_BLENDED: Final = -1.0
-REJECTED: Final = -2.0
 
 
 def blend(
@@ -56,11 +53,13 @@ def blend(
         first += spec.num_params
     parts, notes = [], []
     for index, run in enumerate(layout.runs):
-        part, said = chunks_of(y, run, dim), _no_notes(y, run.count)
-        host, mine = part, whole.of(run)
-        for spec, bank, params_of_bank in zip(specs, tables, stacks, strict=True):
-            if spec.run == index:
-                part, said = _blend_bank(part, said, host, spec, mine, bank, params_of_bank, dim)
+        host = chunks_of(y, run, dim)
+        outcomes = [
+            _run_bank(host, spec, whole.of(run), bank, params_of_bank, dim)
+            for spec, bank, params_of_bank in zip(specs, tables, stacks, strict=True)
+            if spec.run == index
+        ]
+        part, said = _blend_run(host, outcomes, whole.of(run))
         parts.append(part.movedim(0, dim - 1).flatten(dim - 1, dim))
         notes.append(said)
     return (torch.cat(parts, dim), torch.cat(notes, 1)) if len(parts) > 1 else (parts[0], notes[0])
@@ -73,46 +72,63 @@ def chunks_of(y: Tensor, run: Run, dim: int) -> Tensor:
     return chunks.movedim(dim - 1, 0)
 
 
-def _blend_bank(
-    part: Tensor,
-    said: Tensor,
+class _Outcome(NamedTuple):
+    """What blueprints made of a run's chunks, seed by seed; zeros where none did.
+
+    ``made`` is ``(n, ..., size, ...)``, ``finite`` bool ``(n,)``: a blueprint ran and yielded
+    neither NaN nor Inf; ``loss`` float32 ``(n,)``: its mean squared difference from the chunk.
+    """
+
+    made: Tensor
+    finite: Tensor
+    loss: Tensor
+
+    def over(self, other: _Outcome) -> _Outcome:
+        """This one where a blueprint ran, the ``other`` elsewhere: a seed has one blueprint."""
+        mine = self.finite.view(_column(self.made))
+        # A where, not a sum: what is not finite stays out.
+        made = torch.where(mine, self.made, other.made)
+        return _Outcome(made, self.finite | other.finite, self.loss + other.loss)
+
+
+def _run_bank(
     host: Tensor,
     spec: BankSpec,
     layer: LayerTables,
     bank: BankTables,
     params: Sequence[Tensor],
     dim: int,
-) -> tuple[Tensor, Tensor]:
-    """Blend one bank into ``part`` ``(n, ..., size, ...)``; add to the notes on its n seeds.
-
-    ``host`` is the run before any bank, what blueprints read: a seed has one blueprint, so that for
-    the seeds of this bank ``part`` still equals it.
-    """
+) -> _Outcome:
+    """Run a bank's blueprints on their chunks of ``host`` ``(n, ..., size, ...)``."""
     index, positions = bank.seeds.view(-1), bank.positions
     move = moves.current()
     rows = move.gather(host, index, positions)
-    stacked = rows.unflatten(0, bank.seeds.shape)
-    outcome = _run(spec, layer, bank, params, stacked, dim).flatten(0, 1)
-    outcome = move.reconstruct(outcome, rows.detach(), bank.trainees, layer.loss_scale)
-    # One number a place: alpha, or why its blueprint does not reach the host.
-    finite = moves.finite_rows(outcome)
-    blends = (index >= 0) & (bank.modes.view(-1) != Mode.RECONSTRUCTS)
-    weights = layer.alpha.index_select(0, index.clamp_min(0)).masked_fill(~blends, NOT_BLENDED)
-    weights = weights.masked_fill(~finite, REJECTED)
-    weight, mine = move.pull(weights, positions, index), positions >= 0
-    blended = (mine & (weight >= 0)).view(column := (-1, *[1] * (part.dim() - 1)))
-    pulled = move.pull(outcome, positions, index)
+    made = _run(spec, layer, bank, params, rows.unflatten(0, bank.seeds.shape), dim).flatten(0, 1)
+    made = move.reconstruct(made, rows.detach(), bank.trainees, layer.loss_scale)
+    finite = moves.finite_rows(made)
+    loss = _losses(made.detach(), rows.detach()).masked_fill(~finite, 0.0)
+    return _Outcome(*(move.pull(t, positions, index) for t in (made, finite, loss)))
+
+
+def _blend_run(
+    host: Tensor, outcomes: Sequence[_Outcome], layer: LayerTables
+) -> tuple[Tensor, Tensor]:
+    """A run's chunks after the blend, and the notes on its seeds."""
+    if not outcomes:
+        return host, _no_notes(host, len(host))
+    outcome = reduce(_Outcome.over, outcomes)
+    column = _column(host)
     # float32 for half types: the difference of two close values has few correct bits in them.
-    wide = torch.promote_types(torch.promote_types(part.dtype, pulled.dtype), torch.float32)
-    exact = part.to(wide)
-    grown = exact + weight.view(column).to(wide) * (pulled.to(wide) - exact)
+    wide = torch.promote_types(torch.promote_types(host.dtype, outcome.made.dtype), torch.float32)
+    exact = host.to(wide)
+    grown = exact + layer.alpha.view(column).to(wide) * (outcome.made.to(wide) - exact)
     # A where, not a product with 0: an unblended chunk keeps its bits, NaN, Inf and -0 included.
-    out = torch.where(blended, grown.to(part.dtype), part)
-    loss = _losses(outcome.detach(), rows.detach()).masked_fill(~finite, NO_LOSS)
-    loss = move.pull(loss, positions, index)
-    share = weight.clamp_min(0.0)
-    mine_says = torch.stack([(weight == REJECTED).float(), loss, share * share * loss])
-    return out, torch.where(mine, mine_says, said)
+    blended = outcome.finite & (layer.roles == Role.BLENDS)
+    out = torch.where(blended.view(column), grown.to(host.dtype), host)
+    absent = ~outcome.finite
+    rejected = (layer.roles != Role.IDLE) & absent
+    added = (layer.alpha * layer.alpha * outcome.loss).masked_fill(~blended, 0.0)
+    return out, torch.stack([rejected.float(), outcome.loss.masked_fill(absent, NO_LOSS), added])
 
 
 def _run(
@@ -137,10 +153,14 @@ def _run(
     return torch.where(learns, outcome, frozen)
 
 
+def _column(like: Tensor) -> tuple[int, ...]:
+    return (-1, *[1] * (like.dim() - 1))
+
+
 def _losses(outcome: Tensor, rows: Tensor) -> Tensor:
     """Mean squared difference of each place's outcome from its chunk: float32 ``(P,)``."""
     wide = torch.promote_types(rows.dtype, torch.float32)
-    return (outcome.to(wide) - rows.to(wide)).square().flatten(1).mean(1).float()
+    return (outcome.to(wide) - rows.to(wide)).square().mean(moves.inside(rows)).float()
 
 
 def _no_notes(y: Tensor, count: int) -> Tensor:

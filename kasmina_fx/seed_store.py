@@ -11,8 +11,11 @@ from kasmina_fx.bank import Bank
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.config import SeedConfig
 from kasmina_fx.layout import ChunkLayout
+from kasmina_fx.lifecycle import roles
 from kasmina_fx.state_tensor import StateTensor
+from kasmina_fx.tables import LayerTables
 from kasmina_fx.telemetry import Telemetry
+from kasmina_fx.transfer import to_device
 
 #: Of the entries in a state dict; a checkpoint of another version is refused.
 LAYOUT_VERSION: Final = 2
@@ -21,6 +24,7 @@ LAYOUT_VERSION: Final = 2
 class SeedStore(nn.Module):
     """State, telemetry and banks of a layer, under the one name ``kasmina`` in its state dict."""
 
+    roles: Tensor
     loss_scale: Tensor
     grad_norm: Tensor
 
@@ -34,6 +38,8 @@ class SeedStore(nn.Module):
         self.telemetry = Telemetry(chunks.num_chunks, device)
         self.banks = nn.ModuleDict()
         one = torch.ones((), dtype=torch.float32, device=device)
+        idle = torch.zeros(chunks.num_chunks, dtype=torch.int64, device=device)
+        self.register_buffer("roles", idle, persistent=False)
         self.register_buffer("loss_scale", one, persistent=False)
         self.register_buffer("grad_norm", -one, persistent=False)
         self.reference_weight: Tensor | None = None  # the host's, at the last step of the ramp
@@ -56,8 +62,14 @@ class SeedStore(nn.Module):
         self._highest_id = max(used) + count
         return torch.arange(count) + max(used) + 1
 
+    def layer_tables(self, faults: Tensor, loss_scale: Tensor) -> LayerTables:
+        """What the graph reads of the layer as a whole."""
+        return LayerTables(self.state.alpha, self.roles, faults, loss_scale)
+
+    @torch.inference_mode(False)
     def publish(self) -> None:
-        """Derive every bank's tables from the state."""
+        """Derive the layer's and every bank's tables from the state."""
+        self.roles = to_device(roles(self.state.stages), self.roles.device)
         stages, ids = self.state.stages, self.state.blueprint_ids
         for bank in self.bank_list():
             seeds = slice(bank.run.first_seed, bank.run.first_seed + bank.run.count)

@@ -15,21 +15,24 @@ from kasmina_fx.layout import Run
 class LayerTables(NamedTuple):
     """One of each a layer.
 
-    ``alpha`` float32 ``(S,)``: blend factors. ``faults`` float32 ``(S,)``: a leaf whose *gradient*
-    counts, for each seed, the steps in which a gradient of its blueprint was NaN or Inf.
+    ``alpha`` float32 ``(S,)``: blend factors. ``roles`` int64 ``(S,)``: the
+    :class:`~kasmina_fx.lifecycle.Role` of each seed. ``faults`` float32 ``(S,)``: a leaf whose
+    *gradient* counts, for each seed, the steps in which a gradient of its blueprint was NaN or Inf.
     ``loss_scale`` float32 ``()``: what multiplies the gradient of the reconstruction loss.
     """
 
     alpha: Tensor
+    roles: Tensor
     faults: Tensor
     loss_scale: Tensor
 
     def of(self, run: Run) -> LayerTables:
         """The tables of a run's seeds."""
-        seeds = (run.first_seed, run.count)
-        return LayerTables(
-            self.alpha.narrow(0, *seeds), self.faults.narrow(0, *seeds), self.loss_scale
-        )
+        if run.count == len(self.alpha):
+            return self
+        first, count = run.first_seed, run.count
+        alpha, roles, faults = (t.narrow(0, first, count) for t in self[:3])
+        return LayerTables(alpha, roles, faults, self.loss_scale)
 
 
 class BankTables(NamedTuple):

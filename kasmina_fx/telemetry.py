@@ -10,29 +10,32 @@ with a NaN or Inf in it counts as such and leaves the other statistics as they w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kasmina_fx.layout import ChunkLayout, Run
-from kasmina_fx.tables import NOTE_DELTA, NOTE_LOSS, NOTE_REJECTED
+from kasmina_fx.tables import NOTE_LOSS, NOTE_REJECTED
 
-COUNT: Final = 0  # elements
+# Of the elements seen, changed by every step that is finite:
+COUNT: Final = 0
 MEAN: Final = 1  # relative to ORIGIN
 SQUARED_DEVIATIONS: Final = 2
-REJECTED: Final = 3  # steps in which the seed's blueprint yielded NaN or Inf
-NON_FINITE: Final = 4  # steps in which the chunk itself held NaN or Inf
-ORIGIN: Final = 5
-MINIMUM: Final = 6
-MAXIMUM: Final = 7
-NEAR_ZERO: Final = 8  # elements of magnitude below DEAD_BELOW
-RUNS: Final = 9  # steps in which the seed's blueprint ran and was finite
-LOSS: Final = 10  # moving average of the blueprint's mean squared difference from its chunk
-DELTA: Final = 11  # moving average of the mean square of what was added to the output
-EVERY: Final = 12  # observe one step in so many; 0 and 1 are every step
-PHASE: Final = 13  # steps since the last one observed
+ORIGIN: Final = 3
+MINIMUM: Final = 4
+MAXIMUM: Final = 5
+NEAR_ZERO: Final = 6  # elements of magnitude below DEAD_BELOW
+# Of the steps:
+NON_FINITE: Final = 7  # steps in which the chunk itself held NaN or Inf
+PHASE: Final = 8  # steps since the last one observed
+EVERY: Final = 9  # observe one step in so many; 0 and 1 are every step
+# Of the blueprint:
+REJECTED: Final = 10  # steps in which it yielded NaN or Inf
+RUNS: Final = 11  # steps in which it ran and was finite
+LOSS: Final = 12  # moving average of its mean squared difference from the chunk
+DELTA: Final = 13  # moving average of the mean square of what was added to the output
 ROWS: Final = 14
 
 DEAD_BELOW: Final = 1e-6
@@ -81,18 +84,21 @@ def merge_statistics(
     features, rows = _sums(y, dim)
     runs = [_of_run(features, rows, run) for run in layout.runs]
     step = _Step(*(torch.cat(t) if len(t) > 1 else t[0] for t in zip(*runs, strict=True)))
-    old = telemetry.unbind(0)
-    finite = (step.start + step.deviations).isfinite()
-    due = old[PHASE] == 0
-    merged = dict(enumerate(old)) | _merged(old, step)
-    new = [torch.where(finite & due, merged[row], old[row]) for row in range(ROWS)]
-    new[NON_FINITE] = old[NON_FINITE] + (due & ~finite).float()
-    phase = old[PHASE] + 1
-    new[PHASE] = phase.masked_fill(phase >= old[EVERY], 0.0)
-    if notes is not None:
-        new[REJECTED] = old[REJECTED] + notes[NOTE_REJECTED]
-        new[RUNS], new[LOSS], new[DELTA] = _averages(old, notes)
-    return torch.stack(new)
+    finite = (step.start + step.deviations).abs() < torch.inf
+    phase, every = telemetry[PHASE], telemetry[EVERY]
+    due, seen, later = phase == 0, telemetry[: NEAR_ZERO + 1], phase + 1
+    steps = [
+        telemetry[NON_FINITE] + (due & ~finite),
+        later.masked_fill(later >= every, 0.0),
+        every,
+    ]
+    return torch.cat(
+        [
+            torch.where(finite & due, _merged(seen, step), seen),
+            torch.stack(steps),
+            telemetry[REJECTED:] if notes is None else _averages(telemetry[REJECTED:], notes),
+        ]
+    )
 
 
 def _sums(y: Tensor, dim: int) -> tuple[_Features, int]:
@@ -117,7 +123,9 @@ def _sums(y: Tensor, dim: int) -> tuple[_Features, int]:
 def _of_run(features: _Features, rows: int, run: Run) -> _Step:
     """Statistics of a run's chunks, each ``(n,)``."""
     shape = (run.count, run.size)
-    mine = _Features(*(t.narrow(0, run.offset, run.width).unflatten(0, shape) for t in features))
+    if run.width < len(features.origin):
+        features = _Features(*(t.narrow(0, run.offset, run.width) for t in features))
+    mine = _Features(*(t.unflatten(0, shape) for t in features))
     start = mine.origin[:, 0]
     means = mine.total / rows
     within = (mine.squares - mine.total * means).clamp_min(0.0).sum(1)
@@ -135,38 +143,36 @@ def _of_run(features: _Features, rows: int, run: Run) -> _Step:
     )
 
 
-def _merged(old: Sequence[Tensor], step: _Step) -> dict[int, Tensor]:
-    """The rows that a finite step changes."""
-    first = old[COUNT] == 0
-    origin = torch.where(first, step.start, old[ORIGIN])
-    count = old[COUNT] + step.elements
-    share = step.elements / count
-    delta = (step.start - origin) + step.mean - old[MEAN]
-    return {
-        COUNT: count,
-        MEAN: old[MEAN] + delta * share,
-        SQUARED_DEVIATIONS: old[SQUARED_DEVIATIONS]
-        + step.deviations
-        + delta.square() * old[COUNT] * share,
-        ORIGIN: origin,
-        MINIMUM: torch.where(first, step.minimum, torch.minimum(old[MINIMUM], step.minimum)),
-        MAXIMUM: torch.where(first, step.maximum, torch.maximum(old[MAXIMUM], step.maximum)),
-        NEAR_ZERO: old[NEAR_ZERO] + step.near_zero,
-    }
+def _merged(seen: Tensor, step: _Step) -> Tensor:
+    """What the elements of a finite step make of the rows up to NEAR_ZERO."""
+    before, mean, deviations, origin, minimum, maximum, near_zero = seen.unbind(0)
+    first = before == 0
+    start = torch.where(first, step.start, origin)
+    count = before + step.elements
+    delta = (step.start - start) + step.mean - mean
+    shift = delta * (step.elements / count)
+    return torch.stack(
+        [
+            count,
+            mean + shift,
+            deviations + step.deviations + delta * shift * before,
+            start,
+            torch.where(first, step.minimum, torch.minimum(minimum, step.minimum)),
+            torch.where(first, step.maximum, torch.maximum(maximum, step.maximum)),
+            near_zero + step.near_zero,
+        ]
+    )
 
 
-def _averages(old: Sequence[Tensor], notes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs, and the moving averages over them, which start at the first value."""
+def _averages(old: Tensor, notes: Tensor) -> Tensor:
+    """The rows from REJECTED on; moving averages start at the first value."""
+    rejected, ran_before, averages = old[0], old[1], old[2:]
     # A chunk with Inf in it has no finite loss, and an average would never get rid of it.
     ran = (notes[NOTE_LOSS] >= 0) & (notes[NOTE_LOSS] < torch.inf)
-    weight = NEWEST + (1.0 - NEWEST) * (old[RUNS] == 0).float()
-    loss = old[LOSS] + weight * (notes[NOTE_LOSS] - old[LOSS])
-    delta = old[DELTA] + weight * (notes[NOTE_DELTA] - old[DELTA])
-    return (
-        old[RUNS] + ran.float(),
-        torch.where(ran, loss, old[LOSS]),
-        torch.where(ran, delta, old[DELTA]),
-    )
+    weight = (ran_before == 0) * (1.0 - NEWEST) + NEWEST
+    newer = averages + weight * (notes[NOTE_LOSS:] - averages)
+    counts = torch.stack([rejected + notes[NOTE_REJECTED], ran_before + ran])
+    return torch.cat([counts, torch.where(ran, newer, averages)])
 
 
 class Telemetry(nn.Module):

@@ -1,14 +1,16 @@
 """Blend markers become chunked subgraphs over their banks.
 
-    before  %blend = kasmina.blend.default(%y, [alpha, faults, loss_scale], [seeds], [positions],
-                                           [modes], [trainees], [w1, b1, w2, b2], ...)
+    before  %blend = kasmina.blend.default(%y, [alpha, roles, faults, loss_scale], [seeds],
+                                           [positions], [modes], [trainees], [w1, b1, w2, b2], ...)
     after   %chunks = view(%y)                                  (n, rows, size)
             %taken = kasmina.gather.default(%chunks, seeds, positions)   (K, rows, size)
             %rows, %w1, ... = kasmina.guard.default([%taken, w1, ...], modes, positions, faults)
             %f = bmm(relu(bmm(%rows, %w1) + %b1), %w2) + %b2
             %f = kasmina.reconstruct.default(%f, %taken, trainees, loss_scale)
             %pulled = kasmina.pull.default(%f, positions, seeds)         (n, rows, size)
-            %out = where(blended, %chunks + alpha * (%pulled - %chunks), %chunks)
+            %finite = kasmina.pull.default(amax(abs(%f)) < inf, positions, seeds)         (n,)
+            %blended = %finite & (roles == BLENDS)
+            %out = where(%blended, %chunks + alpha * (%pulled - %chunks), %chunks)
 
 The number of nodes depends on runs and blueprint classes, never on the number of seeds.
 """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kasmina_fx import moves
-from kasmina_fx.lifecycle import Mode
+from kasmina_fx.lifecycle import Mode, Role
 from kasmina_fx.moves import DECOMPOSITIONS, GATHER, GUARD, PULL, RECONSTRUCT
 from kasmina_fx.ops import BLEND, MARKERS, OBSERVE
 from kasmina_fx.telemetry import COUNT, LOSS, REJECTED, ROWS, RUNS
@@ -367,7 +367,9 @@ LAYOUT, BANK = "dim=-1 runs=3x2", "affine@0*2"
 
 def _blend(y: Tensor, mode: Mode = L, alpha: float = 0.5) -> tuple[Any, ...]:
     """Three seeds, of which the second has an affine blueprint in the first of two slots."""
-    layer = [torch.tensor([0.0, alpha, 0.0]), torch.zeros(3, requires_grad=True), torch.ones(())]
+    roles = torch.tensor([Role.IDLE, Role.RUNS if mode is R else Role.BLENDS, Role.IDLE])
+    faults = torch.zeros(3, requires_grad=True)
+    layer = [torch.tensor([0.0, alpha, 0.0]), roles, faults, torch.ones(())]
     seeds, positions = torch.tensor([[1], [-1]]), torch.tensor([-1, 0, -1])
     trainees = torch.tensor([0 if mode is R else -1, -1])
     params = [torch.randn(2, 2, dtype=y.dtype, requires_grad=True) for _ in range(2)]

@@ -80,10 +80,16 @@ class Blueprint(ABC):
 
 def as_rows(chunks: Tensor, dim: int) -> Tensor:
     """``(K, rows, size)`` from chunks ``(K, M, ..., size, ...)``: features last, all else flat."""
-    moved = chunks.movedim(dim, -1)
+    moved = _features_last(chunks, dim)
     return moved.reshape(moved.shape[0], -1, moved.shape[-1])
 
 
 def from_rows(rows: Tensor, like: Tensor, dim: int) -> Tensor:
     """The inverse of :func:`as_rows` for chunks shaped ``like``."""
-    return rows.reshape(like.movedim(dim, -1).shape).movedim(-1, dim)
+    shaped = rows.reshape(_features_last(like, dim).shape)
+    return shaped if dim == -1 else shaped.movedim(-1, dim)
+
+
+def _features_last(chunks: Tensor, dim: int) -> Tensor:
+    # A move of the last dim to where it is would be a node of the graph all the same.
+    return chunks if dim == -1 else chunks.movedim(dim, -1)
