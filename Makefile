@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that share the test files; each compiles on one core.
+WORKERS ?= 2
 # Newer than both files it depends on, or the environment is brought up to date.
 STAMP := $(VENV)/.installed
 
@@ -38,7 +40,7 @@ format: $(STAMP) ## rewrite the files: ruff's safe fixes, then its format
 
 test: lint ## lint, then the default tests and doctests with coverage
 	@echo "== pytest"
-	@$(BIN)/pytest -q --cov --cov-report=term
+	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --cov --cov-report=term
 
 test-slow: $(STAMP) ## the tests marked slow
 	@echo "== pytest -m slow"

@@ -149,11 +149,11 @@ class Bank(nn.Module):
             free = (self.held == 0).nonzero().flatten()
         taken = free[: len(ids)]
         self.held = self.held.index_put((taken,), ids)  # a transaction may need the old table
-        where = taken.to(self.slots.device)
+        where = to_device(taken, self.slots.device)
         fresh = self.blueprint.initial(self.run.size, len(ids))
         for stack, values in zip(self.tensors(), fresh, strict=True):
             # .data: a backward still to run reads no free slot, so its saved stacks stay valid.
-            stack.data[where] = values.to(stack.device, stack.dtype)
+            stack.data[where] = to_device(values.to(stack.dtype), stack.device)
         clear_slots(self, taken)
 
     def slot_of(self, blueprint_ids: Tensor) -> Tensor:

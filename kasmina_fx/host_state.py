@@ -99,6 +99,9 @@ def _checked_extra(layer: KasminaLayer, entries: Mapping[str, Any]) -> dict[str,
             f"{name}: the state dict was written for chunks [{extra['layout']}]; this "
             f"layer has [{layer.kasmina.layout}]. Give kasminify the same num_seeds"
         )
+    highest = extra["highest_id"]
+    if type(highest) is not int or not 0 <= highest <= _LAST_ID:
+        raise ValueError(f"{_EXTRA}: highest_id {highest!r}; allowed are 0 to {_LAST_ID}")
     for number, kind in extra["blueprints"].items():
         if type(number) is not int or not 0 < number <= _LAST_ID:
             raise ValueError(f"{_EXTRA}: blueprint id {number!r}; allowed are 1 to {_LAST_ID}")
@@ -175,7 +178,10 @@ def _check_slots(
 
 
 def _check_rows(banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
-    """Every seed that holds a blueprint has a slot, private ones for itself; dormant ones none."""
+    """Every seed that holds a blueprint has a slot, private ones for itself; dormant ones none.
+
+    A seed advanced by hand has none: its id is 0.
+    """
     state = entries[_STATE].cpu().long()
     stages = state[:, StateTensor.LIFECYCLE_STATE_IDX]
     ids = state[:, StateTensor.BLUEPRINT_ID_IDX]
@@ -188,7 +194,7 @@ def _check_rows(banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
         used = ids[seeds][mine].tolist()
         if not bank.spec.shared and len(set(used)) < len(used):
             raise ValueError(f"{_STATE}: several seeds have one slot of {_BANKS}{bank.key}")
-    lost = (holding & ~found).nonzero().flatten().tolist()
+    lost = (holding & (ids > 0) & ~found).nonzero().flatten().tolist()
     if lost:
         raise ValueError(
             f"{_STATE}: seeds {lost[:8]} hold blueprints that are in no bank of theirs"

@@ -44,7 +44,7 @@ class SeedStore(nn.Module):
         self.register_buffer("grad_norm", -one, persistent=False)
         self.reference_weight: Tensor | None = None  # the host's, at the last step of the ramp
         self.layout: ChunkLayout = chunks.layout
-        self._highest_id = 0
+        self.highest_id = 0  # blueprint ids up to here were given out
         self.blueprints: dict[int, str] = {}  # ids whose parameters are shared, and their names
 
     def bank_list(self) -> list[Bank]:
@@ -57,9 +57,9 @@ class SeedStore(nn.Module):
 
     def take_ids(self, count: int) -> Tensor:
         """Blueprint ids that nothing uses or has used, int64 ``(count,)``."""
-        used = [self._highest_id, int(self.state.blueprint_ids.max()), *self.blueprints]
+        used = [self.highest_id, int(self.state.blueprint_ids.max()), *self.blueprints]
         used += [int(bank.held.max()) for bank in self.bank_list()]
-        self._highest_id = max(used) + count
+        self.highest_id = max(used) + count
         return torch.arange(count) + max(used) + 1
 
     def layer_tables(self, faults: Tensor, loss_scale: Tensor) -> LayerTables:
@@ -80,10 +80,13 @@ class SeedStore(nn.Module):
         return {
             "version": LAYOUT_VERSION,
             "layout": str(self.layout),
+            "highest_id": self.highest_id,
             "blueprints": dict(self.blueprints),
             "banks": {key: str(bank.spec) for key, bank in self.banks.items()},
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take the shared blueprints; the rest was read before anything was loaded."""
+        """Take ids and shared blueprints; the rest was read before anything was loaded."""
+        # Not below its own: a snapshot may hold an id that only this layer gave out.
+        self.highest_id = max(self.highest_id, state["highest_id"])
         self.blueprints = {int(number): str(kind) for number, kind in state["blueprints"].items()}

@@ -81,6 +81,8 @@ def restore(
         )
     where = torch.tensor([places[seed] for seed in ids.tolist()], dtype=torch.int64)
     rows = snapshot.rows[where]
+    store = layer.kasmina
+    store.highest_id = max(store.highest_id, *rows[:, layer.state.BLUEPRINT_ID_IDX].tolist(), 0)
     with layer.transaction():
         if mark:
             layer.state.advance(ids, SeedLifecycle.ROLLED_BACK)
@@ -99,9 +101,14 @@ def _restore_blueprint(layer: KasminaLayer, snapshot: Snapshot, seed: int, row: 
     number = row[layer.state.BLUEPRINT_ID_IDX : layer.state.BLUEPRINT_ID_IDX + 1].long()
     if int(bank.slot_of(number)) < 0:
         bank.acquire(number)
-    slot = int(bank.slot_of(number))
-    for stack, value in zip(bank.tensors(), values, strict=True):
-        stack.data[slot] = value.to(stack.device, stack.dtype)
+
+    def write() -> None:
+        slot = int(bank.slot_of(number))
+        if slot >= 0:  # the same transaction may have let go of it
+            for stack, value in zip(bank.tensors(), values, strict=True):
+                stack.data[slot] = value.to(stack.device, stack.dtype)
+
+    layer.state.at_publication(write)
 
 
 def _ids(layer: KasminaLayer, seed_ids: SeedIds | None) -> Tensor:

@@ -32,12 +32,14 @@ class Version:
         alpha: float32 ``(S,)`` on the CPU, or None where the device alone knows.
         device_alpha: Alphas that the device computed and that are not published yet.
         edits: Alphas to set on the device (ids, values), where the host does not know the others.
+        writes: To be called when it is published.
     """
 
     rows: Tensor
     alpha: Tensor | None
     device_alpha: Tensor | None = None
     edits: tuple[tuple[Tensor, Tensor], ...] = ()
+    writes: tuple[Callable[[], None], ...] = ()
 
 
 class StagedState(nn.Module):
@@ -114,6 +116,12 @@ class StagedState(nn.Module):
         else:
             self._staged = replace(version, edits=(*version.edits, (ids, values)))
 
+    def at_publication(self, write: Callable[[], None]) -> None:
+        """Write to tensors that are not versions: when, and if, this transaction is published."""
+        version = self._staged
+        assert version is not None  # only inside a transaction
+        self._staged = replace(version, writes=(*version.writes, write))
+
     def set_device_alpha(self, alpha: Tensor) -> None:
         """Take alphas that the device computed, float32 ``(S,)``; nothing is read back."""
         with self.transaction():
@@ -144,11 +152,13 @@ class StagedState(nn.Module):
         if version is old:
             return
         with GATE.publication():
+            for write in version.writes:
+                write()
             moved = version.rows is not old.rows
             if moved:
                 self.state_tensor = to_device(version.rows, device)
             self.alpha = self._device_alpha(version)
-            self._committed = replace(version, device_alpha=None, edits=())
+            self._committed = replace(version, device_alpha=None, edits=(), writes=())
             if self.on_publish is not None:
                 self.on_publish(moved)
 
