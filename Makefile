@@ -40,7 +40,7 @@ format: $(STAMP) ## rewrite the files: ruff's safe fixes, then its format
 
 test: lint ## lint, then the default tests and doctests with coverage
 	@echo "== pytest"
-	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --cov --cov-report=term
+	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 test-slow: $(STAMP) ## the tests marked slow
 	@echo "== pytest -m slow"

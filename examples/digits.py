@@ -1,10 +1,10 @@
 """Grow a network while it trains, on real data: ``make demo``, or ``python examples/digits.py``.
 
 Read it from top to bottom. A small classifier of handwritten digits gets a thousand dormant seeds a
-hidden layer. It trains; its health report names the sickest chunks; seeds germinate there, 16 and
-later 64 more, and blend in step by step while training goes on. Beside it trains its plain compiled
-twin, from the same weights on the same batches, for two comparisons: what a step costs, and how
-much of a better accuracy is due to more training alone.
+hidden layer. While it trains, a controller reads its health report: seeds germinate in the sickest
+chunks, 16 and later 64 more, learn to reconstruct them, blend in, and stay or go. Beside it trains
+its plain compiled twin, from the same weights on the same batches, for two comparisons: what a step
+costs, and how much of a better accuracy is due to more training alone.
 """
 
 import copy
@@ -27,14 +27,26 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from kasmina_fx import SeedLifecycle, capture, graph_diff, kasmina_layers, kasminify, rewrite
+from kasmina_fx import (
+    GraftingConfig,
+    SeedConfig,
+    SeedLifecycle,
+    capture,
+    graph_diff,
+    kasmina_layers,
+    kasminify,
+    optim,
+    rewrite,
+)
+from kasmina_fx.controllers import Decision, HealthController
 
 NUM_SEEDS = 1000  # in each hidden layer of 1,024 features
 BATCH = 64
 HELD_OUT = 448  # 7 whole batches: one shape throughout, so no graph is compiled for another
 GROWTH = (0, 16, 64)  # seeds that germinate at the start of each phase
 EPOCHS = 5  # of a phase
-RAMP_STEPS = 60  # over which a seed's alpha goes from 0 to 1; a phase has 105
+RAMP_STEPS = 42  # over which a seed's alpha goes from 0 to 1; a phase has 105
+ROUND = 7  # steps between two looks of the controller
 LEARNING_RATE = 3e-4
 SEED = 0
 
@@ -93,21 +105,22 @@ def is_hidden(module: nn.Module, name: str) -> bool:
 
 
 class Trainee:
-    """A network, its optimizers, and the seconds that each step took."""
+    """A network, its optimizer, and what each step took and yielded."""
 
     def __init__(self, network: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
         self.network, self.forward = network, forward
-        self.optimizers = [torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, fused=True)]
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, fused=True)
         self.seconds: list[float] = []
+        self.losses: list[Tensor] = []
 
     def step(self, images: Tensor, labels: Tensor) -> None:
         start = time.perf_counter()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        F.cross_entropy(self.forward(images), labels).backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.forward(images), labels)
+        loss.backward()
+        self.optimizer.step()
         self.seconds.append(time.perf_counter() - start)
+        self.losses.append(loss.detach())
 
     def median_ms(self) -> float:
         """Of the steps since it was last asked."""
@@ -132,57 +145,27 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 # 4. Growing. 1,024 features and 1,000 seeds make 24 chunks of 2 features and 976 of 1.
 
-Picked = dict[str, list[int]]  # seed ids by layer
 
-
-def find_sickest(network: nn.Module, count: int) -> Picked:
-    """The dormant seeds of lowest health in the whole network.
+def make_controller(network: nn.Module) -> HealthController:
+    """Rules that come with the package; a policy of your own would have the same one method.
 
     Health is a chunk's variance beside its layer's median: 0.5 is typical, and near 0 is a chunk
-    that says the same of every image. Being relative, it compares across layers.
+    that says the same of every image. The sickest get a blueprint each, the default "mlp": linear,
+    ReLU, linear. As alpha goes to 1 it *replaces* what the host computes for the chunk. A sick
+    chunk is where that costs least. ("lora" or "affine" would add to the chunk instead.)
     """
-    ranked = []
-    for name, layer in kasmina_layers(network).items():
-        report = layer.get_health_report()
-        dormant = (report["stage"] == SeedLifecycle.DORMANT).nonzero().flatten().tolist()
-        ranked += [(float(report["health"][seed]), name, seed) for seed in dormant]
-    ranked = sorted(ranked)[:count]
-    picked: Picked = {}
-    for _, name, seed in ranked:
-        picked.setdefault(name, []).append(seed)
-    if picked:
-        where = " and ".join(f"{len(seeds)} in {name}" for name, seeds in sorted(picked.items()))
-        low, high = ranked[0][0], ranked[-1][0]
-        console.print(f"{count} seeds germinate, {where}: health {low:.2f} to {high:.2f}")
-    return picked
+    return HealthController(
+        network, budget=0, pace=64, tolerance=0.1, train_epochs=2, settle_epochs=1
+    )
 
 
-def germinate(trainee: Trainee, picked: Picked) -> None:
-    """Wake seeds, at alpha 0, and train their blueprints from the next step on.
-
-    Each gets a blueprint of its own, the default "mlp": linear, ReLU, linear. As alpha goes to 1 it
-    *replaces* what the host computes for the chunk. A sick chunk is where that costs least, and
-    what comes is no longer linear. ("lora" or "affine" would add to the chunk instead.)
-    """
-    layers = kasmina_layers(trainee.network)
-    for name, seeds in picked.items():
-        layers[name].request_germination(seeds, "mlp")
-        layers[name].advance(seeds, SeedLifecycle.TRAINING)
-        layers[name].advance(seeds, SeedLifecycle.GRAFTING)
-    # A layer stacks its blueprints. A full stack gives way to a larger one, which is another
-    # Parameter that no optimizer knows yet: so here is a new optimizer for all of them. (With
-    # kasminify(..., reserve=128) the stacks are there from the start, and so can be the optimizer.)
-    stacks = [stack for layer in layers.values() for stack in layer.blueprint_parameters()]
-    trainee.optimizers[1:] = [torch.optim.AdamW(stacks, lr=LEARNING_RATE, fused=True)]
-
-
-def blend_in(network: nn.Module, picked: Picked, step: int) -> None:
-    """Raise the new seeds' alpha a little. The compiled graph reads it from a tensor."""
-    if step % 5 or step > RAMP_STEPS:
-        return
-    layers = kasmina_layers(network)
-    for name, seeds in picked.items():
-        layers[name].set_alpha(seeds, step / RAMP_STEPS)
+def grow(controller: HealthController, trainee: Trainee) -> list[Decision]:
+    """Let the controller decide, between two steps. Nothing that it does compiles anything."""
+    loss = float(torch.stack(trainee.losses[-ROUND:]).mean())
+    decisions = controller.step({"loss": loss})
+    # The first germination adds stacks of parameters, which no optimizer knows yet.
+    optim.sync(trainee.optimizer, trainee.network)
+    return decisions
 
 
 # 5. The story: three phases, without a stop between them.
@@ -197,10 +180,12 @@ def main() -> None:
     network = make_network()
     plain = copy.deepcopy(network)
     twin = Trainee(plain, torch.compile(plain))
-    grower = Trainee(network, network)  # made ahead of the seeds: this optimizer is for the host
+    grower = Trainee(network, network)
 
     # From this line on the network can grow. It is the same object around the same parameters.
-    kasminify(network, num_seeds=NUM_SEEDS, filter_fn=is_hidden)
+    ramp = SeedConfig(grafting=GraftingConfig(fixed_steps=RAMP_STEPS), ramp_every="step")
+    kasminify(network, num_seeds=NUM_SEEDS, filter_fn=is_hidden, config=ramp)
+    controller = make_controller(network)
     print_setup(network, train_y)
     print_diff("hidden1, all seeds dormant", network, train_x[:BATCH])
 
@@ -211,25 +196,21 @@ def main() -> None:
 
     shuffle = torch.Generator().manual_seed(SEED)  # its own: growing draws no batch's numbers
     phases: list[Phase] = []
-    active = 0
     with progress_bar() as progress:
         bar = progress.add_task("", total=len(GROWTH) * EPOCHS * (len(train_y) // BATCH))
         for count in GROWTH:
-            picked = find_sickest(network, count)
-            if picked:
-                germinate(grower, picked)
-            active += count
-            progress.update(bar, description=f"{active:2} seeds active")
+            controller.budget += count
             for step, (images, labels) in enumerate(batches(train_x, train_y, shuffle)):
-                blend_in(network, picked, step)
+                if step % ROUND == 0 and grower.losses:
+                    print_decisions(grow(controller, grower))
                 # In turns, each first every second time: whatever else is running slows both.
                 for trainee in (grower, twin) if step % 2 else (twin, grower):
                     trainee.step(images, labels)
-                progress.advance(bar)
+                progress.update(bar, advance=1, description=f"{blended(network):2} seeds blended")
             ours = accuracy(network, held_x, held_y), grower.median_ms()
             its = accuracy(plain, held_x, held_y), twin.median_ms()
             graphs = counters["stats"]["unique_graphs"] - not_ours
-            phases.append(Phase(active, ours, its, graphs))
+            phases.append(Phase(blended(network), ours, its, graphs))
 
     print_diff("hidden1, growing", network, train_x[:BATCH])
     print_results(phases)
@@ -242,7 +223,7 @@ def main() -> None:
 class Phase(NamedTuple):
     """What there is to say at the end of a phase."""
 
-    active: int
+    active: int  # seeds that are blended
     ours: tuple[float, float]  # held-out accuracy, median milliseconds of a step
     twin: tuple[float, float]
     graphs: int  # compiled so far
@@ -260,6 +241,20 @@ def print_setup(network: nn.Module, train_y: Tensor) -> None:
         sizes = Counter(layer.chunks.sizes).items()
         chunks = " and ".join(f"{count} of {size}" for size, count in sizes)
         console.print(f"{name}: {layer.chunks.layer_dim} features, a seed on each chunk: {chunks}")
+
+
+def blended(network: nn.Module) -> int:
+    return sum(int(layer.state.blended.sum()) for layer in kasmina_layers(network).values())
+
+
+def print_decisions(decisions: list[Decision]) -> None:
+    """A line for each stage that seeds entered."""
+    for stage in dict.fromkeys(decision.stage for decision in decisions):
+        made = [decision for decision in decisions if decision.stage is stage]
+        where = " and ".join(f"{len(d.seeds)} in {d.layer}" for d in made)
+        count = sum(len(decision.seeds) for decision in made)
+        verb = "germinate" if stage is SeedLifecycle.GERMINATED else f"-> {stage.name}"
+        console.print(f"{count} seeds {verb}, {where}: {made[0].reason}")
 
 
 def progress_bar() -> Progress:
@@ -302,8 +297,8 @@ def print_results(phases: list[Phase]) -> None:
         f"Plain twin, trained as long:      {last.twin[0]:.2%} (one image is {1 / HELD_OUT:.2%})\n"
         f"Graphs compiled in all: {last.graphs} (dormant and growing, each for training and "
         "evaluation, make 4)\n"
-        "A step is forward, backward and optimizers, the median of a phase; the twin is compiled.\n"
-        "Raising alpha comes on top, in every fifth step of a ramp.",
+        "A step is forward, backward and optimizer, which also ramps alpha; the median of a phase."
+        "\nThe twin is compiled. The controller comes on top, in every seventh step.",
         soft_wrap=True,
     )
 

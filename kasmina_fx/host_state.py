@@ -186,14 +186,18 @@ def _check_rows(banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
     stages = state[:, StateTensor.LIFECYCLE_STATE_IDX]
     ids = state[:, StateTensor.BLUEPRINT_ID_IDX]
     holding, found = holds_blueprint(stages), torch.zeros_like(ids, dtype=torch.bool)
+    unclaimed: set[int] = set()
     for bank in banks:
         seeds = slice(bank.run.first_seed, bank.run.first_seed + bank.run.count)
         slots = entries[f"{_BANKS}{bank.key}.slots"].cpu()
         mine = holding[seeds] & (ids[seeds] > 0) & torch.isin(ids[seeds], slots)
         found[seeds] |= mine
         used = ids[seeds][mine].tolist()
-        if not bank.spec.shared and len(set(used)) < len(used):
+        if bank.spec.shared:
+            continue
+        if len(set(used)) < len(used):
             raise ValueError(f"{_STATE}: several seeds have one slot of {_BANKS}{bank.key}")
+        unclaimed |= set(slots[slots > 0].tolist()).difference(used)
     lost = (holding & (ids > 0) & ~found).nonzero().flatten().tolist()
     if lost:
         raise ValueError(
@@ -202,6 +206,8 @@ def _check_rows(banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
     idle = ((stages == SeedLifecycle.DORMANT) & (ids != 0)).nonzero().flatten().tolist()
     if idle:
         raise ValueError(f"{_STATE}: seeds {idle[:8]} are DORMANT and name a blueprint")
+    if unclaimed:
+        raise ValueError(f"{_STATE}: no seed has the ids {sorted(unclaimed)[:8]} that slots hold")
 
 
 def _strip_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -87,6 +87,5 @@ class SeedStore(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take ids and shared blueprints; the rest was read before anything was loaded."""
-        # Not below its own: a snapshot may hold an id that only this layer gave out.
-        self.highest_id = max(self.highest_id, state["highest_id"])
+        self.highest_id = state["highest_id"]
         self.blueprints = {int(number): str(kind) for number, kind in state["blueprints"].items()}

@@ -81,6 +81,7 @@ def restore(
         )
     where = torch.tensor([places[seed] for seed in ids.tolist()], dtype=torch.int64)
     rows = snapshot.rows[where]
+    _refuse_strangers(layer, snapshot, ids, rows)
     store = layer.kasmina
     store.highest_id = max(store.highest_id, *rows[:, layer.state.BLUEPRINT_ID_IDX].tolist(), 0)
     with layer.transaction():
@@ -91,6 +92,23 @@ def restore(
             _restore_blueprint(layer, snapshot, seed, row)
         layer.state.set_rows(ids, **dict(zip(COLUMN_NAMES, rows.unbind(1), strict=True)))
         layer.state.set_alpha(ids, snapshot.alpha[where])
+
+
+def _refuse_strangers(layer: KasminaLayer, snapshot: Snapshot, ids: Tensor, rows: Tensor) -> None:
+    """Refuse a private blueprint id that another seed has now."""
+    others = torch.ones(layer.num_seeds, dtype=torch.bool)
+    others[ids] = False
+    taken = layer.state.blueprint_ids.where(others & layer.state.holding, 0)
+    for seed, number in zip(ids.tolist(), rows[:, layer.state.BLUEPRINT_ID_IDX], strict=True):
+        if int(number) in layer.kasmina.blueprints or seed not in snapshot.blueprints:
+            continue
+        owners = (taken == number).nonzero().flatten().tolist()
+        if owners:
+            raise InvalidArgument(
+                f"{layer.layer_id}: the snapshot's blueprint {int(number)} of seed {seed} now is "
+                f"that of seed {owners[0]}: an older state was loaded after the snapshot; take a "
+                "new one"
+            )
 
 
 def _restore_blueprint(layer: KasminaLayer, snapshot: Snapshot, seed: int, row: Tensor) -> None:

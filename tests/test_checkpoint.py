@@ -392,7 +392,8 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no state": (_without(STATE), "lacks 'kasmina.state.state_tensor'"),
     "a state of another kind": (_become(STATE, lambda t: t.tolist()), "is a list"),
     "an id that is in no bank": (_put(STATE, (1, 1), 99), r"seeds \[1\] hold blueprints"),
-    "no id": (_put(STATE, (1, 1), 0), r"seeds \[1\] hold blueprints"),
+    "no id": (_put(STATE, (1, 1), 0), "no seed has the ids"),
+    "an id too high": (_extra("highest_id", -1), "highest_id -1; allowed are 0 to"),
     "an id of another run": (_put(STATE, (1, 1), 3), r"seeds \[1\] hold blueprints"),
     "a private id for two": (_put(STATE, (0, 1), 2), "several seeds have one slot"),
     "a dormant seed with an id": (_put(STATE, (1, 0), 0), r"seeds \[1\] are DORMANT"),
@@ -531,7 +532,8 @@ def test_what_could_not_be_loaded_is_not_saved(path: Path) -> None:
     model = _grown()
     checkpoint.save(model, path)
     before = path.read_bytes()
-    kasmina_layers(model)["0"].state.set_rows(2, lifecycle_state=SeedLifecycle.GRAFTING)
+    layer = kasmina_layers(model)["0"]
+    layer.state.set_rows(2, lifecycle_state=SeedLifecycle.GRAFTING, blueprint_id=99)
     with pytest.raises(LayoutMismatch, match=r"seeds \[2\]"):
         checkpoint.save(model, path)
     assert path.read_bytes() == before

@@ -90,3 +90,51 @@ def test_a_rollback_brings_back_what_was_culled() -> None:
         layer.rollback(snapshot, [3])
     with pytest.raises(InvalidArgument, match="the snapshot is of chunks"):
         layer_of(_model(), "down").rollback(snapshot)
+
+
+def test_a_snapshot_from_before_an_older_state_was_loaded_takes_nobodys_blueprint() -> None:
+    layer = layer_of(_model(), "up")
+    old = layer.state_dict()
+    graft(layer, [0])
+    snapshot = layer.snapshot()
+    layer.load_state_dict(old, strict=False)
+    graft(layer, [1])  # gets the id that seed 0 had
+    before = layer.state.rows.clone()
+    with pytest.raises(InvalidArgument, match=r"now is that of seed 1: an older state was loaded"):
+        layer.rollback(snapshot, [0], mark=False)
+    assert torch.equal(layer.state.rows, before)
+    layer.reset([1])
+    layer.rollback(snapshot)
+    assert layer.seeds[0].stage is S.GRAFTING
+
+
+def test_a_rollback_that_is_undone_leaves_parameters_alone() -> None:
+    layer = layer_of(_model(), "up")
+    graft(layer, [0])
+    snapshot = layer.snapshot()
+    with torch.no_grad():
+        for parameter in layer.blueprint_parameters():
+            parameter.add_(1.0)
+    now = [parameter.detach().clone() for parameter in layer.blueprint_parameters()]
+
+    def undone() -> None:
+        with layer.transaction():
+            layer.rollback(snapshot)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        undone()
+    for parameter, value in zip(layer.blueprint_parameters(), now, strict=True):
+        assert torch.equal(parameter, value)
+    layer.rollback(snapshot)
+    assert not torch.equal(next(layer.blueprint_parameters()), now[0])
+
+
+def test_a_rollback_before_a_cull_in_one_transaction_writes_to_no_slot() -> None:
+    layer = layer_of(_model(), "up")
+    graft(layer, [0])
+    snapshot = layer.snapshot()
+    with layer.transaction():
+        layer.rollback(snapshot)
+        layer.advance(0, S.CULLED)
+    assert layer.bank_of(0) is None

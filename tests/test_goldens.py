@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from graph_cases import CASES, Case
+from graph_cases import CASES, Case, OneLayer, layer_of, wrapped
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kasmina_fx import capture, find_matches, graph_diff, graph_text, inserted_text, rewrite
 from kasmina_fx.capture import FRONTENDS
+from kasmina_fx.lifecycle import RUNS, SeedLifecycle
+from kasmina_fx.moves import GATHER, GUARD, PULL, RECONSTRUCT
 from kasmina_fx.passes import run_passes
 from kasmina_fx.reference import reference_mode
-from kasmina_fx.testing import USED_GOLDENS, RecordingBackend, assert_golden
+from kasmina_fx.testing import USED_GOLDENS, RecordingBackend, assert_golden, graft
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -52,6 +56,74 @@ def test_golden_of_inserted_nodes_is_one_for_all_front_ends(case: Case) -> None:
     # Before the file is read or, on request, written: one text for all.
     assert set(texts.values()) == {texts["dynamo"]}
     assert_golden(texts["dynamo"], f"inserted/{case.name}", golden_dir=GOLDEN)
+
+
+@pytest.mark.parametrize("stage", sorted(RUNS), ids=lambda stage: stage.name)
+def test_golden_of_one_class_is_that_of_every_stage(stage: SeedLifecycle) -> None:
+    # What a stage means for a blueprint is in the tables `roles` and `modes`, never in the graph.
+    model = wrapped(OneLayer())
+    graft(layer_of(model), [0, 2], stage=stage)
+    after = rewrite(capture(model, torch.randn(3, 8))).graph_module
+    assert_golden(inserted_text(after), "inserted/lower_blend/one_class", golden_dir=GOLDEN)
+
+
+def vjp(outs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> Any:
+    return torch.autograd.grad(outs, inputs, grads)
+
+
+def gather(chunks: Tensor, seeds: Tensor, positions: Tensor, grad: Tensor) -> Any:
+    return vjp([GATHER(chunks, seeds, positions)], [chunks], [grad])
+
+
+def pull(rows: Tensor, seeds: Tensor, positions: Tensor, grad: Tensor) -> Any:
+    return vjp([PULL(rows, positions, seeds)], [rows], [grad])
+
+
+def guard(
+    rows: Tensor,
+    stack: Tensor,
+    faults: Tensor,
+    modes: Tensor,
+    positions: Tensor,
+    grad: Tensor,
+    grad_stack: Tensor,
+) -> Any:
+    out = GUARD([rows, stack], modes, positions, faults)
+    return vjp(out, [rows, stack, faults], [grad, grad_stack])
+
+
+def reconstruct(
+    made: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, grad: Tensor
+) -> Any:
+    return vjp([RECONSTRUCT(made, rows, trainees, loss_scale)], [made], [grad])
+
+
+MOVES = (gather, pull, guard, reconstruct)
+
+
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+def test_golden_of_what_a_move_does_in_backward(move: Any) -> None:
+    if not HOST_RELEASE:
+        pytest.skip("make_fx spells its nodes as torch 2.13 does")
+    # 3 seeds with chunks of 2 x 4, of which two sit in 2 slots.
+    named = {
+        "chunks": torch.randn(3, 2, 4, requires_grad=True),
+        "rows": torch.randn(2, 1, 2, 4, requires_grad=True),
+        "made": torch.randn(2, 2, 4, requires_grad=True),
+        "stack": torch.randn(2, 4, requires_grad=True),
+        "faults": torch.zeros(3, requires_grad=True),
+        "seeds": torch.tensor([2, 0]),
+        "positions": torch.tensor([1, -1, 0]),
+        "modes": torch.tensor([[0], [2]]),
+        "trainees": torch.tensor([1, -1]),
+        "loss_scale": torch.ones(()),
+    }
+    if move is not guard:
+        named["rows"] = torch.randn(2, 2, 4, requires_grad=move is pull)
+    grads = {gather: (2, 2, 4), pull: (3, 2, 4), guard: (2, 1, 2, 4), reconstruct: (2, 2, 4)}
+    named |= {"grad": torch.randn(grads[move]), "grad_stack": torch.randn(2, 4)}
+    text = graph_text(make_fx(move)(*(named[name] for name in inspect.signature(move).parameters)))
+    assert_golden(text, f"backward/{move.__name__}", golden_dir=GOLDEN)
 
 
 @each_case
@@ -118,6 +190,7 @@ def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], atol: floa
 def test_no_golden_file_is_an_orphan() -> None:
     names = {f"{folder}{case.name}" for case in CASES for folder in ("", "inserted/")}
     files = {path.relative_to(GOLDEN).with_suffix("").as_posix() for path in GOLDEN.rglob("*.txt")}
+    names |= {f"backward/{move.__name__}" for move in MOVES}
     assert files - names == set(), "golden files that no test reads: delete them"
     assert names - files == set(), "cases without a golden file: make golden writes them"
     used = {path for path in USED_GOLDENS if path.is_relative_to(GOLDEN)}

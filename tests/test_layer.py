@@ -480,10 +480,10 @@ def test_germination_of_a_seed_that_is_not_dormant_is_false_and_changes_nothing(
 ) -> None:
     layer = KasminaLayer(nn.Linear(4, 12), 4)
     assert layer.request_germination(1)
+    shared = layer.register_blueprint("mlp")
     before = _snapshot(layer)
     assert layer.request_germination(seeds, "lora") is False
-    assert layer.request_germination(seeds, layer.register_blueprint("mlp")) is False
-    layer.kasmina.blueprints.clear()
+    assert layer.request_germination(seeds, shared) is False
     assert _snapshot(layer) == before
 
 
