@@ -161,7 +161,7 @@ def make_controller(network: nn.Module) -> HealthController:
 
 def grow(controller: HealthController, trainee: Trainee) -> list[Decision]:
     """Let the controller decide, between two steps. Nothing that it does compiles anything."""
-    loss = float(torch.stack(trainee.losses[-ROUND:]).mean())
+    loss = float(torch.stack(trainee.losses[-3 * ROUND :]).mean())  # of an epoch
     decisions = controller.step({"loss": loss})
     # The first germination adds stacks of parameters, which no optimizer knows yet.
     optim.sync(trainee.optimizer, trainee.network)
