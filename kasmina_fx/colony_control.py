@@ -92,13 +92,13 @@ class HealthReport(Mapping[str, dict[str, Any]]):
 
     def to_pandas(self) -> Any:
         """A ``pandas.DataFrame``, a row a seed; needs pandas."""
-        import pandas  # type: ignore[import-untyped]  # an extra
+        import pandas  # an extra
 
         return pandas.DataFrame(self._columns())
 
     def to_arrow(self) -> Any:
         """A ``pyarrow.Table``, a row a seed; needs pyarrow."""
-        import pyarrow  # type: ignore[import-not-found]  # an extra
+        import pyarrow  # an extra
 
         return pyarrow.table(self._columns())
 

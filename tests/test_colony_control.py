@@ -54,6 +54,34 @@ def test_a_report_of_a_model(tmp_path: Path) -> None:
         kasmina_fx.health_report(nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("library", ["pandas", "pyarrow"])
+def test_a_report_as_a_table(library: str) -> None:
+    pytest.importorskip(library)
+    model = _model()
+    model(torch.randn(5, 8))
+    graft(layer_of(model, "down"), [3])
+    report = kasmina_fx.health_report(model)
+    table = report.to_pandas() if library == "pandas" else report.to_arrow()
+    columns = {name: list(table[name]) for name in ("layer", "seed", "stage", "mean")}
+    if library == "pyarrow":
+        columns = {name: [value.as_py() for value in cells] for name, cells in columns.items()}
+    assert columns["layer"] == ["up"] * 4 + ["down"] * 4
+    assert columns["seed"] == [0, 1, 2, 3] * 2
+    assert columns["stage"] == [S.DORMANT] * 7 + [S.GRAFTING]
+    means = [*report["up"]["mean"].tolist(), *report["down"]["mean"].tolist()]
+    assert columns["mean"] == pytest.approx(means)
+
+
+def test_a_scaler_that_is_named_is_followed() -> None:
+    model = _model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    kasmina_fx.follow_scaler(model, scaler)
+    for name in ("up", "down"):
+        assert float(layer_of(model, name).loss_scale) == 8.0
+    with pytest.raises(NoTargets):
+        kasmina_fx.follow_scaler(nn.Linear(2, 2), scaler)
+
+
 def test_a_rollback_returns_bits_and_marks() -> None:
     layer = layer_of(_model(), "up")
     graft(layer, [0, 1], alpha=0.25)
