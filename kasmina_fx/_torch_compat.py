@@ -178,17 +178,20 @@ def compile_with_inductor(
     example_inputs: Sequence[Any],
     patches: dict[str, Any],
     decompositions: Mapping[Any, Callable[..., Any]],
+    cache_tag: str,
 ) -> Callable[..., Any]:
-    """``compile_fx`` with options for this compile alone and decompositions beside Inductor's."""
+    """``compile_fx`` with options for this compile alone and our operators' decompositions.
+
+    ``cache_tag`` becomes part of the key that Inductor's cache on disk knows the graph by.
+    """
     from torch._inductor.compile_fx import compile_fx  # seconds to import: only where it compiles
     from torch._inductor.decomposition import select_decomp_table
 
-    compiled = compile_fx(
-        gm,
-        example_inputs,
-        config_patches=patches or None,
-        decompositions={**select_decomp_table(), **decompositions},
-    )
+    # Into the table, and not as compile_fx's argument, with which nothing is cached (torch 2.13).
+    select_decomp_table().update(decompositions)
+    tag = f"{torch.compiler.config.cache_key_tag}{cache_tag}"
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
+        compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     return cast("Callable[..., Any]", compiled)  # the rest of the union is for ahead-of-time use
 
 

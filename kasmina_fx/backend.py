@@ -7,9 +7,11 @@ Inductor as patches for this compile; global config is never touched.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,7 +54,27 @@ def kasmina(
     if debug_dir:
         _write_debug(Path(debug_dir), before, gm.print_readable(print_output=False))
     _LOG.info("rewrote a graph" if modified else "nothing to rewrite")
-    return compile_with_inductor(gm, example_inputs, patches, DECOMPOSITIONS)
+    return compile_rewritten(gm, example_inputs, patches)
+
+
+def compile_rewritten(
+    gm: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor, for a graph that the passes are done with."""
+    return compile_with_inductor(gm, example_inputs, patches, DECOMPOSITIONS, _source_digest())
+
+
+@cache
+def _source_digest() -> str:
+    """Names this release of the package to Inductor's cache on disk.
+
+    The cache knows an operator by its name alone, and would hand out the backward of another one.
+    """
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return f" kasmina_fx {digest.hexdigest()}"
 
 
 def split_options(

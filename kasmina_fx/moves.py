@@ -21,6 +21,7 @@ its neighbours.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -43,20 +44,14 @@ def take(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 def finite_rows(values: Tensor) -> Tensor:
     """Bool ``(K,)``: are all values of ``values[k]`` finite? ``values`` is ``(K, ...)``."""
     # The largest magnitude is finite exactly if all are (amax hands NaN on, which is not below
-    # Inf): one reduction, vectorised.
-    return values.detach().abs().amax(inside(values)) < torch.inf
+    # Inf): one reduction, vectorised. Inductor folds the sum of ``values * 0`` to 0.
+    sizes = values.detach().abs()
+    return (sizes.amax(inside(sizes)) if sizes.dim() > 1 else sizes) < torch.inf
 
 
 def inside(values: Tensor) -> list[int]:
     """All dims but the first: reduced at once, with no copy of what is not contiguous."""
     return list(range(1, values.dim()))
-
-
-def _zero_if_finite(values: Tensor) -> Tensor:
-    """``(K,)`` for ``values`` ``(K, ...)``: 0 if all of ``values[k]`` are finite, else NaN."""
-    # 0 x finite is 0, 0 x NaN and 0 x Inf are NaN.
-    zeros = values * 0
-    return zeros.sum(inside(zeros)) if zeros.dim() > 1 else zeros
 
 
 def _column(like: Tensor) -> tuple[int, ...]:
@@ -124,8 +119,7 @@ def _save_modes(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None
 def _guard_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     modes, positions = ctx.saved_tensors
     # Values that are no parameters (counters of a user's module) have no gradient to check.
-    checks = [_zero_if_finite(g) for g in grads if g is not None]
-    faulty = sum(checks[1:], checks[0]) != 0
+    faulty = ~reduce(torch.logical_and, [finite_rows(g) for g in grads if g is not None])
     detached = (modes == Mode.RECONSTRUCTS) | faulty.unsqueeze(1)
     frozen = (modes == Mode.FROZEN).all(1) | faulty
     rows, *params = grads
@@ -168,8 +162,7 @@ def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, N
     error, trainees, loss_scale = ctx.saved_tensors
     # A gradient that comes in as NaN or Inf (an overflow of a scaled loss) is not the blueprint's
     # fault: it goes no further, and the host's own gradient shows it anyway.
-    faulty = _zero_if_finite(grad.detach()) != 0
-    grad = grad.masked_fill(faulty.view(_column(grad)), 0.0)
+    grad = grad.masked_fill(~finite_rows(grad).view(_column(grad)), 0.0)
     added = error * (2.0 / error[0].numel()) * loss_scale
     # Padding adds 0 to place 0; every other place occurs once, so the order does not matter.
     return grad.index_add(0, trainees.clamp_min(0), added.to(grad.dtype)), None, None, None

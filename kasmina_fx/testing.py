@@ -11,13 +11,12 @@ from typing import Any, Final
 
 from torch.fx import GraphModule
 
-from kasmina_fx._torch_compat import compile_events, compile_with_inductor, lookup_backend
-from kasmina_fx.backend import split_options
+from kasmina_fx._torch_compat import compile_events, lookup_backend
+from kasmina_fx.backend import compile_rewritten, split_options
 from kasmina_fx.errors import GraphMismatch
 from kasmina_fx.graph_text import graph_text
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle
-from kasmina_fx.moves import DECOMPOSITIONS
 from kasmina_fx.passes import run_passes
 from kasmina_fx.passes.copying import copy_graph_module
 from kasmina_fx.seed_ids import SeedIds
@@ -102,7 +101,7 @@ class RecordingBackend:
         run_passes(gm, passes)
         self.after.append(copy_graph_module(gm))
         if self.compiler == "inductor":
-            return compile_with_inductor(gm, example_inputs, patches, DECOMPOSITIONS)
+            return compile_rewritten(gm, example_inputs, patches)
         compiled: Callable[..., Any] = lookup_backend(self.compiler)(gm, example_inputs)
         return compiled
 
