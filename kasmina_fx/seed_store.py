@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kasmina_fx.bank import Bank
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.config import SeedConfig
+from kasmina_fx.float32_module import Float32Module
 from kasmina_fx.layout import ChunkLayout
 from kasmina_fx.lifecycle import roles
 from kasmina_fx.state_tensor import StateTensor
@@ -21,7 +22,7 @@ from kasmina_fx.transfer import to_device
 LAYOUT_VERSION: Final = 2
 
 
-class SeedStore(nn.Module):
+class SeedStore(Float32Module):
     """State, telemetry and banks of a layer, under the one name ``kasmina`` in its state dict."""
 
     roles: Tensor

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kasmina_fx.float32_module import Float32Module
 from kasmina_fx.gate import GATE
 from kasmina_fx.transfer import to_device
 
@@ -42,7 +43,7 @@ class Version:
     writes: tuple[Callable[[], None], ...] = ()
 
 
-class StagedState(nn.Module):
+class StagedState(Float32Module):
     """The buffers ``state_tensor``, int32 ``(S, 4)``, and ``alpha``, float32 ``(S,)``."""
 
     state_tensor: Tensor
@@ -169,13 +170,6 @@ class StagedState(nn.Module):
             self.state_tensor.detach().to("cpu", copy=True),
             self.alpha.detach().to("cpu", torch.float32, copy=True),
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StagedState:
-        before = self.alpha
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated
-        if self.alpha.dtype != torch.float32:  # float32, whatever the model's dtype
-            self.alpha = before.to(self.alpha.device)
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the layer that listens; it connects again."""

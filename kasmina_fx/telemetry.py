@@ -10,12 +10,12 @@ with a NaN or Inf in it counts as such and leaves the other statistics as they w
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from kasmina_fx.float32_module import Float32Module
 from kasmina_fx.layout import ChunkLayout, Run
 from kasmina_fx.tables import NOTE_LOSS, NOTE_REJECTED
 
@@ -175,7 +175,7 @@ def _averages(old: Tensor, notes: Tensor) -> Tensor:
     return torch.cat([counts, torch.where(ran, newer, averages)])
 
 
-class Telemetry(nn.Module):
+class Telemetry(Float32Module):
     """A layer's statistics.
 
     Buffers: ``accumulated``, float32 ``(ROWS, S)``; ``faults``, float32 ``(S,)``: steps in which a
@@ -222,12 +222,3 @@ class Telemetry(nn.Module):
         self.accumulated[EVERY] = every
         self.faults.zero_()
         self.previous_loss.zero_()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Telemetry:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != torch.float32:
-                self._buffers[name] = old.to(new.device)
-        return self

@@ -147,6 +147,18 @@ def test_reserve_starts_in_the_growing_graph_and_keeps_parameters() -> None:
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_dtype_compiles_once(dtype: torch.dtype) -> None:
+    # Dynamo makes a float of a float64 scalar, and may compile all of it again without.
+    model = wrapped(OneLayer(), seeds=3, telemetry=True).to(dtype)
+    layer, recorder = layer_of(model), RecordingBackend()
+    graft(layer, [1], "affine")
+    store = layer.kasmina
+    assert {store.loss_scale.dtype, store.grad_norm.dtype} == {torch.float32}
+    torch.compile(model, backend=recorder)(torch.randn(4, 8, dtype=dtype)).sum().backward()
+    assert recorder.compiles == 1
+
+
 def test_blueprints_registered_before_growth_share_its_compile() -> None:
     model = wrapped(OneLayer())
     layer = layer_of(model)
