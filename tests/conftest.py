@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -13,6 +14,18 @@ from kasmina_fx.blueprints import registry
 # Two slow cores: a deadline in milliseconds says nothing about the code.
 settings.register_profile("kasmina_fx", deadline=None, max_examples=50)
 settings.load_profile("kasmina_fx")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Take the tracer off; pytest-cov's own marker does nothing in workers (pytest-cov 7.1)."""
+    tracer = sys.gettrace()
+    if item.get_closest_marker("untraced"):
+        sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
 
 
 @pytest.fixture(autouse=True)

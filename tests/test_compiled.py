@@ -23,6 +23,8 @@ from kasmina_fx import (
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.testing import RecordingBackend, assert_no_recompiles, graft
 
+# Coverage doubles the time that torch takes to compile; the files beside this one cover the lines.
+pytestmark = pytest.mark.untraced
 COMPILERS = ("eager", "aot_eager", "inductor")
 SLOW = pytest.mark.slow  # many kernels for a C++ compiler
 

@@ -15,6 +15,8 @@ from kasmina_fx.lifecycle import SeedLifecycle as S
 from kasmina_fx.telemetry import REJECTED
 from kasmina_fx.testing import RecordingBackend, graft
 
+# Coverage doubles the time that torch takes to compile; the files beside this one cover the lines.
+pytestmark = pytest.mark.untraced
 SLOW = pytest.mark.slow
 each_compiler = pytest.mark.parametrize(
     "compiler", ["aot_eager", pytest.param("inductor", marks=SLOW)]

@@ -25,6 +25,9 @@ from kasmina_fx import (
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.testing import RecordingBackend, assert_no_recompiles, graft
 
+# Coverage doubles the time that torch takes to compile; the files beside this one cover the lines.
+pytestmark = pytest.mark.untraced
+
 
 def three_layers() -> nn.Sequential:
     torch.manual_seed(0)
