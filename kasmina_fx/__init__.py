@@ -16,7 +16,7 @@ the physical one, :mod:`kasmina_fx.passes` what turns one into the other, :mod:`
 what hands it to Inductor.
 """
 
-from kasmina_fx import optim
+from kasmina_fx import checkpoint, controllers, optim, reference, testing
 from kasmina_fx.backend import kasmina
 from kasmina_fx.capture import KasminaTracer, capture
 from kasmina_fx.chunk_manager import ChunkManager
@@ -94,6 +94,8 @@ __all__ = [
     "UnknownBlueprint",
     "UnknownOption",
     "capture",
+    "checkpoint",
+    "controllers",
     "explain",
     "find_matches",
     "follow_scaler",
@@ -107,9 +109,11 @@ __all__ = [
     "kasminify",
     "op_counts",
     "optim",
+    "reference",
     "register_strategy",
     "rewrite",
     "step_epoch",
+    "testing",
     "transaction",
     "unkasminify",
 ]

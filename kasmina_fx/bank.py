@@ -1,9 +1,8 @@
 """A bank: all blueprints of one class for the chunks of one run, stacked.
 
 Each *slot* of a bank holds one set of blueprint parameters; the table ``slots`` says whose, by
-blueprint id. What the graph reads (:class:`~kasmina_fx.tables.BankTables`: who sits where, and what
-happens there) is derived from that table and the state tensor, on the host, and published as new
-tensors.
+blueprint id. What the graph reads (:class:`~kasmina_fx.tables.BankTables`) is derived from that
+table and the state tensor, on the host, and published as new tensors.
 """
 
 from __future__ import annotations
@@ -94,6 +93,7 @@ class Bank(nn.Module):
         self.frozen_slots = empty  # slots whose parameters nothing may change
         self.layer: weakref.ref[KasminaLayer] | None = None  # set by its publish()
         self.grow(capacity)
+        self.publish(*torch.zeros(2, run.count, dtype=torch.int64))
 
     @property
     def capacity(self) -> int:
@@ -130,8 +130,10 @@ class Bank(nn.Module):
                 hand_over(old, stack)
             self.register_parameter(name, stack)
         held = torch.zeros(capacity, dtype=torch.int64)
-        held[:used] = self.held
-        self.held, self.slots = held, to_device(held, device)
+        slots = torch.zeros(capacity, dtype=torch.int64, device=device)
+        held[:used], slots[:used] = self.held, self.slots[:used]
+        self.held, self.slots = held, slots
+        self.mark()
 
     @torch.inference_mode(False)
     def acquire(self, ids: Tensor) -> None:
@@ -156,6 +158,10 @@ class Bank(nn.Module):
             stack.data[where] = to_device(values.to(stack.dtype), stack.device)
         clear_slots(self, taken)
 
+    def give_back(self, held: Tensor) -> None:
+        """Undo what was acquired since the table was ``held``; the stacks stay as large."""
+        self.held = nn.functional.pad(held, (0, self.capacity - len(held)))
+
     def slot_of(self, blueprint_ids: Tensor) -> Tensor:
         """Slot of each blueprint id, -1 where the bank holds none: int64 ``(n,)`` on the CPU."""
         order = self.held.argsort()
@@ -166,10 +172,7 @@ class Bank(nn.Module):
 
     @torch.inference_mode(False)
     def publish(self, blueprint_ids: Tensor, stages: Tensor) -> None:
-        """Derive what the graph reads from the run's seeds, each argument ``(n,)`` on the CPU.
-
-        A private slot whose seed let go of its blueprint becomes free.
-        """
+        """Derive what the graph reads from the run's seeds, ``(n,)`` each; free what they let go."""
         slot = self.slot_of(torch.where(holds_blueprint(stages), blueprint_ids, 0))
         if not self.spec.shared:
             kept = torch.zeros(self.capacity, dtype=torch.bool)

@@ -1,7 +1,6 @@
 """Checkpoints: a model, and its optimizer, in one file that is whole or not there.
 
-:func:`save` puts a new file in the place of the old one in one step. :func:`load` checks a file and
-everything in it, then changes the model; it never runs code that a file holds.
+:func:`save` replaces a file in one step; :func:`load` checks all of it, then changes the model.
 
     >>> import tempfile
     >>> from kasmina_fx import kasmina_layers, kasminify
@@ -18,8 +17,8 @@ everything in it, then changes the model; it never runs code that a file holds.
     >>> kasmina_layers(fresh)["0"].state.get_state_distribution()
     {'DORMANT': 14, 'GERMINATED': 2}
 
-A file is what ``torch.save`` writes and ``torch.load(path, weights_only=True)`` reads, and behind
-it a hash: torch does not look at the checksums in its archives.
+A file is what ``torch.save`` writes and ``torch.load(path, weights_only=True)`` reads, which runs no
+code, and behind it a hash: torch does not look at the checksums in its archives.
 """
 
 from __future__ import annotations
@@ -39,8 +38,10 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from kasmina_fx import host_state
 from kasmina_fx._torch_compat import uncompiled
 from kasmina_fx.errors import CheckpointError
+from kasmina_fx.gate import GATE
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.sealed_file import Sealing, broken_seal, replacing
+from kasmina_fx.staging import LOCK
 
 FORMAT: Final = "kasmina_fx.checkpoint"
 #: Of the file; the entries of every layer have a version of their own.
@@ -71,14 +72,15 @@ def save(
     """
     model, given = uncompiled(model), {} if metadata is None else metadata
     _check_metadata(given, "metadata")
-    saved = model.state_dict()
+    with LOCK:  # one moment's, whatever other threads do with the seeds
+        saved = model.state_dict()
     _check_layers(model, saved)
     packed = None
     if optimizer is not None:
         kind, names = type(optimizer).__qualname__, _names(optimizer, model)
         packed = {"type": kind, "names": names, "state": optimizer.state_dict()}
-    contents = {"format": FORMAT, "version": VERSION, "metadata": given}
-    contents |= {"model": saved, "optimizer": packed}
+    contents = {"format": FORMAT, "version": VERSION, "metadata": given, "model": saved}
+    contents["optimizer"] = packed
     with replacing(Path(path)) as file:
         sealing = Sealing(file)
         torch.save(contents, sealing)  # type: ignore[arg-type]  # write and flush are all it calls
@@ -115,7 +117,8 @@ def load(
     contents = _read(name)
     _check_host(model, contents["model"], _check_layers(model, contents["model"]), strict, name)
     groups = [] if optimizer is None else _matched(optimizer, model, contents, name)
-    model.load_state_dict(contents["model"], strict=strict)
+    with LOCK, GATE.publication():
+        model.load_state_dict(contents["model"], strict=strict)
     if optimizer is not None:
         _load_optimizer(optimizer, model, contents["optimizer"]["state"], groups)
     metadata: dict[str, Any] = contents["metadata"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class ChunkManager:
             size, extra = divmod(layer_dim, num_chunks)
             self.sizes: tuple[int, ...] = (size + 1,) * extra + (size,) * (num_chunks - extra)
         else:
-            self.sizes = tuple(_as_int("chunk size", size) for size in chunk_sizes)
+            self.sizes = as_sizes(chunk_sizes)
             if len(self.sizes) != num_chunks:
                 raise InvalidArgument(
                     f"{len(self.sizes)} chunk sizes for {num_chunks} chunks: give one each"
@@ -172,6 +172,18 @@ class ChunkManager:
             where = "last dimension" if dim == -1 else f"dimension {dim} of size"
             raise InvalidArgument(f"Expected tensor with {where} {self.layer_dim}, got {size}")
         return x
+
+
+def as_sizes(sizes: Iterable[Any]) -> tuple[int, ...]:
+    """Chunk sizes as a tuple of ints.
+
+    Raises:
+        InvalidArgument, InvalidType: Something else was given.
+    """
+    given: Any = sizes
+    if not isinstance(given, Iterable):
+        raise InvalidArgument(f"chunk_sizes={given!r}: give the sizes of all chunks, in a list")
+    return tuple(_as_int("chunk size", size) for size in given)
 
 
 def _as_int(name: str, value: Any) -> int:

@@ -19,7 +19,7 @@ class ChunkedKasminaLayer(KasminaLayer):
         num_seeds: Seeds, 1 up to the number of output features.
         layer_id: Name in messages and reports.
         enable_telemetry: Keep statistics of every chunk.
-        device: Move the base there first; None leaves it where it is.
+        device: Move base and seeds there; None leaves it where it is.
         chunk_sizes: See :class:`~kasmina_fx.KasminaLayer`.
         feature_dim: See :class:`~kasmina_fx.KasminaLayer`.
         reserve: See :class:`~kasmina_fx.KasminaLayer`.
@@ -43,7 +43,7 @@ class ChunkedKasminaLayer(KasminaLayer):
         config: SeedConfig | None = None,
     ) -> None:
         super().__init__(
-            base_layer if device is None else base_layer.to(device),
+            base_layer,
             num_seeds,
             chunk_sizes=chunk_sizes,
             feature_dim=feature_dim,
@@ -52,6 +52,8 @@ class ChunkedKasminaLayer(KasminaLayer):
             reserve=reserve,
             config=config,
         )
+        if device is not None:  # last: nothing has moved if an argument is refused
+            self.to(device)
 
     @property
     def base_layer(self) -> nn.Module:

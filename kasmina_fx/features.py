@@ -62,6 +62,9 @@ def find_features(base: nn.Module, feature_dim: int | None, total: int | None) -
     Raises:
         InvalidArgument: A base whose features can't be found and that the caller didn't describe.
     """
+    given: Any = feature_dim  # from callers without a type checker, anything
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
+        raise InvalidArgument(f"feature_dim={given!r}: give the number of a dimension, or None")
     found = next((look(base) for kind, look in _KNOWN if isinstance(base, kind)), None)
     width = getattr(base, "out_features", None)
     if found is None and isinstance(width, int):
@@ -78,7 +81,22 @@ def find_features(base: nn.Module, feature_dim: int | None, total: int | None) -
         raise InvalidArgument(
             f"chunk sizes sum to {total}; {type(base).__name__} has {found.count} output features"
         )
-    return found if feature_dim is None else replace(found, dim=feature_dim)
+    if feature_dim is None:
+        return found
+    return replace(found, dim=feature_dim, rank=max(found.rank, feature_dim + 1, -feature_dim))
+
+
+def require_features(y: Tensor, dim: int, count: int) -> None:
+    """Refuse an output that does not have the features that its layer was made for.
+
+    Raises:
+        InvalidArgument: Says what it has, and what the layer was told.
+    """
+    if not -y.dim() <= dim < y.dim() or y.shape[dim] != count:
+        raise InvalidArgument(
+            f"the base returned shape {tuple(y.shape)}; its layer was made for {count} features "
+            f"along dimension {dim}: give feature_dim and chunk_sizes that describe its output"
+        )
 
 
 def example_chunk(features: Features, size: int, like: Tensor | None) -> Tensor:

@@ -46,6 +46,8 @@ class Gate:
     def publication(self) -> Iterator[None]:
         """Around a publication."""
         me = threading.get_ident()
+        if self._publisher != me:
+            self.refuse_inside_forward()
         self._enter(me)
         try:
             yield

@@ -86,6 +86,8 @@ def kasminify(
         raise InvalidType(f"num_seeds={num_seeds!r}: give an int")
     if num_seeds < 1:
         raise InvalidArgument(f"num_seeds={num_seeds}: give at least 1")
+    if dynamic not in (None, True, False):
+        raise InvalidType(f"dynamic={dynamic!r}: give True, False or None")
     split_options(mode, options)
     plain: M = uncompiled(model)
     if any(isinstance(module, KasminaLayer) for module in plain.modules()):

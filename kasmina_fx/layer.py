@@ -18,13 +18,13 @@ from kasmina_fx import host_state, ops
 from kasmina_fx._torch_compat import is_exporting
 from kasmina_fx.bank import SMALLEST, Bank
 from kasmina_fx.blueprints.registry import DEFAULT
-from kasmina_fx.chunk_manager import ChunkManager
+from kasmina_fx.chunk_manager import ChunkManager, as_sizes
 from kasmina_fx.colony import Colony
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.features import find_features
 from kasmina_fx.health import reports
-from kasmina_fx.lifecycle import holds_blueprint
+from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
 from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
 from kasmina_fx.published import Published
 from kasmina_fx.seed_control import SeedControl
@@ -81,7 +81,7 @@ class KasminaLayer(SeedControl):
         config: SeedConfig | None = None,
     ) -> None:
         super().__init__()
-        total = None if chunk_sizes is None else sum(chunk_sizes)
+        total = None if chunk_sizes is None else sum(as_sizes(chunk_sizes))
         self._features = find_features(base, feature_dim, total)
         self.layer_id = layer_id or f"kasmina_{next(_NUMBERS)}"
         self._chunks = ChunkManager(
@@ -237,17 +237,28 @@ class KasminaLayer(SeedControl):
         self.state.on_publish = self.publish
         self.colony.add(self)
         store.publish()
+        self.publish_stacks()
+
+    def publish_stacks(self) -> None:
+        """Show forwards the banks and stacks that are registered, in the last published state."""
+        store = self.kasmina
         for bank in self._banks():
             bank.layer = weakref.ref(self)
         scale = self.colony.loss_scale(store.loss_scale)
         tables = store.layer_tables(store.telemetry.probe(), scale)
         self._published = Published(self._banks(), tables)
 
+    def stacks_changed(self) -> bool:
+        """Do forwards read other stacks than those that are registered?"""
+        return not self._published.shows(self._banks())
+
     def reload(self) -> None:
         """Take the host's tables from the registered tensors: after these were loaded."""
         self.state.refresh_mirror()
         for bank in self._banks():
             bank.held = bank.slots.detach().cpu().clone()
+        if bool((self.state.stages == SeedLifecycle.TRAINING).any()):
+            self.colony.follow_scaler()
         self.publish()
 
     def _like(self) -> Tensor | None:

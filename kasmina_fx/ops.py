@@ -32,6 +32,7 @@ from torch import Tensor
 
 from kasmina_fx import physical
 from kasmina_fx._torch_compat import asks_for_shapes, in_backward
+from kasmina_fx.features import require_features
 from kasmina_fx.layout import ChunkLayout
 from kasmina_fx.tables import NOTES
 
@@ -56,6 +57,8 @@ def _blend(
     chunks: str,
     banks: str,
 ) -> tuple[Tensor, Tensor]:
+    layout = ChunkLayout.parse(chunks)
+    require_features(y, layout.feature_dim, layout.width)
     if not (asks_for_shapes(y) and y.is_contiguous()):
         return physical.blend(y, layer, seeds, positions, modes, trainees, params, chunks, banks)
     # A front end keeps the marker as it is: half of Dynamo's time would go into what is inside.
@@ -63,7 +66,7 @@ def _blend(
     for source in (*layer, *params):
         if source.requires_grad and not out.requires_grad:
             out = out + source.sum().to(out.dtype)
-    return out, out.new_zeros((NOTES, ChunkLayout.parse(chunks).num_seeds), dtype=torch.float32)
+    return out, out.new_zeros((NOTES, layout.num_seeds), dtype=torch.float32)
 
 
 def _observe(

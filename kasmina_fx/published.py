@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,6 +32,12 @@ class Published:
         self.modes = [bank.modes for bank in banks]
         self.trainees = [bank.trainees for bank in banks]
         self.params: list[Tensor] = [stack for bank in banks for stack in bank.tensors()]
+
+    def shows(self, banks: Sequence[Bank]) -> bool:
+        """Are the stacks those that are registered now?"""
+        registered = [stack for bank in banks for stack in bank.tensors()]
+        same = map(operator.is_, self.params, registered)
+        return len(self.params) == len(registered) and all(same)
 
     def with_alpha(self, alpha: Tensor) -> Published:
         """The same tables with other alphas."""

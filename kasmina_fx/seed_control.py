@@ -5,79 +5,22 @@ All is checked on the host before anything changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kasmina_fx import epochs, snapshots
-from kasmina_fx.bank import SMALLEST, Bank
-from kasmina_fx.blueprints import Blueprint
-from kasmina_fx.blueprints.registry import DEFAULT, lookup
-from kasmina_fx.blueprints.trial import register_for, why_unfit
-from kasmina_fx.chunk_manager import ChunkManager
-from kasmina_fx.colony import Colony
-from kasmina_fx.errors import InvalidType, UnknownBlueprint
-from kasmina_fx.features import Features
-from kasmina_fx.gate import GATE
+from kasmina_fx.blueprints.registry import lookup
+from kasmina_fx.blueprints.trial import why_unfit
+from kasmina_fx.errors import UnknownBlueprint
 from kasmina_fx.grafting.registry import strategy_number
 from kasmina_fx.lifecycle import GraftingStrategy, SeedLifecycle
 from kasmina_fx.seed_ids import SeedIds, as_seed_ids
-from kasmina_fx.seed_store import SeedStore
+from kasmina_fx.seed_room import SeedRoom
 from kasmina_fx.snapshots import Snapshot
-from kasmina_fx.staging import LOCK
-from kasmina_fx.state_tensor import StateTensor
-
-if TYPE_CHECKING:
-    from kasmina_fx.layer import KasminaLayer
 
 
-class SeedControl(nn.Module):
+class SeedControl(SeedRoom):
     """The part of a :class:`~kasmina_fx.KasminaLayer` that changes seeds."""
-
-    layer_id: str
-    kasmina: SeedStore
-    colony: Colony
-    _chunks: ChunkManager
-    _features: Features
-
-    @property
-    def state(self) -> StateTensor:
-        """The state of all seeds."""
-        return self.kasmina.state
-
-    @property
-    def num_seeds(self) -> int:
-        """Seeds of the layer."""
-        return self._chunks.num_chunks
-
-    def register_blueprint(
-        self, blueprint: str | Blueprint | Any, *, name: str | None = None
-    ) -> int:
-        """An id for one set of parameters (a chunk size) that all seeds using it share.
-
-        Args:
-            blueprint: A registered name, a factory ``chunk_size -> nn.Module``, a
-                :class:`Blueprint`, or a module (then only for the chunks that it fits; its values
-                are copied). Supported are modules that keep a chunk's shape and dtype, with buffers
-                that forward only reads.
-            name: Register it under this name too, for germinations that give each seed its own
-                copy.
-
-        Returns:
-            The id, 1 or more. Allocation waits for the first germination.
-
-        Raises:
-            InvalidBlueprint: It changes the shape or dtype, or writes to a buffer.
-            UnknownBlueprint: No such name.
-        """
-        sizes = dict.fromkeys(self._chunks.sizes)
-        kind = register_for(blueprint, name, sizes, self._features, self._like())
-        number = int(self.kasmina.take_ids(1))
-        self.kasmina.blueprints[number] = kind
-        return number
 
     def request_germination(
         self,
@@ -112,6 +55,8 @@ class SeedControl(nn.Module):
                     f"{self.layer_id}: blueprint {kind!r} does not fit seeds {ids.tolist()[:8]} "
                     f"with chunks of {size} features: {reason}"
                 )
+        if not len(ids):
+            return True
         with self.transaction():
             if bool((self.state.stages[ids] != SeedLifecycle.DORMANT).any()):
                 return False
@@ -134,7 +79,8 @@ class SeedControl(nn.Module):
                 grafting_strategy=strategy,
             )
             self.state.set_alpha(ids, 0.0)
-            self.kasmina.telemetry.forget_blueprints(ids)
+            telemetry = self.kasmina.telemetry
+            self.state.at_publication(lambda: telemetry.forget_blueprints(ids))
         return True
 
     def cancel_germination(self, seed_ids: SeedIds) -> bool:
@@ -202,82 +148,3 @@ class SeedControl(nn.Module):
             InvalidArgument: The snapshot is of another layout or lacks a seed.
         """
         snapshots.restore(self._as_layer(), snapshot, seed_ids, mark)
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All changes inside become visible at once, at the end; an exception undoes them all."""
-        with self.state.transaction():
-            before = {bank: bank.held for bank in self._banks()}
-            try:
-                yield
-            except BaseException:
-                for bank in self._banks():  # some of them newer than the transaction
-                    held = before.get(bank, bank.held[:0])
-                    bank.held = nn.functional.pad(held, (0, bank.capacity - len(held)))
-                raise
-
-    def _as_layer(self) -> KasminaLayer:
-        return self  # type: ignore[return-value]  # the only subclass is KasminaLayer
-
-    # Banks.
-
-    def _banks(self) -> list[Bank]:
-        return self.kasmina.bank_list()
-
-    def _like(self) -> Tensor | None:
-        """A floating-point tensor of the base: dtype and device of what grows beside it."""
-        raise NotImplementedError  # pragma: no cover
-
-    def _resolve(self, blueprint_id: int | str | None) -> tuple[int | None, str]:
-        """Id of a shared blueprint (None: a copy for each seed), and its name."""
-        if blueprint_id is None:
-            return None, DEFAULT
-        if isinstance(blueprint_id, str):
-            return None, lookup(blueprint_id).kind
-        if isinstance(blueprint_id, bool) or not isinstance(blueprint_id, int):
-            raise InvalidType(
-                f"{self.layer_id}: blueprint {blueprint_id!r}; give an id, a name or None"
-            )
-        kind = self.kasmina.blueprints.get(blueprint_id)
-        if kind is None:
-            known = sorted(self.kasmina.blueprints) or "none: call register_blueprint first"
-            raise UnknownBlueprint(
-                f"{self.layer_id}: no blueprint has the id {blueprint_id}; registered: {known}"
-            )
-        return blueprint_id, kind
-
-    def _start_growing(self, kind: str, shared: bool) -> None:
-        """Allocate the smallest banks for a blueprint that has none yet: once for the whole model.
-
-        Blueprints registered before are allocated with it, so that they cost no compile of their
-        own later.
-        """
-        if self.kasmina.has_bank(kind, shared):
-            return
-        self.colony.add(self._as_layer())
-        for layer in self.colony:
-            wanted = {(name, True) for name in layer.kasmina.blueprints.values()}
-            if not shared:
-                wanted.add((kind, False))
-            with LOCK, GATE.publication():
-                for name, is_shared in sorted(wanted):
-                    layer.allocate(name, shared=is_shared)
-                layer.publish()
-
-    def allocate(self, kind: str, *, shared: bool = False, capacity: int = SMALLEST) -> None:
-        """Banks for one blueprint in every run that it fits; those that exist are left alone."""
-        like, blueprint = self._like(), lookup(kind)
-        for index, run in enumerate(self._chunks.layout.runs):
-            if why_unfit(blueprint, run.size, self._features, like) is not None:
-                continue
-            bank = Bank(
-                kind,
-                index,
-                run,
-                shared=shared,
-                capacity=1 if shared else capacity,
-                dtype=torch.get_default_dtype() if like is None else like.dtype,
-                device=torch.device("cpu") if like is None else like.device,
-            )
-            if bank.key not in self.kasmina.banks:
-                self.kasmina.banks[bank.key] = bank

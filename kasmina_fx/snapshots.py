@@ -11,6 +11,7 @@ from torch import Tensor
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.seed_ids import SeedIds, as_seed_ids
+from kasmina_fx.staging import LOCK
 from kasmina_fx.state_tensor import COLUMN_NAMES
 
 if TYPE_CHECKING:
@@ -44,19 +45,21 @@ def take(layer: KasminaLayer, seed_ids: SeedIds | None = None) -> Snapshot:
     """See :meth:`KasminaLayer.snapshot`."""
     ids = _ids(layer, seed_ids)
     blueprints = {}
-    for seed in ids.tolist():
-        held = layer.bank_of(seed)
-        if held is not None:
-            bank, slot = held
-            blueprints[seed] = (bank.key, tuple(t[slot].detach().clone() for t in bank.tensors()))
-    return Snapshot(
-        layer.layer_id,
-        str(layer.kasmina.layout),
-        ids,
-        layer.state.rows[ids].clone(),
-        layer.state.alphas[ids].clone(),
-        blueprints,
-    )
+    with LOCK:  # one moment's
+        for seed in ids.tolist():
+            held = layer.bank_of(seed)
+            if held is not None:
+                bank, slot = held
+                tensors = tuple(t[slot].detach().clone() for t in bank.tensors())
+                blueprints[seed] = (bank.key, tensors)
+        return Snapshot(
+            layer.layer_id,
+            str(layer.kasmina.layout),
+            ids,
+            layer.state.rows[ids].clone(),
+            layer.state.alphas[ids].clone(),
+            blueprints,
+        )
 
 
 @torch.no_grad()
@@ -71,6 +74,8 @@ def restore(
             f"{layer.layer_id}: the snapshot is of chunks [{snapshot.layout}]; this layer has "
             f"[{layer.kasmina.layout}]"
         )
+    if snapshot.layer_id != layer.layer_id:
+        raise InvalidArgument(f"{layer.layer_id}: the snapshot is of {snapshot.layer_id}")
     ids = snapshot.seeds if seed_ids is None else _ids(layer, seed_ids)
     places = {seed: place for place, seed in enumerate(snapshot.seeds.tolist())}
     missing = [seed for seed in ids.tolist() if seed not in places]
@@ -81,10 +86,18 @@ def restore(
         )
     where = torch.tensor([places[seed] for seed in ids.tolist()], dtype=torch.int64)
     rows = snapshot.rows[where]
+    lost = {key for key, _ in snapshot.blueprints.values()} - layer.kasmina.banks.keys()
+    if lost:
+        raise InvalidArgument(f"{layer.layer_id}: the layer has no banks {sorted(lost)} any more")
     _refuse_strangers(layer, snapshot, ids, rows)
     store = layer.kasmina
     store.highest_id = max(store.highest_id, *rows[:, layer.state.BLUEPRINT_ID_IDX].tolist(), 0)
+    telemetry = store.telemetry
     with layer.transaction():
+        # What went wrong since is not the restored blueprint's fault.
+        layer.state.at_publication(lambda: telemetry.forget_blueprints(ids))
+        if bool((rows[:, layer.state.LIFECYCLE_STATE_IDX] == SeedLifecycle.TRAINING).any()):
+            layer.colony.follow_scaler()
         if mark:
             layer.state.advance(ids, SeedLifecycle.ROLLED_BACK)
             rows[:, layer.state.LIFECYCLE_STATE_IDX] = SeedLifecycle.ROLLED_BACK

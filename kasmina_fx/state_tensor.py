@@ -144,7 +144,11 @@ class StateTensor(StagedState):
 
     def batch_set_lifecycle_state(self, seed_ids: SeedIds, state: SeedLifecycle | int) -> None:
         """Put seeds into a stage, with no check of the transition; their epochs start again."""
-        self.set_rows(seed_ids, lifecycle_state=state, epochs_in_state=0)
+        ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
+        with self.transaction():
+            self.set_rows(ids, lifecycle_state=state, epochs_in_state=0)
+            if state in _LETS_GO:
+                self._enter(ids, SeedLifecycle(state))
 
     def set_blueprint(self, seed_id: int, blueprint_id: int, grafting_strategy: int = 0) -> None:
         """Name a seed's blueprint and strategy."""

@@ -3,8 +3,7 @@
 With networkx, on the graph of data flow:
 
 - nothing of the host reads what telemetry inserted, so statistics can't change the model's output;
-- a blend's inserted nodes reach the host through its one output, and read the host through the
-  marker's arguments;
+- the host reads one tensor of a blend, and a blend reads one tensor that the host computes with;
 - blend writes to nothing, telemetry to its own buffer alone;
 - every inserted node has a value and an origin.
 """
@@ -16,6 +15,7 @@ from typing import ClassVar
 
 import networkx as nx
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kasmina_fx.errors import RewriteError
@@ -46,6 +46,7 @@ class Verify(GraphPass):
             _check_values(flow)
             _check_writes(flow)
             _check_telemetry(flow)
+            _check_blends(flow)
         if self.strict:
             left = [(m.layer or m.node.name, _why(m.node, m.reason)) for m in find_matches(gm)]
             if left:
@@ -112,3 +113,30 @@ def _check_telemetry(flow: nx.DiGraph) -> None:
                 f"the host's {strangers[0].name} depends on telemetry's {node.name}: statistics "
                 "must not reach the model's output"
             )
+
+
+def _check_blends(flow: nx.DiGraph) -> None:
+    blends: dict[str, set[Node]] = {}
+    for node in _inserted_by(flow, "lower_blend"):
+        origin = origin_of(node)
+        assert origin is not None  # an inserted node
+        blends.setdefault(origin.marker, set()).add(node)
+    for marker, nodes in blends.items():
+        left = {n for n in nodes if any(_is_host(reader) for reader in flow.successors(n))}
+        outside = {s for node in nodes for s in flow.predecessors(node)} - nodes
+        read = {s for s in outside if isinstance(value_of(s), Tensor) and _host_computes(flow, s)}
+        for strangers, way in ((left, "the host reads"), (read, "it reads of the host")):
+            if len(strangers) > 1:
+                names = sorted(node.name for node in strangers)
+                raise RewriteError(f"blend {marker} is not isolated: {way} {names}, not one tensor")
+
+
+def _is_host(node: Node) -> bool:
+    return origin_of(node) is None
+
+
+def _host_computes(flow: nx.DiGraph, node: Node) -> bool:
+    """Is it a tensor of the host's, and not a table or a stack that blends alone read?"""
+    if node.op not in ("placeholder", "get_attr"):
+        return _is_host(node)
+    return any(_is_host(reader) for reader in flow.successors(node))

@@ -451,3 +451,18 @@ def test_integer_buffers_keep_their_dtype_and_floats_follow_the_host(dtype: torc
     flags = {name: t.requires_grad for name, t in bank.named_parameters()}
     assert flags == {"gain": True, "frozen": False, "powers": False, "floor": False}
     assert layer(torch.randn(2, 4, dtype=dtype)).dtype == dtype
+
+
+def test_a_stacked_form_that_changes_shape_or_dtype_is_refused() -> None:
+    class Narrow(Blueprint):
+        kind = "narrow"
+
+        def module(self, size: int) -> nn.Module:
+            return nn.Linear(size, size)
+
+        def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
+            return chunks.narrow(dim, 0, 1).double()
+
+    layer = KasminaLayer(nn.Linear(4, 6), 3)
+    with pytest.raises((InvalidBlueprint, UnknownBlueprint), match=r"its stacked\(\) turns"):
+        layer.register_blueprint(Narrow())

@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_fx import (
+    KasminaLayer,
     LayoutMismatch,
     SeedLifecycle,
     checkpoint,
@@ -939,3 +941,25 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new_file_whole(
     assert found["interrupted"] >= kills // 5, found  # else the kills have missed the writing
     assert kills < 100 or min(found["loaded"]) > 0, found
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_checkpoint_beside_a_busy_controller_is_of_one_moment(tmp_path: Path) -> None:
+    layer = KasminaLayer(nn.Linear(8, 64), 64, reserve=64)
+    done = threading.Event()
+
+    def control() -> None:
+        while not done.is_set():
+            with layer.transaction():
+                layer.reset(range(64))
+                layer.request_germination(range(64))
+                layer.advance(range(64), SeedLifecycle.TRAINING)
+
+    controller = threading.Thread(target=control)
+    controller.start()
+    try:
+        for _ in range(40):
+            checkpoint.save(layer, tmp_path / "model.ckpt")  # refuses a state that is torn
+    finally:
+        done.set()
+        controller.join()
+    checkpoint.load(layer, tmp_path / "model.ckpt")

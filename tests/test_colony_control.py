@@ -11,7 +11,7 @@ from graph_cases import TwoLayers, layer_of, wrapped
 from torch import nn
 
 import kasmina_fx
-from kasmina_fx import IllegalTransition, InvalidArgument, NoTargets
+from kasmina_fx import IllegalTransition, InvalidArgument, KasminaLayer, NoTargets
 from kasmina_fx.lifecycle import SeedLifecycle as S
 from kasmina_fx.testing import graft
 
@@ -166,3 +166,46 @@ def test_a_rollback_before_a_cull_in_one_transaction_writes_to_no_slot() -> None
         layer.rollback(snapshot)
         layer.advance(0, S.CULLED)
     assert layer.bank_of(0) is None
+
+
+def test_a_rollback_forgets_what_went_wrong_since() -> None:
+    layer = layer_of(_model(), "up")
+    graft(layer, [0], alpha=0.5)
+    snapshot = layer.snapshot([0])
+    for parameter in layer.blueprint_parameters():
+        nn.init.constant_(parameter, torch.nan)
+    for _ in range(5):
+        layer(torch.randn(4, 8))
+    layer.step_epoch()
+    assert layer.state.stages[0] == S.CULLED
+    layer.rollback(snapshot, [0], mark=False)
+    layer.step_epoch()
+    assert layer.state.stages[0] == S.GRAFTING
+
+
+def test_a_rollback_takes_a_snapshot_of_its_own_layer_alone() -> None:
+    up = layer_of(wrapped(TwoLayers(), seeds=4), "up")
+    graft(up, [0], "lora")
+    other = KasminaLayer(nn.Linear(8, 12), 4, layer_id="other")
+    with pytest.raises(InvalidArgument, match="other: the snapshot is of up"):
+        other.rollback(up.snapshot())
+    stranger = layer_of(wrapped(TwoLayers(), seeds=4), "up")
+    with pytest.raises(InvalidArgument, match=r"no banks \['lora_run0'\] any more"):
+        stranger.rollback(up.snapshot())
+    assert stranger.kasmina.highest_id == other.kasmina.highest_id == 0
+
+
+@pytest.mark.parametrize("way", ["load", "rollback"])
+def test_seeds_that_come_back_in_training_follow_the_scaler(way: str) -> None:
+    source = layer_of(_model(), "up")
+    source.request_germination(0)
+    source.advance(0, S.TRAINING)
+    snapshot = source.snapshot()
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    if way == "load":
+        layer = layer_of(_model(), "up")
+        layer.load_state_dict(source.state_dict())
+    else:
+        layer = source
+        layer.rollback(snapshot)
+    assert float(layer.loss_scale) == scaler.get_scale() == 16.0

@@ -37,6 +37,12 @@ def test_a_loss_that_rises_culls() -> None:
     assert not any(S.FOSSILIZED in step for step in decisions)
 
 
+def test_a_loss_below_zero_that_stays_is_no_harm() -> None:
+    _, decisions = _life([-1.0] * 16)
+    assert any(S.FOSSILIZED in step for step in decisions)
+    assert not any(S.CULLED in step for step in decisions)
+
+
 def test_the_sickest_germinate_first_and_no_more_than_the_pace() -> None:
     model, decisions = _life([1.0])
     assert S.GERMINATED in decisions[0]

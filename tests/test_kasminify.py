@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -864,3 +866,18 @@ def test_copied_models_load_into_themselves_and_not_into_the_original() -> None:
     with pytest.raises(LayoutMismatch):
         twin.load_state_dict(spoilt)
     assert _frozen(twin) == frozen
+
+
+def test_a_bad_dynamic_changes_nothing() -> None:
+    net = nn.Sequential(nn.Linear(4, 6))
+    with pytest.raises(InvalidType, match="dynamic='x'"):
+        kasmina_fx.kasminify(net, num_seeds=2, dynamic="x")  # type: ignore[arg-type]
+    assert type(net[0]) is nn.Linear
+
+
+def test_everything_public_is_there_after_one_import() -> None:
+    code = (
+        "import kasmina_fx as k; k.checkpoint.save, k.controllers.HealthController, "
+        "k.testing.assert_golden, k.reference.reference_mode, k.optim.sync, k.grafting"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

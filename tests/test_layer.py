@@ -1250,3 +1250,78 @@ def test_a_base_without_parameters_takes_the_default_dtype() -> None:
     assert {p.dtype for p in layer.blueprint_parameters()} == {torch.float64}
     assert layer.state.alpha.dtype == torch.float32
     assert layer(torch.randn(2, 12)).dtype == torch.float64
+
+
+def test_room_can_be_made_at_any_time() -> None:
+    layer = KasminaLayer(nn.Linear(4, 25), 8)  # two sizes of chunks
+    graft(layer, [0, 1], "affine", alpha=0.5)
+    x = torch.randn(3, 4)
+    before = layer(x)
+    layer.reserve(7, "affine")
+    layer.reserve(3, "affine")  # less than there is
+    layer.reserve(7)
+    assert torch.equal(layer(x), before)
+    held = list(layer.blueprint_parameters())
+    assert {len(stack) for stack in held} == {7}
+    graft(layer, range(2, 8), "affine")
+    assert all(a is b for a, b in zip(layer.blueprint_parameters(), held, strict=True))
+
+
+@pytest.mark.parametrize("slots", [0, -1, True, 2.0])
+def test_room_for_no_number_of_slots_is_refused(slots: Any) -> None:
+    layer = KasminaLayer(nn.Linear(4, 24), 8)
+    with pytest.raises(InvalidArgument, match=r"reserve\("):
+        layer.reserve(slots)
+    with pytest.raises(UnknownBlueprint):
+        layer.reserve(2, "no such")
+    assert not list(layer.blueprint_parameters())
+
+
+class Doubled(nn.Module):
+    """A base with 8 features, which its class does not tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x], -1)
+
+
+@pytest.mark.parametrize("telemetry", [True, False])
+@pytest.mark.parametrize(("sizes", "dim"), [([2, 2, 2], -1), ([4, 4], 2), ([4, 4], -3)])
+def test_an_output_other_than_described_is_refused(
+    sizes: list[int], dim: int, telemetry: bool
+) -> None:
+    layer = KasminaLayer(
+        Doubled(), len(sizes), chunk_sizes=sizes, feature_dim=dim, telemetry=telemetry
+    )
+    for seed in range(2):
+        with pytest.raises(InvalidArgument, match=r"shape \(8, 8\); its layer was made for"):
+            layer(torch.randn(8, 4))
+        graft(layer, [seed])
+    right = KasminaLayer(Doubled(), 2, chunk_sizes=[4, 4], feature_dim=-1, telemetry=telemetry)
+    graft(right, [1])
+    assert right(torch.randn(8, 4)).shape == (8, 8)
+
+
+@pytest.mark.parametrize("dim", ["x", True, 1.0])
+def test_a_feature_dim_is_a_number(dim: Any) -> None:
+    with pytest.raises(InvalidArgument, match="feature_dim="):
+        KasminaLayer(nn.Linear(4, 6), 3, feature_dim=dim)
+
+
+@pytest.mark.parametrize("sizes", [6, ["a"], [2.5, 3.5]])
+def test_chunk_sizes_are_numbers(sizes: Any) -> None:
+    with pytest.raises((InvalidArgument, InvalidType), match="chunk"):
+        KasminaLayer(nn.Linear(4, 6), 2, chunk_sizes=sizes)
+
+
+def test_a_blueprint_can_be_tried_on_a_dimension_far_back() -> None:
+    layer = KasminaLayer(nn.Linear(4, 6), 3, feature_dim=9)
+    layer.register_blueprint("affine")
+
+
+def test_a_refused_layer_has_not_moved_its_base() -> None:
+    base = nn.Linear(4, 6)
+    with pytest.raises(InvalidArgument):
+        ChunkedKasminaLayer(base, 7, device="meta")
+    assert base.weight.device.type == "cpu"
+    moved = ChunkedKasminaLayer(base, 6, device="meta")
+    assert {t.device.type for t in moved.state_dict().values() if torch.is_tensor(t)} == {"meta"}

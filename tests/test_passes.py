@@ -182,6 +182,23 @@ def test_verify_refuses_a_write_in_a_blend_and_to_the_host() -> None:
             Verify()(gm)
 
 
+def test_verify_refuses_a_blend_that_leaks_and_one_that_spies() -> None:
+    gm = rewrite(growing()).graph_module
+    inner = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.bmm.default)
+    out = gm.graph.output_node()
+    with gm.graph.inserting_before(out):
+        leak = gm.graph.call_function(torch.sum, (inner,))
+    out.args = ((*out.args[0], leak),)
+    with pytest.raises(RewriteError, match="not isolated: the host reads"):
+        Verify()(gm)
+    gm = rewrite(growing()).graph_module
+    inner = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.bmm.default)
+    x = next(n for n in gm.graph.find_nodes(op="placeholder") if value_of(n).shape == (3, 8))
+    inner.args = (x, inner.args[1])
+    with pytest.raises(RewriteError, match="not isolated: it reads of the host"):
+        Verify()(gm)
+
+
 def test_verify_refuses_an_inserted_node_without_a_value() -> None:
     gm = rewrite(growing()).graph_module
     node = next(n for n in gm.graph.nodes if origin_of(n) is not None)

@@ -22,10 +22,12 @@ from kasmina_fx import (
     InvalidArgument,
     InvalidType,
     KasminaError,
+    KasminaLayer,
     SeedLifecycle,
     StateTensor,
 )
 from kasmina_fx.lifecycle import BLENDED, HOLDS_BLUEPRINT, LEGAL
+from kasmina_fx.testing import graft
 
 S = SeedLifecycle
 LETS_GO = (S.DORMANT, S.CULLED, S.CANCELLED)
@@ -749,3 +751,13 @@ def test_changes_in_inference_mode_do_not_stick_to_it() -> None:
     assert not state.state_tensor.is_inference()
     assert not state.alpha.is_inference()
     assert state.stages.tolist() == [2, 0, 0]
+
+
+@pytest.mark.parametrize("stage", [SeedLifecycle.DORMANT, SeedLifecycle.CULLED])
+def test_a_stage_that_is_set_lets_go_as_one_that_is_reached(stage: SeedLifecycle) -> None:
+    layer = KasminaLayer(nn.Linear(4, 6), 3)
+    graft(layer, [0], alpha=0.5)
+    layer.state.set_lifecycle_state(0, stage)
+    assert layer.seeds[0].alpha == 0
+    assert (layer.seeds[0].blueprint_id == 0) == (stage is SeedLifecycle.DORMANT)
+    layer.load_state_dict(layer.state_dict())

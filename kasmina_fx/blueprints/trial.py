@@ -99,7 +99,7 @@ def _try(blueprint: Blueprint, size: int, features: Features, like: Tensor | Non
             if changed:
                 return f"a forward in train mode writes to its buffer {changed[0]!r}"
             pair = torch.stack([chunk, chunk]).unsqueeze(1)
-            blueprint.stacked(stacks, pair, features.dim - chunk.dim() * (features.dim >= 0))
+            made = blueprint.stacked(stacks, pair, features.dim - chunk.dim() * (features.dim >= 0))
     except Exception as error:  # whatever a user's module raises is the reason
         return f"{type(error).__name__}: {error}".splitlines()[0]
     if not isinstance(out, Tensor):
@@ -108,4 +108,9 @@ def _try(blueprint: Blueprint, size: int, features: Features, like: Tensor | Non
         return f"it turns shape {tuple(chunk.shape)} into {tuple(out.shape)}"
     if out.dtype != chunk.dtype:
         return f"it turns {chunk.dtype} into {out.dtype}"
+    if (made.shape, made.dtype) != (pair.shape, pair.dtype):
+        return (
+            f"its stacked() turns {pair.dtype} {tuple(pair.shape)} into {made.dtype} "
+            f"{tuple(made.shape)}"
+        )
     return None

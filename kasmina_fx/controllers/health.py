@@ -125,7 +125,7 @@ class HealthController(Controller):
     def _judge(self, name: str, stage: Tensor, epochs: Tensor, loss: float) -> Iterator[Decision]:
         due = _ids((stage == S.EVALUATING) & (epochs >= self.evaluate_epochs))
         then = {seed: self._loss_at_evaluation.pop((name, seed), loss) for seed in due}
-        good = [seed for seed in due if loss <= then[seed] * (1 + self.tolerance)]
+        good = [seed for seed in due if loss <= then[seed] + self.tolerance * abs(then[seed])]
         yield from self._advance(name, good, S.FINE_TUNING, f"{self.metric} is {loss:.4g}")
         bad = [seed for seed in due if seed not in good]
         yield from self._advance(name, bad, S.CULLED, f"{self.metric} rose to {loss:.4g}")
