@@ -172,7 +172,7 @@ class Bank(nn.Module):
 
     @torch.inference_mode(False)
     def publish(self, blueprint_ids: Tensor, stages: Tensor) -> None:
-        """Derive what the graph reads from the run's seeds, ``(n,)`` each; free what they let go."""
+        """Derive what the graph reads from the run's seeds, ``(n,)``; free what they let go."""
         slot = self.slot_of(torch.where(holds_blueprint(stages), blueprint_ids, 0))
         if not self.spec.shared:
             kept = torch.zeros(self.capacity, dtype=torch.bool)

@@ -17,8 +17,8 @@
     >>> kasmina_layers(fresh)["0"].state.get_state_distribution()
     {'DORMANT': 14, 'GERMINATED': 2}
 
-A file is what ``torch.save`` writes and ``torch.load(path, weights_only=True)`` reads, which runs no
-code, and behind it a hash: torch does not look at the checksums in its archives.
+A file is what ``torch.save`` writes and ``torch.load(weights_only=True)`` reads, which runs no code,
+and behind it a hash: torch does not look at the checksums in its archives.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def save(
 ) -> None:
     """Write a checkpoint; at every moment ``path`` is the old file or the new one, whole.
 
-    A file that is replaced keeps its permissions.
+    A replaced file keeps its permissions.
 
     Args:
         model: Compiled or not; its whole ``state_dict()`` is saved.
