@@ -17,8 +17,8 @@
     >>> kasmina_layers(fresh)["0"].state.get_state_distribution()
     {'DORMANT': 14, 'GERMINATED': 2}
 
-A file is what ``torch.save`` writes and ``torch.load(weights_only=True)`` reads, which runs no code,
-and behind it a hash: torch does not look at the checksums in its archives.
+A file is what ``torch.save`` writes and ``torch.load(weights_only=True)`` reads, which runs no
+code, and behind it a hash: torch does not look at the checksums in its archives.
 """
 
 from __future__ import annotations
