@@ -57,11 +57,9 @@ def save(
 ) -> None:
     """Write a checkpoint; at every moment ``path`` is the old file or the new one, whole.
 
-    A replaced file keeps its permissions.
-
     Args:
         model: Compiled or not; its whole ``state_dict()`` is saved.
-        path: Of the file, in a folder that exists.
+        path: Of the file, in a folder that exists; a file that is replaced keeps its permissions.
         optimizer: Saved with the names of its parameters in the model.
         metadata: Of None, bool, int, float, str, and lists and dicts of these with str keys.
 
