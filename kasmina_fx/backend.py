@@ -85,9 +85,12 @@ def split_options(
     Raises:
         UnknownOption, InvalidArgument: Says what is allowed.
     """
-    given = dict(options or {})
+    asked: Any = {} if options is None else options  # from callers without a type checker, anything
+    if not isinstance(asked, Mapping) or not all(isinstance(key, str) for key in asked):
+        raise InvalidArgument(f"options={options!r}: give a dict of names and values")
+    given = dict(asked)
     disabled = given.pop("disabled_passes", ())
-    if isinstance(disabled, str):
+    if isinstance(disabled, str) or not isinstance(disabled, Sequence):
         raise InvalidArgument(f"disabled_passes={disabled!r}: give a list of pass names")
     passes = passes_for(
         given.pop("lowering", "auto"), strict=bool(given.pop("strict", False)), disabled=disabled

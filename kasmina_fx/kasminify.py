@@ -81,13 +81,8 @@ def kasminify(
     >>> list(host_state_dict(net))
     ['0.weight', '0.bias', '2.weight', '2.bias']
     """
+    _check_arguments(model, num_seeds, filter_fn, config, dynamic)
     wanted = _checked_targets(targets)
-    if isinstance(num_seeds, bool) or not isinstance(num_seeds, int):
-        raise InvalidType(f"num_seeds={num_seeds!r}: give an int")
-    if num_seeds < 1:
-        raise InvalidArgument(f"num_seeds={num_seeds}: give at least 1")
-    if dynamic not in (None, True, False):
-        raise InvalidType(f"dynamic={dynamic!r}: give True, False or None")
     split_options(mode, options)
     plain: M = uncompiled(model)
     if any(isinstance(module, KasminaLayer) for module in plain.modules()):
@@ -182,6 +177,21 @@ def skipped_targets(model: nn.Module, targets: Sequence[type[nn.Module]]) -> dic
 
 def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, KasminaLayer)
+
+
+def _check_arguments(model: Any, num_seeds: Any, filter_fn: Any, config: Any, dynamic: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidType(f"kasminify({model!r}): give an nn.Module")
+    if isinstance(num_seeds, bool) or not isinstance(num_seeds, int):
+        raise InvalidType(f"num_seeds={num_seeds!r}: give an int")
+    if num_seeds < 1:
+        raise InvalidArgument(f"num_seeds={num_seeds}: give at least 1")
+    if filter_fn is not None and not callable(filter_fn):
+        raise InvalidType(f"filter_fn={filter_fn!r}: give a function (module, fqn) -> bool")
+    if not isinstance(config, SeedConfig | None):
+        raise InvalidType(f"config={config!r}: give a SeedConfig")
+    if dynamic not in (None, True, False):
+        raise InvalidType(f"dynamic={dynamic!r}: give True, False or None")
 
 
 def _checked_targets(targets: Any) -> tuple[type[nn.Module], ...]:

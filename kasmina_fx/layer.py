@@ -21,7 +21,7 @@ from kasmina_fx.blueprints.registry import DEFAULT
 from kasmina_fx.chunk_manager import ChunkManager, as_sizes
 from kasmina_fx.colony import Colony
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
-from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.errors import InvalidArgument, InvalidType
 from kasmina_fx.features import find_features
 from kasmina_fx.health import reports
 from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
@@ -94,6 +94,8 @@ class KasminaLayer(SeedControl):
         if isinstance(given, bool) or not isinstance(given, int) or given < 0:
             raise InvalidArgument(f"reserve={reserve!r}: give a number of slots, 0 or more")
         self._layout = str(self._chunks.layout)
+        if not isinstance(config, SeedConfig | None):
+            raise InvalidType(f"config={config!r}: give a SeedConfig")
         self.config = config or SeedConfig()
         self.base = base
         like = host_state.floating_tensor(base)

@@ -105,16 +105,17 @@ class LogicalSeed:
     def get_state(self) -> SeedState:
         """A snapshot of all of the above; one device copy."""
         figures, row, chunk = figures_of(self.layer), self.seed_id, self.chunk
+        seen = self.layer.state.get_seed_state(row)
         return SeedState(
             layer_id=self.layer.layer_id,
             seed_id=row,
             chunk_start=chunk.start,
             chunk_size=chunk.stop - chunk.start,
-            stage=self.stage,
-            blueprint_id=self.blueprint_id,
-            epochs_in_state=self.epochs_in_state,
-            grafting_strategy=strategies()[self.grafting_strategy].name,
-            alpha=self.alpha,
+            stage=SeedLifecycle(int(seen["lifecycle_state"])),
+            blueprint_id=int(seen["blueprint_id"]),
+            epochs_in_state=int(seen["epochs_in_state"]),
+            grafting_strategy=strategies()[int(seen["grafting_strategy"])].name,
+            alpha=float(seen["alpha"]),
             health=float(figures["health"][row]),
             error_count=int(figures["errors"][row]),
         )

@@ -74,7 +74,9 @@ class StagedState(Float32Module):
     @property
     def alphas(self) -> Tensor:
         """float32 ``(S,)`` on the CPU, not to be written to; after a ramp, one device copy."""
-        version = self._seen
+        return self._alphas_of(self._seen)
+
+    def _alphas_of(self, version: Version) -> Tensor:
         if version.alpha is not None:
             return version.alpha
         with LOCK:

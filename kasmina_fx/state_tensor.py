@@ -104,10 +104,11 @@ class StateTensor(StagedState):
     def get_seed_state(self, seed_id: int) -> dict[str, int | float]:
         """One row by column name, with ``alpha``."""
         row = int(as_seed_ids(seed_id, self.num_seeds, self.name))
+        version = self._seen  # once: another thread may publish the next
         columns: dict[str, int | float] = dict(
-            zip(COLUMN_NAMES, self.rows[row].tolist(), strict=True)
+            zip(COLUMN_NAMES, version.rows[row].tolist(), strict=True)
         )
-        return columns | {"alpha": float(self.alphas[row])}
+        return columns | {"alpha": float(self._alphas_of(version)[row])}
 
     def get_state_distribution(self) -> dict[str, int]:
         """Seeds in each stage that has any, by name."""

@@ -881,3 +881,39 @@ def test_everything_public_is_there_after_one_import() -> None:
         "k.testing.assert_golden, k.reference.reference_mode, k.optim.sync, k.grafting"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"filter_fn": 3},
+        {"config": "x"},
+        {"options": {1: 2}},
+        {"options": ["x"]},
+        {"options": {"disabled_passes": None}},
+    ],
+    ids=str,
+)
+def test_arguments_of_a_wrong_type_change_nothing(given: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Linear(4, 6))
+    with pytest.raises(KasminaError, match=r"give|disabled_passes"):
+        kasmina_fx.kasminify(net, num_seeds=2, **given)
+    assert type(net[0]) is nn.Linear
+
+
+def test_what_is_no_module_is_refused() -> None:
+    nothing: Any = 3
+    with pytest.raises(InvalidType, match=r"give an nn\.Module"):
+        kasmina_fx.kasminify(nothing)
+    with pytest.raises(InvalidType, match="give a SeedConfig"):
+        kasmina_fx.KasminaLayer(nn.Linear(4, 6), 2, config=nothing)
+
+
+def test_a_registered_blueprint_takes_no_other_name() -> None:
+    layer = kasmina_fx.KasminaLayer(nn.Linear(4, 6), 2)
+    with pytest.raises(InvalidArgument, match="keeps its name"):
+        layer.register_blueprint("lora", name="zz")
+    assert layer.register_blueprint("lora", name="lora") == 1
+    name: Any = 3
+    with pytest.raises(InvalidType, match="name=3"):
+        layer.register_blueprint(nn.Identity, name=name)

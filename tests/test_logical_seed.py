@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from typing import Any, Final
@@ -334,3 +335,29 @@ def test_alpha_after_a_ramp_is_what_is_processed_with() -> None:
         assert layer.seeds[0].alpha == alpha
         found = layer.seeds[0].process_chunk(layer.base(x)[:, :3])
         torch.testing.assert_close(found, layer(x)[:, :3])
+
+
+def test_a_snapshot_beside_a_busy_controller_is_of_one_moment() -> None:
+    layer = KasminaLayer(nn.Linear(8, 12), 4, reserve=4)
+    done = threading.Event()
+
+    def control() -> None:
+        while not done.is_set():
+            with layer.transaction():
+                layer.reset(0)
+                layer.request_germination(0)
+                layer.advance(0, S.TRAINING)
+                layer.advance(0, S.GRAFTING)
+                layer.set_alpha(0, 0.5)
+            layer.reset(0)
+
+    controller = threading.Thread(target=control)
+    controller.start()
+    try:
+        for _ in range(200):
+            seen, row = layer.seeds[0].get_state(), layer.state.get_seed_state(0)
+            assert (seen.stage is S.GRAFTING) == (seen.alpha == 0.5) == (seen.blueprint_id > 0)
+            assert (row["lifecycle_state"] == S.GRAFTING) == (row["alpha"] == 0.5)
+    finally:
+        done.set()
+        controller.join()

@@ -12,7 +12,7 @@ from kasmina_fx.blueprints.base import Blueprint
 from kasmina_fx.blueprints.builtin import BUILTINS
 from kasmina_fx.blueprints.from_module import ModuleBlueprint
 from kasmina_fx.blueprints.registry import lookup, register
-from kasmina_fx.errors import InvalidBlueprint, InvalidType
+from kasmina_fx.errors import InvalidArgument, InvalidBlueprint, InvalidType
 from kasmina_fx.features import Features, example_chunk
 
 _TRIED: dict[tuple[Any, ...], str | None] = {}
@@ -66,8 +66,12 @@ def register_for(
     Raises:
         InvalidBlueprint, UnknownBlueprint, InvalidType: Nothing was registered.
     """
+    if name is not None and not isinstance(name, str):
+        raise InvalidType(f"name={name!r}: give a string")
     if isinstance(blueprint, str):
         candidate = lookup(blueprint)
+        if name not in (None, candidate.kind):
+            raise InvalidArgument(f"name={name!r}: {blueprint!r} is registered, and keeps its name")
         require_fit(candidate, sizes, features, like)
         return candidate.kind
     if not callable(blueprint) and not isinstance(blueprint, Blueprint):
