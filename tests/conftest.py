@@ -16,6 +16,13 @@ settings.register_profile("kasmina_fx", deadline=None, max_examples=50)
 settings.load_profile("kasmina_fx")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Take the tracer off; pytest-cov's own marker does nothing in workers (pytest-cov 7.1)."""

@@ -409,7 +409,6 @@ def test_a_users_module_that_insists_on_a_size_costs_recompiles_and_stays_right(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_any_mix_of_seeds_on_cuda(compiler: str) -> None:
     model, x = mixed().double().cuda(), torch.randn(6, 8, dtype=torch.float64, device="cuda")

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.cudagraph_trees import get_manager
 
 import kasmina_fx
 from kasmina_fx import KasminaLayer, SeedConfig, kasmina_layers, kasminify
@@ -133,7 +135,6 @@ class MayWait(contextlib.AbstractContextManager[None]):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_life_on_cuda_waits_for_the_device_in_reports_alone() -> None:
     training = Training("kasmina", "cuda")
     training.step()
@@ -148,9 +149,9 @@ def test_a_life_on_cuda_waits_for_the_device_in_reports_alone() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graphs_give_the_same_numbers() -> None:
     found = []
+    counters.clear()
     for kwargs in ({}, {"mode": "reduce-overhead"}):
         torch._dynamo.reset()
         training = Training("kasmina", "cuda", reserve=256, **kwargs)
@@ -158,3 +159,7 @@ def test_cuda_graphs_give_the_same_numbers() -> None:
             pass
         found.append(torch.stack(training.losses).cpu())
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
+    assert not counters["inductor"]["cudagraph_skips"]
+    recorded = get_manager(0, create_if_none_exists=False)
+    assert recorded is not None
+    assert any(recorded.roots.values())

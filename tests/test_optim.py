@@ -840,7 +840,6 @@ def test_hooks_are_registered_once() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("fused", [True, False])
 def test_steps_and_growth_never_wait_for_the_device(fused: bool) -> None:
     model = growing().cuda()
