@@ -63,7 +63,7 @@ def in_use(layer: KasminaLayer, trait: str) -> bool:
 
 
 def _drift(layer: KasminaLayer) -> Tensor:
-    store, weight = layer.kasmina, layer._like()
+    store, weight = layer.kasmina, layer.host_weight()
     still = torch.zeros_like(store.loss_scale)
     if weight is None or not in_use(layer, "needs_drift"):
         store.reference_weight = None
@@ -91,5 +91,5 @@ def record_grad_norm(layer: KasminaLayer) -> None:
 
 
 def _host_gradient(layer: KasminaLayer) -> Tensor | None:
-    weight = layer._like()
+    weight = layer.host_weight()
     return None if weight is None or weight.grad is None else weight.grad.detach()

@@ -51,6 +51,12 @@ _KNOWN: Final[tuple[tuple[type[nn.Module], Callable[..., Features]], ...]] = (
 )
 
 
+def floating_tensor(module: nn.Module) -> Tensor | None:
+    """A floating-point tensor of a module: its dtype and device stand for the module's."""
+    tensors = (*module.parameters(), *module.buffers())
+    return next((t for t in tensors if t.dtype.is_floating_point), None)
+
+
 def find_features(base: nn.Module, feature_dim: int | None, total: int | None) -> Features:
     """Features of a base's output.
 

@@ -41,12 +41,6 @@ def attach(layer: nn.Module) -> None:
     layer.register_load_state_dict_post_hook(_after_load)
 
 
-def floating_tensor(module: nn.Module) -> Tensor | None:
-    """A floating-point tensor of a module: its dtype and device stand for the module's."""
-    tensors = (*module.parameters(), *module.buffers())
-    return next((t for t in tensors if t.dtype.is_floating_point), None)
-
-
 def check(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str) -> None:
     """Refuse entries that could not be this layer's; changes nothing.
 

@@ -22,7 +22,7 @@ from kasmina_fx.chunk_manager import ChunkManager, as_sizes
 from kasmina_fx.colony import Colony
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidArgument, InvalidType
-from kasmina_fx.features import find_features
+from kasmina_fx.features import find_features, floating_tensor
 from kasmina_fx.health import reports
 from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
 from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
@@ -98,7 +98,7 @@ class KasminaLayer(SeedControl):
             raise InvalidType(f"config={config!r}: give a SeedConfig")
         self.config = config or SeedConfig()
         self.base = base
-        like = host_state.floating_tensor(base)
+        like = floating_tensor(base)
         device = torch.device("cpu") if like is None else like.device
         self.kasmina = SeedStore(self._chunks, device, self.layer_id, self.config)
         self.set_telemetry(telemetry)
@@ -262,9 +262,6 @@ class KasminaLayer(SeedControl):
         if bool((self.state.stages == SeedLifecycle.TRAINING).any()):
             self.colony.follow_scaler()
         self.publish()
-
-    def _like(self) -> Tensor | None:
-        return host_state.floating_tensor(self.base)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated

@@ -151,10 +151,15 @@ def _(f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor) -> Tensor:
     return torch.empty_like(f)
 
 
+def _as(dtype: torch.dtype, values: Tensor) -> Tensor:
+    # Called for, .to() of the same dtype gives its input, which a schema may not say.
+    return values if values.dtype == dtype else values.to(dtype)
+
+
 def _save_errors(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     f, rows, trainees, loss_scale = inputs
     wide = torch.promote_types(torch.promote_types(f.dtype, rows.dtype), torch.float32)
-    error = take(f, trainees, trainees).to(wide) - take(rows, trainees, trainees).to(wide)
+    error = _as(wide, take(f, trainees, trainees)) - _as(wide, take(rows, trainees, trainees))
     ctx.save_for_backward(error, trainees, loss_scale)
 
 

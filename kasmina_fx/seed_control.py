@@ -49,7 +49,7 @@ class SeedControl(SeedRoom):
         strategy = strategy_number(grafting_strategy, self.layer_id)
         shared, kind = self._resolve(blueprint_id)
         for size in {self._chunks.sizes[seed] for seed in ids.tolist()}:
-            reason = why_unfit(lookup(kind), size, self._features, self._like())
+            reason = why_unfit(lookup(kind), size, self._features, self.host_weight())
             if reason is not None:
                 raise UnknownBlueprint(
                     f"{self.layer_id}: blueprint {kind!r} does not fit seeds {ids.tolist()[:8]} "

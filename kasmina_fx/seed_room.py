@@ -19,7 +19,7 @@ from kasmina_fx.blueprints.trial import register_for, require_fit, why_unfit
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.colony import Colony
 from kasmina_fx.errors import InvalidArgument, InvalidType, UnknownBlueprint
-from kasmina_fx.features import Features
+from kasmina_fx.features import Features, floating_tensor
 from kasmina_fx.gate import GATE
 from kasmina_fx.seed_store import SeedStore
 from kasmina_fx.staging import LOCK
@@ -33,6 +33,7 @@ class SeedRoom(nn.Module):
     """The part of a :class:`~kasmina_fx.KasminaLayer` that allocates."""
 
     layer_id: str
+    base: nn.Module
     kasmina: SeedStore
     colony: Colony
     _chunks: ChunkManager
@@ -69,7 +70,7 @@ class SeedRoom(nn.Module):
             UnknownBlueprint: No such name.
         """
         sizes = dict.fromkeys(self._chunks.sizes)
-        kind = register_for(blueprint, name, sizes, self._features, self._like())
+        kind = register_for(blueprint, name, sizes, self._features, self.host_weight())
         number = int(self.kasmina.take_ids(1))
         self.kasmina.blueprints[number] = kind
         return number
@@ -88,7 +89,7 @@ class SeedRoom(nn.Module):
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise InvalidArgument(f"{self.layer_id}: reserve({slots!r}): give 1 slot or more")
         kind = DEFAULT if blueprint is None else lookup(blueprint).kind
-        require_fit(lookup(kind), self._chunks.sizes, self._features, self._like())
+        require_fit(lookup(kind), self._chunks.sizes, self._features, self.host_weight())
         with self.transaction():
             self._start_growing(kind, shared=False)
             with GATE.publication():
@@ -122,9 +123,9 @@ class SeedRoom(nn.Module):
     def _banks(self) -> list[Bank]:
         return self.kasmina.bank_list()
 
-    def _like(self) -> Tensor | None:
-        """A floating-point tensor of the base: dtype and device of what grows beside it."""
-        raise NotImplementedError  # pragma: no cover
+    def host_weight(self) -> Tensor | None:
+        """A floating-point tensor of the base: its dtype and device are those of what grows."""
+        return floating_tensor(self.base)
 
     def _resolve(self, blueprint_id: int | str | None) -> tuple[int | None, str]:
         """Id of a shared blueprint (None: a copy for each seed), and its name."""
@@ -164,7 +165,7 @@ class SeedRoom(nn.Module):
 
     def allocate(self, kind: str, *, shared: bool = False, capacity: int = SMALLEST) -> None:
         """Banks for one blueprint in every run that it fits; those that exist are left alone."""
-        like, blueprint = self._like(), lookup(kind)
+        like, blueprint = self.host_weight(), lookup(kind)
         for index, run in enumerate(self._chunks.layout.runs):
             if why_unfit(blueprint, run.size, self._features, like) is not None:
                 continue

@@ -198,8 +198,15 @@ class Telemetry(Float32Module):
     def probe(self) -> Tensor:
         """A leaf float32 ``(S,)`` whose gradient accumulates in ``faults``."""
         leaf = torch.zeros_like(self.faults).requires_grad_()
-        leaf.grad = self.faults  # AccumulateGrad adds in place to a gradient that is there
+        leaf.grad = self.faults  # AccumulateGrad adds in place to a gradient that is there,
+        leaf.register_post_accumulate_grad_hook(self._keep)  # but not under create_graph
         return leaf
+
+    def _keep(self, leaf: Tensor) -> None:
+        """Where autograd has put another tensor in the place of ``faults``, take its values."""
+        if leaf.grad is not None and leaf.grad is not self.faults:
+            self.faults.copy_(leaf.grad.detach())
+            leaf.grad = self.faults
 
     def observe_every(self, steps: int) -> None:
         """Observe one step in so many from now on."""

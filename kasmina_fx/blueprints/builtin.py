@@ -5,6 +5,7 @@ All act on the feature dim alone: on a convolution's chunk they are 1x1 convolut
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -14,16 +15,16 @@ from torch.nn import functional as F
 from kasmina_fx.blueprints.base import Blueprint, as_rows, from_rows
 
 
-class PerFeature(nn.Module):
+class PerFeature(nn.Module, ABC):
     """Runs a module that takes features last on a chunk that may have them elsewhere."""
 
     def __init__(self, dim: int = -1) -> None:
         super().__init__()
         self.dim = dim
 
+    @abstractmethod
     def rows(self, x: Tensor) -> Tensor:
         """The function, features last."""
-        raise NotImplementedError(type(self).__name__)
 
     def forward(self, x: Tensor) -> Tensor:
         """``rows``, wherever the features are."""
