@@ -117,7 +117,7 @@ def _bank_of(layer: KasminaLayer, key: str, text: str, entries: Mapping[str, Any
     for bank in layer.kasmina.bank_list():
         if bank.key == key and bank.capacity == capacity:
             return bank
-    reason = why_unfit(lookup(spec.kind), run.size, layer._features, layer._like())
+    reason = why_unfit(lookup(spec.kind), run.size, layer._features, layer.host_weight())
     if reason is not None:
         raise ValueError(f"{_EXTRA}: {text} in chunks of {run.size} features: {reason}")
     return Bank(
