@@ -1,15 +1,17 @@
-"""What all tests share: a fixed seed, and a blueprint registry that a test may add to."""
+"""What all tests share: a fixed seed, and registries that a test may add to."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
-from kasmina_fx.blueprints import registry
+from kasmina_fx.blueprints import registry as blueprints
+from kasmina_fx.grafting import registry as grafting
 
 # Two slow cores: a deadline in milliseconds says nothing about the code.
 settings.register_profile("kasmina_fx", deadline=None, max_examples=50)
@@ -47,9 +49,22 @@ def _no_compiled_code() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_registry() -> Iterator[None]:
-    """Blueprints that a test registers are gone after it: their names are taken once a process."""
-    before = dict(registry._BY_KIND)
+def _own_registries() -> Iterator[None]:
+    """Blueprints and strategies that a test registers are gone after it: a name is taken once."""
+    kinds, strategies = dict(blueprints._BY_KIND), list(grafting._STRATEGIES)
     yield
-    registry._BY_KIND.clear()
-    registry._BY_KIND.update(before)
+    blueprints._BY_KIND.clear()
+    blueprints._BY_KIND.update(kinds)
+    grafting._STRATEGIES[:] = strategies
+
+
+@pytest.fixture
+def no_search_for_scalers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A seed that enters TRAINING looks through all objects there are: 0.1 s."""
+    monkeypatch.setattr("kasmina_fx.colony.live_grad_scalers", list)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a test may write a file of its own."""
+    return tmp_path / "net.pt"

@@ -71,10 +71,7 @@ PATHS[S.ROLLED_BACK] = (*WAY[:3], S.ROLLED_BACK)
 NO_EMBARGO: Final = SeedConfig(embargo_epochs=0)
 
 
-@pytest.fixture(autouse=True)
-def _no_search_for_scalers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A seed that enters TRAINING looks through all objects there are: 0.1 s."""
-    monkeypatch.setattr("kasmina_fx.colony.live_grad_scalers", list)
+pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
 
 
 def _name(stage: SeedLifecycle) -> str:

@@ -29,10 +29,7 @@ S = SeedLifecycle
 stages = pytest.mark.parametrize("stage", SeedLifecycle, ids=lambda stage: stage.name)
 
 
-@pytest.fixture(autouse=True)
-def _no_search_for_scalers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A seed that enters TRAINING looks through all objects there are: 0.1 s."""
-    monkeypatch.setattr("kasmina_fx.colony.live_grad_scalers", list)
+pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
 
 
 def _layer(base: nn.Module | None = None, **kwargs: Any) -> KasminaLayer:
