@@ -109,6 +109,5 @@ def example_chunk(features: Features, size: int, like: Tensor | None) -> Tensor:
     """Random values shaped like one chunk of ``size`` features, to try a blueprint on."""
     shape = [3] + [2] * (features.rank - 1)
     shape[features.dim] = size
-    if like is None:
-        return torch.randn(shape)
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
+    chunk = torch.randn(shape, device="cpu")  # a GPU's random numbers are the user's
+    return chunk if like is None else chunk.to(like.device, like.dtype)

@@ -103,7 +103,7 @@ def cull_faulty(layer: KasminaLayer, errors: Tensor) -> Tensor:
     FOSSILIZED seeds stay: nothing leads out of that stage but ``reset``.
     """
     state, limit = layer.state, layer.config.error_limit
-    nobody = torch.zeros(0, dtype=torch.int64)
+    nobody = torch.zeros(0, dtype=torch.int64, device="cpu")
     if limit is None or not bool((over := errors > limit).any()):
         return nobody
     with layer.transaction():

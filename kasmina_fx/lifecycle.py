@@ -92,7 +92,7 @@ class Role(IntEnum):
 
 
 def _table(members: frozenset[SeedLifecycle]) -> Tensor:
-    return torch.tensor([stage in members for stage in SeedLifecycle])
+    return torch.tensor([stage in members for stage in SeedLifecycle], device="cpu")
 
 
 _LEGAL_TABLE: Final = torch.stack([_table(LEGAL[stage]) for stage in SeedLifecycle])
@@ -103,7 +103,8 @@ _MODE_TABLE: Final = torch.tensor(
     [
         Mode.RECONSTRUCTS if s in RECONSTRUCTS else Mode.LEARNS if s in LEARNS_TASK else Mode.FROZEN
         for s in SeedLifecycle
-    ]
+    ],
+    device="cpu",
 )
 
 

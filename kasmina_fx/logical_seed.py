@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from kasmina_fx.blueprints.base import aside
 from kasmina_fx.blueprints.builtin import PerFeature
 from kasmina_fx.grafting.registry import strategies
 from kasmina_fx.health import figures_of
@@ -175,8 +176,9 @@ class LogicalSeed:
         held = self.layer.bank_of(self.seed_id)
         assert held is not None  # asked for by process_chunk alone
         bank, slot = held
-        with torch.random.fork_rng(devices=[]):  # its values don't matter: leave the user's seed
-            module: Any = bank.blueprint.module(bank.run.size).to(chunk.device)
+        with aside():  # its values don't matter
+            module: Any = bank.blueprint.module(bank.run.size)
+        module.to(chunk.device)
         module.train(self.layer.training)
         if isinstance(module, PerFeature):  # acts on features wherever they are
             module.dim = self.layer.chunks.feature_dim

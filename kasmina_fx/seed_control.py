@@ -62,6 +62,7 @@ class SeedControl(SeedRoom):
                 return False
             self._start_growing(kind, shared is not None)
             own = self.kasmina.take_ids(len(ids)) if shared is None else None
+            wanted = torch.tensor([shared], device="cpu") if own is None else own
             for bank in self._banks():
                 if bank.spec.kind != kind or bank.spec.shared != (shared is not None):
                     continue
@@ -69,12 +70,12 @@ class SeedControl(SeedRoom):
                 mine = (local >= 0) & (local < bank.run.count)
                 if own is not None:
                     bank.acquire(own[mine])
-                elif bool(mine.any()) and int(bank.slot_of(torch.tensor([shared]))) < 0:
-                    bank.acquire(torch.tensor([shared]))
+                elif bool(mine.any()) and int(bank.slot_of(wanted)) < 0:
+                    bank.acquire(wanted)
             self.state.set_rows(
                 ids,
                 lifecycle_state=SeedLifecycle.GERMINATED,
-                blueprint_id=own if own is not None else torch.tensor(shared),
+                blueprint_id=wanted,
                 epochs_in_state=0,
                 grafting_strategy=strategy,
             )
@@ -86,7 +87,7 @@ class SeedControl(SeedRoom):
     def cancel_germination(self, seed_ids: SeedIds) -> bool:
         """GERMINATED or TRAINING seeds become CANCELLED: all, or (False) none."""
         ids = as_seed_ids(seed_ids, self.num_seeds, self.layer_id)
-        early = torch.tensor([SeedLifecycle.GERMINATED, SeedLifecycle.TRAINING])
+        early = torch.tensor([SeedLifecycle.GERMINATED, SeedLifecycle.TRAINING], device="cpu")
         with self.transaction():
             if not bool(torch.isin(self.state.stages[ids], early).all()):
                 return False

@@ -40,7 +40,9 @@ def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
         given: Any = [seed_ids] if _is_single(seed_ids) else seed_ids
         ints = [_as_int(i, where) for i in given]
         # What int64 can't hold is outside as well.
-        ids = torch.tensor([max(-1, min(i, num_seeds)) for i in ints], dtype=torch.int64)
+        ids = torch.tensor(
+            [max(-1, min(i, num_seeds)) for i in ints], dtype=torch.int64, device="cpu"
+        )
     outside = ((ids < 0) | (ids >= num_seeds)).nonzero().flatten()
     if len(outside):
         first = int(outside[0])

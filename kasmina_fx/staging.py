@@ -51,8 +51,10 @@ class StagedState(Float32Module):
 
     def __init__(self, num_seeds: int) -> None:
         super().__init__()
-        self.register_buffer("state_tensor", torch.zeros(num_seeds, 4, dtype=torch.int32))
-        self.register_buffer("alpha", torch.zeros(num_seeds, dtype=torch.float32))
+        self.register_buffer(
+            "state_tensor", torch.zeros(num_seeds, 4, dtype=torch.int32, device="cpu")
+        )
+        self.register_buffer("alpha", torch.zeros(num_seeds, dtype=torch.float32, device="cpu"))
         self._committed = Version(self.state_tensor.clone(), self.alpha.clone())
         self._staged: Version | None = None
         self._owner = 0

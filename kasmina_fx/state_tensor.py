@@ -193,7 +193,7 @@ class StateTensor(StagedState):
             changes |= {"blueprint_id": 0, "grafting_strategy": 0}
         self.set_rows(ids, **changes)
         if to in _LETS_GO:
-            self._stage_alpha(ids, torch.zeros(len(ids)))
+            self._stage_alpha(ids, torch.zeros(len(ids), dtype=torch.float32, device="cpu"))
 
     def _illegal(self, seed: int, to: SeedLifecycle) -> IllegalTransition:
         now = SeedLifecycle(int(self.stages[seed]))
@@ -216,7 +216,7 @@ class StateTensor(StagedState):
         """
         ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
         try:
-            values = torch.as_tensor(alpha, dtype=torch.float32).detach().cpu()
+            values = torch.as_tensor(alpha, dtype=torch.float32, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError):
             raise InvalidType(f"{self.name}: alpha {alpha!r}; give a number or a tensor") from None
         if values.shape not in ((), (1,), (len(ids),)):
@@ -279,14 +279,14 @@ def _column(name: str, where: str) -> int:
 
 def _in_range(value: SeedLifecycle | int | Tensor, column: int, ids: Tensor, where: str) -> Tensor:
     """The values of a column as int32, one or one for each id."""
-    name, values = COLUMN_NAMES[column], torch.as_tensor(value)
+    name, values = COLUMN_NAMES[column], torch.as_tensor(value, device="cpu")
     if values.dtype.is_floating_point or values.dtype.is_complex:
         raise InvalidType(f"{where}: {name}={value!r}; give ints")
     if values.shape not in ((), (1,), (len(ids),)):
         raise InvalidArgument(
             f"{where}: {name} of shape {tuple(values.shape)} for {len(ids)} seeds"
         )
-    values = values.to("cpu", torch.int64)
+    values = values.to(torch.int64)
     wrong = values[(values < 0) | (values > _column_max()[column])]
     if wrong.numel():
         raise InvalidArgument(

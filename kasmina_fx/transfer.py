@@ -7,11 +7,12 @@ from torch import Tensor
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """A copy of a CPU tensor on ``device`` that no later write to ``table`` reaches.
+    """A copy of a tensor on ``device`` that no later write to ``table`` reaches.
 
-    In stream order, without a sync.
+    From the CPU in stream order, without a sync.
     """
-    if device.type == "cuda":  # pageable memory would make the copy wait for the device
+    if (table.device.type, device.type) == ("cpu", "cuda"):
+        # Pageable memory would make the copy wait for the device.
         return table.pin_memory().to(device, non_blocking=True)
     return table.to(device, copy=True)
 
@@ -20,7 +21,7 @@ def to_host(values: Tensor) -> Tensor:
     """A copy on the CPU. Waits for the work queued before it, and for nothing else."""
     if values.device.type != "cuda":
         return values.detach().to("cpu", copy=True)
-    here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    here = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
     here.copy_(values.detach(), non_blocking=True)
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(values.device))

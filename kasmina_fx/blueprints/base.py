@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,13 @@ class TensorSpec:
     shape: tuple[int, ...]
     trainable: bool
     dtype: torch.dtype | None = None
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Modules made inside lie on the CPU, and draw nothing from the user's random numbers."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        yield
 
 
 class Blueprint(ABC):
@@ -59,7 +67,7 @@ class Blueprint(ABC):
 
     def specs(self, size: int) -> tuple[TensorSpec, ...]:
         """The tensors of ``module(size)``: parameters, then buffers."""
-        with torch.random.fork_rng(devices=[]):  # asking for shapes must not move the user's seed
+        with aside():
             module = self.module(size)
         return tuple(
             TensorSpec(

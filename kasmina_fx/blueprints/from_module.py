@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from kasmina_fx.blueprints.base import Blueprint, TensorSpec
+from kasmina_fx.blueprints.base import Blueprint, TensorSpec, aside
 
 
 class ModuleBlueprint(Blueprint):
@@ -73,6 +72,6 @@ class ModuleBlueprint(Blueprint):
         """Specs and a module without values for ``functional_call``: made once, before tracing."""
         if size not in self._known:
             specs = super().specs(size)
-            with torch.random.fork_rng(devices=[]):
+            with aside():
                 self._known[size] = (specs, self.module(size).train(self._training).to("meta"))
         return self._known[size]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx.blueprints.base import Blueprint
+from kasmina_fx.blueprints.base import Blueprint, aside
 from kasmina_fx.blueprints.builtin import BUILTINS
 from kasmina_fx.blueprints.from_module import ModuleBlueprint
 from kasmina_fx.blueprints.registry import lookup, register
@@ -88,10 +88,10 @@ def register_for(
 
 
 def _try(blueprint: Blueprint, size: int, features: Features, like: Tensor | None) -> str | None:
-    with torch.random.fork_rng(devices=[]):  # asking must not move the user's seed
+    with aside():
         chunk = example_chunk(features, size, like)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), aside():
             module = blueprint.module(size)
             if not isinstance(module, nn.Module):
                 return f"its factory returned {type(module).__name__}, not an nn.Module"
