@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx.bank import SMALLEST, Bank, check_bank
+from kasmina_fx.bank import SMALLEST, Bank, bank_key, registered_name
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.blueprints.trial import why_unfit
 from kasmina_fx.errors import LayoutMismatch, UnknownBlueprint
-from kasmina_fx.layout import parse_banks
+from kasmina_fx.layout import ChunkLayout, parse_banks
 from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
 from kasmina_fx.seed_store import LAYOUT_VERSION
 from kasmina_fx.state_tensor import StateTensor
@@ -106,7 +106,7 @@ def _checked_extra(layer: KasminaLayer, entries: Mapping[str, Any]) -> dict[str,
 def _bank_of(layer: KasminaLayer, key: str, text: str, entries: Mapping[str, Any]) -> Bank:
     """The bank whose entries are under ``key``: the layer's, or one without data."""
     layout, prefix = layer.kasmina.layout, f"{_BANKS}{key}."
-    check_bank(key, text, layout, entries, prefix)
+    _check_bank(key, text, layout, entries, prefix)
     (spec,) = parse_banks(text)
     run, capacity = layout.runs[spec.run], len(entries[prefix + "slots"])
     least = 1 if spec.shared else SMALLEST
@@ -129,6 +129,27 @@ def _bank_of(layer: KasminaLayer, key: str, text: str, entries: Mapping[str, Any
         dtype=torch.get_default_dtype(),
         device=torch.device("meta"),
     )
+
+
+def _check_bank(
+    key: str, text: str, layout: ChunkLayout, entries: Mapping[str, Any], prefix: str
+) -> None:
+    """Refuse entries of a state dict, under ``prefix``, that could not be a bank of a layer.
+
+    Raises:
+        ValueError, KeyError, UnknownBlueprint: Says what does not fit.
+    """
+    (spec,) = parse_banks(text)
+    blueprint = lookup(spec.kind)
+    if spec.run >= len(layout.runs):
+        raise ValueError(f"{text} names run {spec.run}; the layer has {len(layout.runs)}")
+    slots, tensors = entries[prefix + "slots"], blueprint.specs(layout.runs[spec.run].size)
+    if key != bank_key(spec) or spec.num_params != len(tensors):
+        raise ValueError(f"{text} under {key!r}, of a blueprint with {len(tensors)} tensors")
+    for tensor in tensors:
+        shape = tuple(entries[prefix + registered_name(tensor.name)].shape)
+        if shape != (len(slots), *tensor.shape):
+            raise ValueError(f"{prefix}{tensor.name} has shape {shape}, {len(slots)} slots")
 
 
 def _check_tensors(layer: KasminaLayer, banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:

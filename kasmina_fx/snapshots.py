@@ -84,7 +84,7 @@ def restore(
             f"{layer.layer_id}: the snapshot does not hold seed {missing[0]}; it holds "
             f"{snapshot.seeds.tolist()[:8]}"
         )
-    where = torch.tensor([places[seed] for seed in ids.tolist()], dtype=torch.int64)
+    where = torch.tensor([places[seed] for seed in ids.tolist()], dtype=torch.int64, device="cpu")
     rows = snapshot.rows[where]
     lost = {key for key, _ in snapshot.blueprints.values()} - layer.kasmina.banks.keys()
     if lost:
@@ -109,7 +109,7 @@ def restore(
 
 def _refuse_strangers(layer: KasminaLayer, snapshot: Snapshot, ids: Tensor, rows: Tensor) -> None:
     """Refuse a private blueprint id that another seed has now."""
-    others = torch.ones(layer.num_seeds, dtype=torch.bool)
+    others = torch.ones(layer.num_seeds, dtype=torch.bool, device="cpu")
     others[ids] = False
     taken = layer.state.blueprint_ids.where(others & layer.state.holding, 0)
     for seed, number in zip(ids.tolist(), rows[:, layer.state.BLUEPRINT_ID_IDX], strict=True):
@@ -127,6 +127,8 @@ def _refuse_strangers(layer: KasminaLayer, snapshot: Snapshot, ids: Tensor, rows
 def _restore_blueprint(layer: KasminaLayer, snapshot: Snapshot, seed: int, row: Tensor) -> None:
     if seed not in snapshot.blueprints:
         return
+    from kasmina_fx.optim.growth import write_rows  # which imports layers
+
     key, values = snapshot.blueprints[seed]
     bank: Bank = layer.kasmina.banks[key]  # type: ignore[assignment]  # holds nothing but banks
     number = row[layer.state.BLUEPRINT_ID_IDX : layer.state.BLUEPRINT_ID_IDX + 1].long()
@@ -134,15 +136,15 @@ def _restore_blueprint(layer: KasminaLayer, snapshot: Snapshot, seed: int, row: 
         bank.acquire(number)
 
     def write() -> None:
-        slot = int(bank.slot_of(number))
-        if slot >= 0:  # the same transaction may have let go of it
+        where = bank.slot_of(number)
+        if int(where) >= 0:  # the same transaction may have let go of it
             for stack, value in zip(bank.tensors(), values, strict=True):
-                stack.data[slot] = value.to(stack.device, stack.dtype)
+                write_rows(stack, where, value.unsqueeze(0))
 
     layer.state.at_publication(write)
 
 
 def _ids(layer: KasminaLayer, seed_ids: SeedIds | None) -> Tensor:
     if seed_ids is None:
-        return torch.arange(layer.num_seeds)
+        return torch.arange(layer.num_seeds, device="cpu")
     return as_seed_ids(seed_ids, layer.num_seeds, layer.layer_id)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from kasmina_fx.bank import StackedParameter
 from kasmina_fx.optim import state
 from kasmina_fx.staging import LOCK
+from kasmina_fx.transfer import to_device
 
 if TYPE_CHECKING:
     from kasmina_fx.bank import Bank
@@ -60,6 +61,8 @@ def hand_over(old: StackedParameter, new: StackedParameter) -> None:
     Right away, not at their next step: a GradScaler looks for gradients before that.
     """
     new.optimizers, old.bank, old.successor = old.optimizers, None, new
+    if stepped_elsewhere(new):
+        new.fresh, new.late = old.fresh, old.late
     if old.requires_grad and new.requires_grad:
         # A backward of a forward before the growth is still to run, perhaps.
         old.register_post_accumulate_grad_hook(_pass_on)  # type: ignore[no-untyped-call]  # torch's
@@ -75,9 +78,10 @@ def after_load(before: Mapping[str, object], now: Mapping[str, object]) -> None:
     for name, stack in now.items():
         old = before.get(name)
         if isinstance(stack, StackedParameter):
-            stack.fresh = frozenset()
             if isinstance(old, StackedParameter) and old is not stack:
                 hand_over(old, stack)
+            stack.fresh = frozenset()
+            stack.late = ()
 
 
 @torch.no_grad()
@@ -124,6 +128,25 @@ def meet(optimizer: Optimizer, stack: StackedParameter) -> None:
     if optimizer not in stack.optimizers:
         state.clear(optimizer, stack, stack.fresh)
         stack.optimizers.add(optimizer)
+
+
+@torch.no_grad()
+def write_rows(stack: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Put ``rows`` into some slots (int64 on the CPU) of a stack.
+
+    Another thread's step that is under way may put back what it found there: its end writes again.
+    """
+    rows = rows.to(stack.device, stack.dtype)
+    # .data: a backward still to run reads no free slot, so its saved stacks stay valid.
+    stack.data.index_copy_(0, to_device(slots, stack.device), rows)
+    if isinstance(stack, StackedParameter) and stepped_elsewhere(stack):
+        stack.late = (*stack.late, (slots, rows))
+
+
+def stepped_elsewhere(stack: StackedParameter) -> bool:
+    """Is an optimizer of another thread in the middle of stepping the stack?"""
+    me = threading.get_ident()
+    return any(STEPPING.get(optimizer, me) != me for optimizer in list(stack.optimizers or ()))
 
 
 def clear_slots(bank: Bank, slots: Tensor) -> None:

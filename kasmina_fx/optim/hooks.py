@@ -24,6 +24,7 @@ from torch.optim.optimizer import (
 from kasmina_fx import epochs
 from kasmina_fx._torch_compat import live_grad_scalers
 from kasmina_fx.bank import Bank, StackedParameter
+from kasmina_fx.optim import state
 from kasmina_fx.optim.growth import (
     STEPPING,
     holds_stacks,
@@ -31,8 +32,10 @@ from kasmina_fx.optim.growth import (
     newest,
     replace_grown,
     stacks_of,
+    stepped_elsewhere,
 )
 from kasmina_fx.staging import LOCK
+from kasmina_fx.transfer import to_device
 
 if TYPE_CHECKING:
     from kasmina_fx.layer import KasminaLayer
@@ -42,12 +45,13 @@ _LOG: Final = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Kept:
-    """Rows of a stack that nothing may change, as they were before a step."""
+    """A stack before a step: who sat where, and the rows that nothing may change."""
 
     stack: StackedParameter
     where: Tensor  # int64 (n,)
     rows: Tensor  # (n, ...)
-    slots: Tensor  # the bank's table then: who sat there
+    slots: Tensor  # the bank's table
+    held: Tensor  # the same on the CPU
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,13 @@ def _end(optimizer: Optimizer) -> None:
         STEPPING.pop(optimizer, None)
         for kept in step.kept:
             _write_back(kept)
+        outgrown = {id(p) for p in stacks_of(optimizer) if p.successor is not None}
+        for kept in step.kept:
+            if id(kept.stack) in outgrown:
+                _write_on(kept)
         replace_grown(optimizer)
+        for stack in stacks_of(optimizer):
+            _write_late(optimizer, stack)
     for layer, made in step.ramps.items():
         if layer.config.ramp_every == "step" and _RAMPED.get(layer, 0) == made:
             epochs.step_ramp(layer)
@@ -127,13 +137,15 @@ def _end(optimizer: Optimizer) -> None:
 
 def _keep(stack: StackedParameter) -> _Kept | None:
     bank = _bank_of(stack)
-    if bank is None or not len(bank.frozen_slots):
+    if bank is None:
         return None
     rows = stack.detach().index_select(0, bank.frozen_slots)
-    return _Kept(stack, bank.frozen_slots, rows, bank.slots)
+    return _Kept(stack, bank.frozen_slots, rows, bank.slots, bank.held)
 
 
 def _write_back(kept: _Kept) -> None:
+    if not len(kept.where):
+        return
     stack = newest(kept.stack)
     bank, rows = _bank_of(stack), kept.rows
     if bank is not None and bank.slots is not kept.slots:
@@ -143,6 +155,29 @@ def _write_back(kept: _Kept) -> None:
         now = stack.detach().index_select(0, kept.where)
         rows = torch.where(same.view(-1, *[1] * (rows.dim() - 1)), rows, now)
     stack.data.index_copy_(0, kept.where, rows)
+
+
+# What another thread did meanwhile.
+
+
+def _write_on(kept: _Kept) -> None:
+    """The step went on with a stack after a larger one took its place: hand its rows on."""
+    stack = newest(kept.stack)
+    bank = _bank_of(stack)
+    if bank is None:
+        return
+    same = (kept.held > 0) & (bank.held[: len(kept.held)] == kept.held)
+    where = to_device(same.nonzero().flatten(), stack.device)
+    stack.data.index_copy_(0, where, kept.stack.detach().index_select(0, where))
+
+
+def _write_late(optimizer: Optimizer, stack: StackedParameter) -> None:
+    """Seeds that germinated or went back during the step start from what they were given."""
+    for slots, rows in stack.late:
+        stack.data.index_copy_(0, to_device(slots, stack.device), rows)
+    if not stepped_elsewhere(stack):
+        stack.late = ()
+    state.clear(optimizer, stack, stack.fresh)
 
 
 # Layers.

@@ -63,7 +63,7 @@ def clear(optimizer: Optimizer, stack: Tensor, slots: Collection[int]) -> None:
     state = optimizer.state.get(stack)
     if not state or not slots:
         return
-    where = to_device(torch.tensor(sorted(slots)), stack.device)
+    where = to_device(torch.tensor(sorted(slots), device="cpu"), stack.device)
     group = group_of(optimizer, stack)
     for name, value in state.items():
         if has_rows(name, value, stack):
