@@ -8,7 +8,7 @@ table and the state tensor, on the host, and published as new tensors.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kasmina_fx._torch_compat import mark_dynamic
 from kasmina_fx.blueprints import Blueprint, lookup
-from kasmina_fx.layout import BankSpec, ChunkLayout, Run, parse_banks
+from kasmina_fx.layout import BankSpec, Run
 from kasmina_fx.lifecycle import Mode, holds_blueprint, modes, runs
 from kasmina_fx.tables import BankTables
 from kasmina_fx.transfer import to_device
@@ -38,13 +38,15 @@ class StackedParameter(nn.Parameter):
         bank: Whose stack it is; None once a larger one has taken its place.
         successor: That larger one.
         optimizers: Those that have state of it.
-        fresh: Slots given to new seeds since an optimizer last stepped it.
+        fresh: Slots given to new seeds since an optimizer last began to step it.
+        late: Rows (slots, values) written while another thread's optimizer was stepping it.
     """
 
     bank: weakref.ref[Bank] | None = None
     successor: StackedParameter | None = None
     optimizers: weakref.WeakSet[torch.optim.Optimizer] | None = None
     fresh: frozenset[int] = frozenset()
+    late: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Rebuilt as what it is: torch would make a plain Parameter of it."""
@@ -85,7 +87,7 @@ class Bank(nn.Module):
         self.run, self._dtype = run, dtype
         self.tensor_specs = self.blueprint.specs(run.size)
         self.spec = BankSpec(kind, run_index, shared, len(self.tensor_specs))
-        self.held = torch.zeros(0, dtype=torch.int64)  # the host's copy of ``slots``
+        self.held = torch.zeros(0, dtype=torch.int64, device="cpu")  # the host's copy of ``slots``
         self.register_buffer("slots", torch.zeros(0, dtype=torch.int64, device=device))
         for name in BankTables._fields:
             empty = torch.empty(0, dtype=torch.int64, device=device)
@@ -93,7 +95,7 @@ class Bank(nn.Module):
         self.frozen_slots = empty  # slots whose parameters nothing may change
         self.layer: weakref.ref[KasminaLayer] | None = None  # set by its publish()
         self.grow(capacity)
-        self.publish(*torch.zeros(2, run.count, dtype=torch.int64))
+        self.publish(*torch.zeros(2, run.count, dtype=torch.int64, device="cpu"))
 
     @property
     def capacity(self) -> int:
@@ -103,7 +105,7 @@ class Bank(nn.Module):
     @property
     def key(self) -> str:
         """Name in its layer: ``mlp_run0``, ``mlp_shared_run0``."""
-        return _key(self.spec)
+        return bank_key(self.spec)
 
     def tensors(self) -> list[Tensor]:
         """The registered stacks, in the order of the blueprint's specs."""
@@ -119,7 +121,7 @@ class Bank(nn.Module):
 
         device, used = self.slots.device, self.capacity
         for spec in self.tensor_specs:
-            name = _registered(spec.name)
+            name = registered_name(spec.name)
             old = self._parameters.get(name)
             dtype = spec.dtype or (self._dtype if old is None else old.dtype)
             fresh = torch.zeros(capacity, *spec.shape, dtype=dtype, device=device)
@@ -129,7 +131,7 @@ class Bank(nn.Module):
             if isinstance(old, StackedParameter):
                 hand_over(old, stack)
             self.register_parameter(name, stack)
-        held = torch.zeros(capacity, dtype=torch.int64)
+        held = torch.zeros(capacity, dtype=torch.int64, device="cpu")
         slots = torch.zeros(capacity, dtype=torch.int64, device=device)
         held[:used], slots[:used] = self.held, self.slots[:used]
         self.held, self.slots = held, slots
@@ -140,7 +142,7 @@ class Bank(nn.Module):
         """Give each blueprint id (int64 ``(n,)``) a free slot with fresh parameters."""
         if not len(ids):
             return
-        from kasmina_fx.optim.growth import clear_slots  # which imports this module
+        from kasmina_fx.optim.growth import clear_slots, write_rows  # which imports this module
 
         free = (self.held == 0).nonzero().flatten()
         if len(free) < len(ids):
@@ -151,11 +153,10 @@ class Bank(nn.Module):
             free = (self.held == 0).nonzero().flatten()
         taken = free[: len(ids)]
         self.held = self.held.index_put((taken,), ids)  # a transaction may need the old table
-        where = to_device(taken, self.slots.device)
-        fresh = self.blueprint.initial(self.run.size, len(ids))
+        with torch.device("cpu"):  # whatever the default is: drawn from one generator everywhere
+            fresh = self.blueprint.initial(self.run.size, len(ids))
         for stack, values in zip(self.tensors(), fresh, strict=True):
-            # .data: a backward still to run reads no free slot, so its saved stacks stay valid.
-            stack.data[where] = to_device(values.to(stack.dtype), stack.device)
+            write_rows(stack, taken, to_device(values.to(stack.dtype), stack.device))
         clear_slots(self, taken)
 
     def give_back(self, held: Tensor) -> None:
@@ -171,17 +172,22 @@ class Bank(nn.Module):
         return torch.where((self.held[slots] == ids) & (ids > 0), slots, -1)
 
     @torch.inference_mode(False)
-    def publish(self, blueprint_ids: Tensor, stages: Tensor) -> None:
-        """Derive what the graph reads from the run's seeds, ``(n,)``; free what they let go."""
+    def publish(self, blueprint_ids: Tensor, stages: Tensor, pad: bool = False) -> None:
+        """Derive what the graph reads from the run's seeds, ``(n,)``; free what they let go.
+
+        ``pad``: as of :class:`~kasmina_fx.SeedConfig`.
+        """
+        round_up = _power_of_two if pad else int
         slot = self.slot_of(torch.where(holds_blueprint(stages), blueprint_ids, 0))
         if not self.spec.shared:
-            kept = torch.zeros(self.capacity, dtype=torch.bool)
+            kept = torch.zeros(self.capacity, dtype=torch.bool, device="cpu")
             kept[slot[slot >= 0]] = True
             self.held = torch.where(kept, self.held, 0)
-        seeds, positions = self._seat(torch.where(runs(stages), slot, -1))
+        seeds, positions = self._seat(torch.where(runs(stages), slot, -1), round_up)
         does = torch.where(seeds >= 0, modes(stages)[seeds.clamp_min(0)], Mode.FROZEN)
         trainees = (does.view(-1) == Mode.RECONSTRUCTS).nonzero().flatten()
-        trainees = nn.functional.pad(trainees, (0, max(0, SMALLEST - len(trainees))), value=-1)
+        places = round_up(max(SMALLEST, len(trainees)))
+        trainees = nn.functional.pad(trainees, (0, places - len(trainees)), value=-1)
         frozen = self.held > 0
         frozen[: len(does)] &= (does == Mode.FROZEN).all(1)
         device = self.slots.device
@@ -196,26 +202,28 @@ class Bank(nn.Module):
         """What the graph reads."""
         return BankTables(self.seeds, self.positions, self.modes, self.trainees)
 
-    def _seat(self, slot: Tensor) -> tuple[Tensor, Tensor]:
+    def _seat(self, slot: Tensor, round_up: Callable[[int], int]) -> tuple[Tensor, Tensor]:
         """Places for the seeds from their slots (``(n,)``, -1 for none): two inverse maps.
 
         Returns:
             ``seeds`` ``(K, M)``, which seed sits at slot k, place m, and ``positions`` ``(n,)``,
             ``k * M + m``; -1 for none in both. K is the highest slot in use and M the most seeds
-            that share one, each at least the smallest size that may grow.
+            that share one, each at least the smallest size that may grow, rounded up.
         """
         used = int(self.held.nonzero().max()) + 1 if bool(self.held.any()) else 0
-        height, width = max(used, min(SMALLEST, self.capacity)), 1
+        height = min(self.capacity, round_up(max(used, SMALLEST)))
+        width = 1
         inside = (slot >= 0).nonzero().flatten()
         inside = inside[slot[inside].argsort(stable=True)]
         rows = slot[inside]
         rank = torch.zeros_like(rows)
         if self.spec.shared:
             sizes = torch.bincount(rows, minlength=height)
-            width = max(SMALLEST, int(sizes.max()))
-            rank = torch.arange(len(rows)) - (sizes.cumsum(0) - sizes)[rows]
+            width = round_up(max(SMALLEST, int(sizes.max())))
+            rank = torch.arange(len(rows), device="cpu") - (sizes.cumsum(0) - sizes)[rows]
         places = rows * width + rank
-        seeds = torch.full((height * width,), -1, dtype=torch.int64).index_put((places,), inside)
+        seeds = torch.full((height * width,), -1, dtype=torch.int64, device="cpu")
+        seeds = seeds.index_put((places,), inside)
         positions = torch.full_like(slot, -1).index_put((inside,), places)
         return seeds.view(height, width), positions
 
@@ -269,31 +277,17 @@ class Bank(nn.Module):
         return state | {"layer": None}
 
 
-def check_bank(
-    key: str, text: str, layout: ChunkLayout, entries: Mapping[str, Any], prefix: str
-) -> None:
-    """Refuse entries of a state dict, under ``prefix``, that could not be a bank of a layer.
-
-    Raises:
-        ValueError, KeyError, UnknownBlueprint: Says what does not fit.
-    """
-    (spec,) = parse_banks(text)
-    blueprint = lookup(spec.kind)
-    if spec.run >= len(layout.runs):
-        raise ValueError(f"{text} names run {spec.run}; the layer has {len(layout.runs)}")
-    slots, tensors = entries[prefix + "slots"], blueprint.specs(layout.runs[spec.run].size)
-    if key != _key(spec) or spec.num_params != len(tensors):
-        raise ValueError(f"{text} under {key!r}, of a blueprint with {len(tensors)} tensors")
-    for tensor in tensors:
-        shape = tuple(entries[prefix + _registered(tensor.name)].shape)
-        if shape != (len(slots), *tensor.shape):
-            raise ValueError(f"{prefix}{tensor.name} has shape {shape}, {len(slots)} slots")
+def _power_of_two(size: int) -> int:
+    """The smallest that is no less than ``size``, 1 or more."""
+    return 1 << (size - 1).bit_length()
 
 
-def _key(spec: BankSpec) -> str:
+def bank_key(spec: BankSpec) -> str:
+    """Name of a bank in its layer."""
     return f"{spec.kind}{'_shared' if spec.shared else ''}_run{spec.run}"
 
 
-def _registered(name: str) -> str:
+def registered_name(name: str) -> str:
+    """Of a stack in its bank, from the tensor's name in the blueprint's module."""
     # A parameter's name can't contain a dot; '/' reads the same and can't occur in one.
     return name.replace(".", "/")

@@ -23,6 +23,10 @@ class SeedConfig:
         embargo_epochs: Epochs that a culled seed rests before it becomes DORMANT, 0 or more.
         error_limit: A seed whose blueprint yielded NaN or Inf in more steps than this is culled at
             the next report or ``step_epoch()``; None never culls.
+        pad: Round the sizes of the tables that graphs read up to powers of two, at most the bank's
+            capacity: a CUDA graph is recorded anew for every shape, and then a life has few. Empty
+            places run too, fewer than are in use. None: where :func:`kasmina_fx.kasminify` compiles
+            with CUDA graphs (``mode="reduce-overhead"``, ``"max-autotune"``).
 
     Raises:
         InvalidArgument: A value outside what is allowed.
@@ -32,6 +36,7 @@ class SeedConfig:
     ramp_every: str = "epoch"
     embargo_epochs: int = DEFAULT_EMBARGO
     error_limit: int | None = 3
+    pad: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse values outside what is allowed."""
@@ -44,6 +49,8 @@ class SeedConfig:
         _check_count("embargo_epochs", self.embargo_epochs)
         if self.error_limit is not None:
             _check_count("error_limit", self.error_limit)
+        if self.pad not in (None, True, False):
+            raise InvalidArgument(f"pad={self.pad!r}: give True, False or None")
 
 
 @dataclass(frozen=True)

@@ -140,10 +140,16 @@ def _report(
         seeds=layer.num_seeds,
         blended=int(layer.state.blended.sum()),
         layout=str(layer.chunks.layout),
-        slots={b.key: f"{int((b.held > 0).sum())}/{b.capacity}" for b in banks},
+        slots={b.key: _slots(b, layer) for b in banks},
         bytes=sum(t.nbytes for b in banks for t in (*b.tensors(), *b.tables())),
         flops=sum(2 * rows * b.seeds.numel() * _multiplies(b) for b in banks),
     )
+
+
+def _slots(bank: Bank, layer: KasminaLayer) -> str:
+    """In use / allocated; and how many run, where tables are padded for CUDA graphs."""
+    running = f" (padded to {len(bank.seeds)})" if layer.config.pad else ""
+    return f"{int((bank.held > 0).sum())}/{bank.capacity}{running}"
 
 
 def _multiplies(bank: Bank) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import torch
@@ -83,7 +84,9 @@ def kasminify(
     """
     _check_arguments(model, num_seeds, filter_fn, config, dynamic)
     wanted = _checked_targets(targets)
-    split_options(mode, options)
+    _, patches = split_options(mode, options)
+    if patches.get("triton.cudagraphs") and (config is None or config.pad is None):
+        config = replace(config or SeedConfig(), pad=True)
     plain: M = uncompiled(model)
     if any(isinstance(module, KasminaLayer) for module in plain.modules()):
         return model

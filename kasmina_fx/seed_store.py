@@ -37,6 +37,7 @@ class SeedStore(Float32Module):
             chunks.num_chunks, device, name=name, embargo_epochs=config.embargo_epochs
         )
         self.telemetry = Telemetry(chunks.num_chunks, device)
+        self.pads = bool(config.pad)
         self.banks = nn.ModuleDict()
         one = torch.ones((), dtype=torch.float32, device=device)
         idle = torch.zeros(chunks.num_chunks, dtype=torch.int64, device=device)
@@ -61,7 +62,7 @@ class SeedStore(Float32Module):
         used = [self.highest_id, int(self.state.blueprint_ids.max()), *self.blueprints]
         used += [int(bank.held.max()) for bank in self.bank_list()]
         self.highest_id = max(used) + count
-        return torch.arange(count) + max(used) + 1
+        return torch.arange(count, device="cpu") + max(used) + 1
 
     def layer_tables(self, faults: Tensor, loss_scale: Tensor) -> LayerTables:
         """What the graph reads of the layer as a whole."""
@@ -74,7 +75,7 @@ class SeedStore(Float32Module):
         stages, ids = self.state.stages, self.state.blueprint_ids
         for bank in self.bank_list():
             seeds = slice(bank.run.first_seed, bank.run.first_seed + bank.run.count)
-            bank.publish(ids[seeds], stages[seeds])
+            bank.publish(ids[seeds], stages[seeds], self.pads)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What tensors can't say: the layout, the shared blueprints and the banks."""

@@ -29,10 +29,12 @@ RAMP = 4
 class Training:
     """A training loop that knows nothing of seeds."""
 
-    def __init__(self, compiler: str, device: str = "cpu", **kwargs: Any) -> None:
+    def __init__(
+        self, compiler: str, device: str = "cpu", *, pad: bool | None = None, **kwargs: Any
+    ) -> None:
         torch.manual_seed(0)
         host = nn.Sequential(nn.Linear(8, SEEDS), nn.GELU(), nn.Linear(SEEDS, 4)).to(device)
-        config = SeedConfig(grafting=GraftingConfig(fixed_steps=RAMP), embargo_epochs=1)
+        config = SeedConfig(GraftingConfig(fixed_steps=RAMP), embargo_epochs=1, pad=pad)
         self.model = kasminify(
             host, num_seeds=SEEDS, filter_fn=lambda m, name: name == "0", config=config,
             compile=compiler == "kasmina", **kwargs,
@@ -111,9 +113,12 @@ def live(training: Training, *, reports: contextlib.AbstractContextManager[Any])
     training.step()
 
 
+@pytest.mark.parametrize("pad", [False, True], ids=["exact", "padded"])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("kasmina", marks=pytest.mark.slow)])
-def test_a_life_through_all_stages_compiles_nothing_but_the_growing_graph(compiler: str) -> None:
-    training = Training(compiler)
+def test_a_life_through_all_stages_compiles_nothing_but_the_growing_graph(
+    compiler: str, pad: bool
+) -> None:
+    training = Training(compiler, pad=pad)
     training.step()
     life = live(training, reports=contextlib.nullcontext())
     next(life)  # the first germination: the growing graph
@@ -152,9 +157,9 @@ def test_a_life_on_cuda_waits_for_the_device_in_reports_alone() -> None:
 def test_cuda_graphs_give_the_same_numbers() -> None:
     found = []
     counters.clear()
-    for kwargs in ({}, {"mode": "reduce-overhead"}):
+    for mode in (None, "reduce-overhead"):
         torch._dynamo.reset()
-        training = Training("kasmina", "cuda", reserve=256, **kwargs)
+        training = Training("kasmina", "cuda", reserve=256, mode=mode)
         for _ in live(training, reports=contextlib.nullcontext()):
             pass
         found.append(torch.stack(training.losses).cpu())
