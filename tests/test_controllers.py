@@ -7,7 +7,9 @@ import torch
 from graph_cases import TwoLayers, wrapped
 from torch import nn
 
+import kasmina_fx
 from kasmina_fx import GraftingConfig, InvalidArgument, NoTargets, SeedConfig, kasmina_layers
+from kasmina_fx.colony_control import HealthReport
 from kasmina_fx.controllers import HealthController
 from kasmina_fx.lifecycle import SeedLifecycle as S
 
@@ -48,6 +50,28 @@ def test_the_sickest_germinate_first_and_no_more_than_the_pace() -> None:
     assert S.GERMINATED in decisions[0]
     holding = sum(int(layer.state.holding.sum()) for layer in kasmina_layers(model).values())
     assert holding == 2
+
+
+def test_seeds_that_another_thread_changed_since_the_report_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, no_search_for_scalers: None
+) -> None:
+    model = wrapped(TwoLayers(), seeds=4, telemetry=True)
+    first = next(iter(kasmina_layers(model).values()))
+    controller = HealthController(model, budget=4, pace=4, train_epochs=1)
+    model(torch.randn(8, 8))
+    controller.step({"loss": 1.0})
+    grown = first.state.holding.nonzero().flatten().tolist()
+
+    def meddled(model: nn.Module) -> HealthReport:
+        found = kasmina_fx.health_report(model)
+        first.cancel_germination(grown[:1])  # about to be promoted
+        first.request_germination((~first.state.holding).nonzero().flatten()[:1])  # or germinated
+        return found
+
+    monkeypatch.setattr("kasmina_fx.controllers.health.health_report", meddled)
+    for _ in range(3):
+        controller.step({"loss": 1.0})
+    assert first.seeds[grown[0]].stage is S.CANCELLED
 
 
 def test_bad_arguments() -> None:

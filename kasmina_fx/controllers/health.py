@@ -14,6 +14,7 @@ from kasmina_fx.colony_control import health_report, step_epoch, transaction
 from kasmina_fx.controllers.base import Controller, Decision
 from kasmina_fx.errors import InvalidArgument, NoTargets
 from kasmina_fx.kasminify import kasmina_layers
+from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle as S
 
 
@@ -105,21 +106,29 @@ class HealthController(Controller):
                 "number that is not NaN"
             )
         step_epoch(self.model)
-        report = dict(health_report(self.model))
+        report = health_report(self.model)
         with transaction(self.model):
-            decisions = [d for name in report for d in self._promote(name, report[name], loss)]
-            decisions += self._germinate(report)
+            # What the seeds are now: another thread may have changed some since the report.
+            layers = kasmina_layers(self.model)
+            decisions = [
+                decision
+                for name, layer in layers.items()
+                for decision in self._promote(name, layer, report[name]["alpha"], loss)
+            ]
+            decisions += self._germinate(layers, report)
         return decisions
 
-    def _promote(self, name: str, report: dict[str, Any], loss: float) -> Iterator[Decision]:
-        stage, epochs = report["stage"], report["epochs"]
+    def _promote(
+        self, name: str, layer: KasminaLayer, alpha: Tensor, loss: float
+    ) -> Iterator[Decision]:
+        stage, epochs = layer.state.stages.clone(), layer.state.epochs.clone()
         yield from self._judge(name, stage, epochs, loss)
         for rule in self._rules:
             ready = _ids((stage == rule.source) & (epochs >= rule.epochs))
             if rule.target is S.EVALUATING:
                 self._loss_at_evaluation |= {(name, seed): loss for seed in ready}
             yield from self._advance(name, ready, rule.target, rule.reason)
-        ramped = _ids((stage == S.GRAFTING) & (report["alpha"] >= 1))
+        ramped = _ids((stage == S.GRAFTING) & (alpha >= 1))
         yield from self._advance(name, ramped, S.STABILIZATION, "its ramp is done")
 
     def _judge(self, name: str, stage: Tensor, epochs: Tensor, loss: float) -> Iterator[Decision]:
@@ -135,14 +144,15 @@ class HealthController(Controller):
             kasmina_layers(self.model)[name].advance(seeds, stage)
             yield Decision(name, tuple(seeds), stage, reason)
 
-    def _germinate(self, report: dict[str, dict[str, Any]]) -> Iterator[Decision]:
-        layers = kasmina_layers(self.model)
+    def _germinate(
+        self, layers: dict[str, KasminaLayer], report: Mapping[str, dict[str, Any]]
+    ) -> Iterator[Decision]:
         holding = sum(int(layer.state.holding.sum()) for layer in layers.values())
         room = min(self.pace, self.budget - holding)
         sick = sorted(
             (float(figures["health"][seed]), name, seed)
             for name, figures in report.items()
-            for seed in _ids((figures["stage"] == S.DORMANT) & ~figures["health"].isnan())
+            for seed in _ids((layers[name].state.stages == S.DORMANT) & ~figures["health"].isnan())
         )[: max(0, room)]
         for name in dict.fromkeys(name for _, name, _ in sick):
             seeds = [seed for _, owner, seed in sick if owner == name]
