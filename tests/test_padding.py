@@ -9,6 +9,7 @@ import pytest
 import torch
 from layer_cases import assert_same, perturb, training_step
 from torch import Tensor, nn
+from torch._inductor.cudagraph_trees import CUDAGraphNode
 
 from kasmina_fx import InvalidArgument, KasminaLayer, SeedConfig, explain, kasmina_layers, kasminify
 from kasmina_fx import SeedLifecycle as S
@@ -123,6 +124,39 @@ def test_explain_says_so() -> None:
     graft(kasmina_layers(net)["0"], range(5))
     x: Tensor = torch.randn(3, 4, dtype=torch.float64)
     assert explain(net, x).layers[0].slots == {"mlp_run0": "5/16 (padded to 8)"}
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_are_recorded_for_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[object] = []
+    record = CUDAGraphNode.__init__
+
+    def counted(self: CUDAGraphNode, *args: Any, **kwargs: Any) -> None:
+        recorded.append(self)
+        record(self, *args, **kwargs)
+
+    monkeypatch.setattr(CUDAGraphNode, "__init__", counted)
+    net = nn.Sequential(nn.Linear(8, 2 * SEEDS), nn.GELU(), nn.Linear(2 * SEEDS, 4)).cuda()
+    net = kasminify(
+        net, num_seeds=SEEDS, reserve=SEEDS, mode="reduce-overhead",
+        filter_fn=lambda module, name: name == "0",
+    )  # fmt: skip
+    found = kasmina_layers(net)["0"]
+
+    def train() -> None:
+        for _ in range(3):  # a shape is run, recorded, then replayed
+            torch.compiler.cudagraph_mark_step_begin()
+            net(torch.randn(16, 8, device="cuda")).square().mean().backward()
+            net.zero_grad()
+
+    train()
+    shapes = {sizes(bank_of(found))}
+    for seed in range(SEEDS):
+        graft(found, seed, stage=S.TRAINING)
+        train()
+        shapes.add(sizes(bank_of(found)))
+    assert len(shapes) == 6
+    assert len(recorded) == 2 * len(shapes)  # forward and backward
 
 
 @pytest.mark.parametrize("given", ["yes", 2, 0.5])

@@ -108,16 +108,24 @@ def check_rows(rows: Tensor) -> None:
         assert strategy == (0 if idle else seed % CONTROLLERS)
 
 
-@pytest.mark.slow
-def test_four_controllers_and_a_training_loop() -> None:
+@pytest.mark.parametrize(
+    ("device", "mode", "seconds"),
+    [
+        pytest.param("cpu", None, 30, marks=pytest.mark.slow),
+        pytest.param("cuda", None, 10, marks=pytest.mark.gpu),
+        pytest.param("cuda", "reduce-overhead", 10, marks=pytest.mark.gpu),
+    ],
+)
+def test_four_controllers_and_a_training_loop(device: str, mode: str | None, seconds: int) -> None:
     config = SeedConfig(error_limit=None, embargo_epochs=0)
-    model = kasminify(Twins(), num_seeds=SEEDS, config=config)
+    model = kasminify(Twins().to(device), num_seeds=SEEDS, config=config, mode=mode)
     layers = list(kasmina_layers(model).values())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def step() -> None:
         optimizer.zero_grad()
-        outs = model(torch.randn(3, 4))
+        torch.compiler.cudagraph_mark_step_begin()
+        outs = model(torch.randn(3, 4, device=device))
         sum(out.sum() for out in outs).backward()
         optimizer.step()
         a, b = (out.detach()[0].view(SEEDS, SIZE) for out in outs)
@@ -134,7 +142,7 @@ def test_four_controllers_and_a_training_loop() -> None:
         layer.reset(0)
     kasmina_fx.optim.sync(optimizer, model)
     step()
-    until = time.monotonic() + 30
+    until = time.monotonic() + seconds
     controllers = [Controller(model, number, until) for number in range(CONTROLLERS)]
     steps = 0
     with assert_no_recompiles():
