@@ -15,6 +15,7 @@ from kasmina_fx.blueprints.builtin import PerFeature
 from kasmina_fx.grafting.registry import strategies
 from kasmina_fx.health import figures_of
 from kasmina_fx.lifecycle import LEARNS_TASK, RECONSTRUCTS, RUNS, SeedLifecycle
+from kasmina_fx.physical import can_be_blended
 from kasmina_fx.seed_ids import as_seed_ids
 
 if TYPE_CHECKING:
@@ -161,14 +162,14 @@ class LogicalSeed:
             return chunk
         if stage in RECONSTRUCTS:
             made = self._apply_blueprint(chunk.detach())
-            if not bool(made.isfinite().all()):
+            if not can_be_blended(made, chunk):
                 return chunk
             wide = torch.promote_types(chunk.dtype, torch.float32)
             loss = (made.to(wide) - chunk.detach().to(wide)).square().mean()
             out: Tensor = WithLoss.apply(chunk, loss, self.layer.loss_scale)  # type: ignore[no-untyped-call]  # torch's, unannotated
             return out
         made = self._apply_blueprint(chunk)
-        if not bool(made.isfinite().all()):
+        if not can_be_blended(made, chunk):
             return chunk
         return (chunk + self.alpha * (made - chunk)).to(chunk.dtype)
 

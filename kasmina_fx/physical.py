@@ -75,12 +75,14 @@ def chunks_of(y: Tensor, run: Run, dim: int) -> Tensor:
 class _Outcome(NamedTuple):
     """What blueprints made of a run's chunks, seed by seed; zeros where none did.
 
-    ``made`` is ``(n, ..., size, ...)``, ``finite`` bool ``(n,)``: a blueprint ran and yielded
-    neither NaN nor Inf; ``loss`` float32 ``(n,)``: its mean squared difference from the chunk.
+    ``made`` is ``(n, ..., size, ...)``, ``finite`` bool ``(n,)``: a blueprint ran and can be
+    blended; ``faulty`` bool ``(n,)``: it ran, on a finite chunk, and can't; ``loss`` float32
+    ``(n,)``: its mean squared difference from the chunk.
     """
 
     made: Tensor
     finite: Tensor
+    faulty: Tensor
     loss: Tensor
 
     def over(self, other: _Outcome) -> _Outcome:
@@ -88,7 +90,8 @@ class _Outcome(NamedTuple):
         mine = self.finite.view(_column(self.made))
         # A where, not a sum: what is not finite stays out.
         made = torch.where(mine, self.made, other.made)
-        return _Outcome(made, self.finite | other.finite, self.loss + other.loss)
+        finite, faulty = self.finite | other.finite, self.faulty | other.faulty
+        return _Outcome(made, finite, faulty, self.loss + other.loss)
 
 
 def _run_bank(
@@ -103,11 +106,37 @@ def _run_bank(
     index, positions = bank.seeds.view(-1), bank.positions
     move = moves.current()
     rows = move.gather(host, index, positions)
-    made = _run(spec, layer, bank, params, rows.unflatten(0, bank.seeds.shape), dim).flatten(0, 1)
-    made = move.reconstruct(made, rows.detach(), bank.trainees, layer.loss_scale)
-    finite = moves.finite_rows(made)
-    loss = _losses(made.detach(), rows.detach()).masked_fill(~finite, 0.0)
-    return _Outcome(*(move.pull(t, positions, index) for t in (made, finite, loss)))
+    sound = moves.finite_rows(rows)
+    # Overflow in the backward of a scaled loss is how a GradScaler finds its scale.
+    blames = (sound & (layer.loss_scale == 1)).view(bank.modes.shape)
+    made, alone = _run(spec, layer, bank, params, rows.unflatten(0, bank.seeds.shape), blames, dim)
+    made = made.flatten(0, 1)
+    made = move.reconstruct(made, rows.detach(), bank.trainees, layer.loss_scale, alone)
+    difference = _difference(made.detach(), rows.detach())
+    finite = _finite(difference, made, rows)
+    loss = difference.square().mean(moves.inside(rows)).float().masked_fill(~finite, 0.0)
+    outcome = (made, finite, sound & ~finite, loss)
+    return _Outcome(*(move.pull(t, positions, index) for t in outcome))
+
+
+def _difference(made: Tensor, rows: Tensor) -> Tensor:
+    """In float32 or more."""
+    wide = torch.promote_types(torch.promote_types(rows.dtype, made.dtype), torch.float32)
+    return made.to(wide) - rows.to(wide)
+
+
+def _finite(difference: Tensor, made: Tensor, rows: Tensor) -> Tensor:
+    """Bool ``(P,)``: is any blend of what was made with its chunk finite in the host's dtype?"""
+    finite = moves.finite_rows(difference)  # and so are both
+    if torch.finfo(made.dtype).max > torch.finfo(rows.dtype).max:
+        finite = finite & moves.finite_rows(made.to(rows.dtype))
+    return finite
+
+
+def can_be_blended(made: Tensor, chunk: Tensor) -> bool:
+    """For one chunk: is what a blueprint made of it finite, and any blend of the two?"""
+    rows, made = chunk.detach().unsqueeze(0), made.detach().unsqueeze(0)
+    return bool(_finite(_difference(made, rows), made, rows))
 
 
 def _blend_run(
@@ -125,10 +154,9 @@ def _blend_run(
     # A where, not a product with 0: an unblended chunk keeps its bits, NaN, Inf and -0 included.
     blended = outcome.finite & (layer.roles == Role.BLENDS)
     out = torch.where(blended.view(column), grown.to(host.dtype), host)
-    absent = ~outcome.finite
-    rejected = (layer.roles != Role.IDLE) & absent
     added = (layer.alpha * layer.alpha * outcome.loss).masked_fill(~blended, 0.0)
-    return out, torch.stack([rejected.float(), outcome.loss.masked_fill(absent, NO_LOSS), added])
+    loss = outcome.loss.masked_fill(~outcome.finite, NO_LOSS)
+    return out, torch.stack([outcome.faulty.float(), loss, added])
 
 
 def _run(
@@ -137,30 +165,27 @@ def _run(
     bank: BankTables,
     params: Sequence[Tensor],
     rows: Tensor,
+    blames: Tensor,
     dim: int,
-) -> Tensor:
-    """The stacked blueprints on guarded rows ``(K, M, ..., size, ...)``."""
+) -> tuple[Tensor, Tensor]:
+    """The stacked blueprints on guarded rows ``(K, M, ..., size, ...)``; what guard says more."""
     blueprint = lookup(spec.kind).in_mode(spec.training)
     stacks = [p[: rows.shape[0]] for p in params]
-    rows, *stacks = moves.current().guard([rows, *stacks], bank.modes, bank.positions, layer.faults)
+    rows, *stacks, alone = moves.current().guard(
+        [rows, *stacks], bank.modes, bank.positions, layer.faults, blames
+    )
     outcome = blueprint.stacked(stacks, rows, dim)
     if not spec.shared:
-        return outcome
+        return outcome, alone
     # Seeds that share parameters may be in different stages: what a frozen one sends back must not
     # train them. The two products are one in forward, after common subexpressions are merged.
     frozen = blueprint.stacked([p.detach() for p in stacks], rows, dim)
     learns = (bank.modes != Mode.FROZEN).view(*bank.modes.shape, *[1] * (rows.dim() - 2))
-    return torch.where(learns, outcome, frozen)
+    return torch.where(learns, outcome, frozen), alone
 
 
 def _column(like: Tensor) -> tuple[int, ...]:
     return (-1, *[1] * (like.dim() - 1))
-
-
-def _losses(outcome: Tensor, rows: Tensor) -> Tensor:
-    """Mean squared difference of each place's outcome from its chunk: float32 ``(P,)``."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return (outcome.to(wide) - rows.to(wide)).square().mean(moves.inside(rows)).float()
 
 
 def _no_notes(y: Tensor, count: int) -> Tensor:

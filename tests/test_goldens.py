@@ -85,20 +85,30 @@ def guard(
     faults: Tensor,
     modes: Tensor,
     positions: Tensor,
+    blames: Tensor,
     grad: Tensor,
     grad_stack: Tensor,
+    grad_alone: Tensor,
 ) -> Any:
-    out = GUARD([rows, stack], modes, positions, faults)
-    return vjp(out, [rows, stack, faults], [grad, grad_stack])
+    out = GUARD([rows, stack], modes, positions, faults, blames)
+    return vjp(out, [rows, stack, faults], [grad, grad_stack, grad_alone])
 
 
 def reconstruct(
-    made: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, grad: Tensor
+    made: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor, grad: Tensor
 ) -> Any:
-    return vjp([RECONSTRUCT(made, rows, trainees, loss_scale)], [made], [grad])
+    return vjp([RECONSTRUCT(made, rows, trainees, loss_scale, alone)], [made], [grad])
 
 
-MOVES = (gather, pull, guard, reconstruct)
+def reconstruct_in_float16(
+    made: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor, grad: Tensor
+) -> Any:
+    f, chunks = made.half(), rows.half()
+    out = RECONSTRUCT(f, chunks, trainees, loss_scale, alone)
+    return vjp([out], [f, alone], [grad.half()])
+
+
+MOVES = (gather, pull, guard, reconstruct, reconstruct_in_float16)
 
 
 @pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
@@ -117,11 +127,15 @@ def test_golden_of_what_a_move_does_in_backward(move: Any) -> None:
         "modes": torch.tensor([[0], [2]]),
         "trainees": torch.tensor([1, -1]),
         "loss_scale": torch.ones(()),
+        "blames": torch.tensor([[True], [True]]),
+        "alone": torch.ones(2, requires_grad=True),
     }
     if move is not guard:
         named["rows"] = torch.randn(2, 2, 4, requires_grad=move is pull)
     grads = {gather: (2, 2, 4), pull: (3, 2, 4), guard: (2, 1, 2, 4), reconstruct: (2, 2, 4)}
+    grads[reconstruct_in_float16] = (2, 2, 4)
     named |= {"grad": torch.randn(grads[move]), "grad_stack": torch.randn(2, 4)}
+    named["grad_alone"] = torch.zeros(2)
     text = graph_text(make_fx(move)(*(named[name] for name in inspect.signature(move).parameters)))
     assert_golden(text, f"backward/{move.__name__}", golden_dir=GOLDEN)
 

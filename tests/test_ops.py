@@ -68,6 +68,8 @@ def test_a_gather_hands_no_strangers_gradient_back() -> None:
 #: Slots: one that learns, one frozen, one in TRAINING, one free; 5 seeds, of which 2 are outside.
 MODES = torch.tensor([[L], [F], [R], [F]])
 POSITIONS = torch.tensor([2, -1, 0, -1, 1])
+BLAMES = torch.ones(4, 1, dtype=torch.bool)
+ALONE = torch.ones(5)
 
 
 def _bank() -> list[Tensor]:
@@ -81,30 +83,35 @@ def _guarded(
     grads: Sequence[Tensor],
     modes: Tensor = MODES,
     positions: Tensor = POSITIONS,
+    blames: Tensor | None = None,
+    less: Tensor | None = None,
 ) -> tuple[list[Tensor], list[float]]:
     """What reaches each of the tensors, and the faults."""
     faults = torch.zeros(len(positions), requires_grad=True)
-    out = GUARD(list(tensors), modes, positions, faults)
-    passed = torch.autograd.grad(out, [*tensors, faults], list(grads))
+    blames = torch.ones_like(modes, dtype=torch.bool) if blames is None else blames
+    out = GUARD(list(tensors), modes, positions, faults, blames)
+    given = [*grads, torch.zeros(len(modes)) if less is None else less]
+    passed = torch.autograd.grad(out, [*tensors, faults], given)
     return list(passed[:-1]), passed[-1].tolist()
 
 
 def test_guard_is_the_identity_on_copies() -> None:
     tensors, faults = _bank(), torch.zeros(5, requires_grad=True)
     for run in (GUARD, DECOMPOSITIONS[GUARD], moves._plain_guard):
-        out = run(tensors, MODES, POSITIONS, faults)
-        assert len(out) == len(tensors)
-        assert all(torch.equal(a, b) for a, b in zip(out, tensors, strict=True))
-    assert all(
-        a is not b for a, b in zip(GUARD(tensors, MODES, POSITIONS, faults), tensors, strict=True)
-    )
+        *same, alone = run(tensors, MODES, POSITIONS, faults, BLAMES)
+        assert len(same) == len(tensors)
+        assert all(torch.equal(a, b) for a, b in zip(same, tensors, strict=True))
+        assert alone.tolist() == [0, 1, 1, 1]
+        assert alone.dtype == torch.float32
+    copies = GUARD(tensors, MODES, POSITIONS, faults, BLAMES)[:-1]
+    assert all(a is not b for a, b in zip(copies, tensors, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_guard_passes_opcheck(dtype: torch.dtype) -> None:
     tensors = [t.detach().to(dtype).requires_grad_() for t in _bank()]
     faults = torch.zeros(5, requires_grad=True)
-    torch.library.opcheck(GUARD, (tensors, MODES, POSITIONS, faults))
+    torch.library.opcheck(GUARD, (tensors, MODES, POSITIONS, faults, BLAMES))
 
 
 def test_guard_lets_gradients_through_by_mode() -> None:
@@ -142,9 +149,12 @@ def test_inductor_finds_what_is_not_finite(op: torch._ops.OpOverload) -> None:
     def step(*given: Tensor) -> Tensor:
         *tensors, weight, faults = given
         if op is GUARD:
-            rows, *_ = op(tensors, MODES, POSITIONS, faults)
+            rows, *_ = op(tensors, MODES, POSITIONS, faults, BLAMES)
         else:
-            rows = op(tensors[0], torch.zeros_like(tensors[0]), torch.tensor([-1]), torch.ones(()))
+            rows = tensors[0]
+            rows = op(
+                rows, torch.zeros_like(rows), torch.tensor([-1]), torch.ones(()), BLAMES[:, 0]
+            )
         total: Tensor = (rows * weight).sum()
         return total
 
@@ -187,11 +197,30 @@ def test_seeds_that_share_a_slot_have_their_own_rows_and_one_set_of_parameters()
     assert faults == [1, 1, 1, 0]
 
 
+def test_guard_blames_a_blueprint_for_nothing_but_its_own_faults() -> None:
+    tensors = _bank()
+    grads = [torch.full_like(t, NAN) for t in tensors]
+    blames = torch.tensor([[True], [False], [True], [True]])
+    (rows, *params), faults = _guarded(tensors, grads, blames=blames)
+    assert not any(t.any() for t in (rows, *params))
+    assert faults == [1, 0, 1, 0, 0]  # slots 2 and 0; 1 is not blamed
+
+
+def test_guard_undoes_what_gradients_were_scaled_down_by() -> None:
+    tensors = _bank()
+    grads = [torch.randn_like(t) for t in tensors]
+    (rows, *params), _ = _guarded(tensors, grads, less=torch.tensor([0.0, 0.0, 7.0, 0.0]))
+    (same, *before), _ = _guarded(tensors, grads)
+    assert torch.equal(rows, same)
+    for now, then in zip(params, before, strict=True):
+        assert torch.equal(now, then * torch.tensor([1, 1, 8, 1]).view(-1, *[1] * (now.dim() - 1)))
+
+
 def test_guard_takes_tensors_that_have_no_gradient() -> None:
     rows, weight = (torch.randn(4, 1, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True))
     counter = torch.arange(4)
     faults = torch.zeros(5, requires_grad=True)
-    out = GUARD([rows, weight, counter], MODES, POSITIONS, faults)
+    out = GUARD([rows, weight, counter], MODES, POSITIONS, faults, BLAMES)
     assert torch.equal(out[2], counter)
     (out[0].sum() + out[1].sum()).backward()
     assert weight.grad is not None
@@ -211,7 +240,7 @@ def test_guard_without_its_operator_has_the_same_gradients_where_they_are_finite
     expected, _ = _guarded(tensors, grads)
     faults = torch.zeros(5, requires_grad=True)
     found = torch.autograd.grad(
-        moves._plain_guard(tensors, MODES, POSITIONS, faults), tensors, grads
+        moves._plain_guard(tensors, MODES, POSITIONS, faults, BLAMES)[:-1], tensors, grads
     )
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
@@ -229,7 +258,7 @@ def _loss(f: Tensor, rows: Tensor, places: Sequence[int]) -> Tensor:
 def _check_reconstruct(shape: Sequence[int], trainees: list[int], scale: float) -> None:
     f = torch.randn(5, *shape, dtype=torch.float64, requires_grad=True)
     rows, grad = torch.randn_like(f, requires_grad=True), torch.randn_like(f)
-    out = RECONSTRUCT(f, rows, torch.tensor(trainees), torch.tensor(scale))
+    out = RECONSTRUCT(f, rows, torch.tensor(trainees), torch.tensor(scale), ALONE)
     assert torch.equal(out, f)
     assert out is not f
     (found,) = torch.autograd.grad(out, f, grad)
@@ -254,7 +283,7 @@ def test_reconstruct_adds_it_to_the_last_digit_for_any_number_of_elements() -> N
 
 def test_reconstruct_sends_nothing_to_the_chunks() -> None:
     f, rows = (torch.randn(5, 3, requires_grad=True) for _ in range(2))
-    RECONSTRUCT(f, rows, TRAINEES, torch.ones(())).sum().backward()
+    RECONSTRUCT(f, rows, TRAINEES, torch.ones(()), ALONE).sum().backward()
     assert rows.grad is None or not rows.grad.any()
 
 
@@ -263,7 +292,7 @@ def test_padding_adds_nothing_even_where_the_first_place_is_not_finite() -> None
     with torch.no_grad():
         f[0] = NAN
     (found,) = torch.autograd.grad(
-        RECONSTRUCT(f, torch.zeros(5, 3), TRAINEES, torch.ones(())).sum(), f
+        RECONSTRUCT(f, torch.zeros(5, 3), TRAINEES, torch.ones(()), ALONE).sum(), f
     )
     assert found[[0, 2, 4]].tolist() == [[1.0] * 3] * 3
 
@@ -271,7 +300,7 @@ def test_padding_adds_nothing_even_where_the_first_place_is_not_finite() -> None
 def test_the_loss_scale_is_read_as_it_was_in_forward() -> None:
     f, rows = torch.ones(2, 1, requires_grad=True), torch.zeros(2, 1)
     scale = torch.tensor(4.0)
-    out = RECONSTRUCT(f, rows, torch.tensor([0, -1]), scale)
+    out = RECONSTRUCT(f, rows, torch.tensor([0, -1]), scale, torch.ones(2))
     (found,) = torch.autograd.grad(out, f, torch.zeros(2, 1))
     assert found.tolist() == [[8.0], [0.0]]
 
@@ -281,7 +310,7 @@ def test_reconstruct_computes_in_float32_and_keeps_the_dtype(dtype: torch.dtype)
     f = (300 + torch.randn(5, 64)).to(dtype).requires_grad_()
     rows = torch.randn(5, 64).to(dtype)
     (found,) = torch.autograd.grad(
-        RECONSTRUCT(f, rows, TRAINEES, torch.ones(())), f, torch.zeros_like(f)
+        RECONSTRUCT(f, rows, TRAINEES, torch.ones(()), ALONE * 0), f, torch.zeros_like(f)
     )
     assert found.dtype == dtype
     wide = f.detach().double().requires_grad_()
@@ -290,11 +319,32 @@ def test_reconstruct_computes_in_float32_and_keeps_the_dtype(dtype: torch.dtype)
     torch.testing.assert_close(found.double(), expected, atol=0, rtol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_float16_a_scaled_loss_that_would_overflow_enters_smaller() -> None:
+    scale = torch.tensor(2.0**20)
+    f = (torch.randn(6, 3) * torch.tensor([1.0, 1, 1e-4, 1, 1, 1]).view(6, 1)).half()
+    rows, f = torch.zeros(6, 3, dtype=torch.float16), f.requires_grad_()
+    alone = torch.tensor([1.0, 1.0, 0.0]).requires_grad_()  # 3 slots of 2 places; the last learns
+    places = torch.tensor([0, 2, 3, 4])
+    out = RECONSTRUCT(f, rows, places, scale, alone)
+    found, less = torch.autograd.grad(out, [f, alone], torch.zeros_like(f))
+    by = 1 + less
+    wide = f.detach().double()
+    expected = torch.zeros_like(wide).index_add(0, places, wide[places] * 2 / 3 * scale)
+    assert torch.equal(by.log2(), by.log2().round())
+    assert by[2] == 1
+    assert found[4].isinf().any()  # nothing to be done for it: guard stops it
+    assert (by[:2] > 1).all()
+    entered = found[:4].double().abs().view(2, -1).sum(1)
+    assert ((entered > 31) & (entered < 65)).all()
+    whole = found[:4].double() * by[:2].repeat_interleave(2).view(-1, 1)
+    torch.testing.assert_close(whole, expected[:4], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_reconstruct_passes_opcheck(dtype: torch.dtype) -> None:
     f = torch.randn(5, 3, 2, dtype=dtype, requires_grad=True)
     rows = torch.randn(5, 3, 2, dtype=dtype)
-    torch.library.opcheck(RECONSTRUCT, (f, rows, TRAINEES, torch.ones(())))
+    torch.library.opcheck(RECONSTRUCT, (f, rows, TRAINEES, torch.ones(()), ALONE))
 
 
 def test_reconstruct_passes_gradcheck_with_its_loss() -> None:
@@ -316,7 +366,7 @@ def test_reconstruct_passes_gradcheck_with_its_loss() -> None:
             (f,) = ctx.saved_tensors
             with torch.enable_grad():
                 leaf = f.detach().requires_grad_()
-                total = RECONSTRUCT(leaf, rows, TRAINEES, scale).sum()
+                total = RECONSTRUCT(leaf, rows, TRAINEES, scale, ALONE).sum()
             found: Tensor = torch.autograd.grad(total, leaf)[0]
             return found * grad
 
@@ -325,10 +375,10 @@ def test_reconstruct_passes_gradcheck_with_its_loss() -> None:
 
 def _arguments(op: torch._ops.OpOverload) -> tuple[Any, ...]:
     if op is GUARD:
-        return _bank(), MODES, POSITIONS, torch.zeros(5, requires_grad=True)
+        return _bank(), MODES, POSITIONS, torch.zeros(5, requires_grad=True), BLAMES
     f = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
     if op is RECONSTRUCT:
-        return f, torch.randn_like(f), TRAINEES, torch.ones(())
+        return f, torch.randn_like(f), TRAINEES, torch.ones(()), ALONE
     return f, *maps()
 
 
