@@ -10,7 +10,7 @@ import gc
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -43,8 +43,15 @@ def scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> torch.Tensor
         return torch.ones((), dtype=torch.float32, device=device)
     if scaler._scale is None:
         scaler._lazy_init_scale_growth_tracker(device)
-    scale = cast("torch.Tensor", scaler._scale)
+    # .data: its version counter is another, so that a backward still to run may read what update()
+    # has written to since.
+    scale = cast("torch.Tensor", scaler._scale).data
     return scale.view(()) if scale.device == device else scale.to(device)
+
+
+def steps_for(scaler: torch.amp.GradScaler, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
+    """Is a scaler in the middle of ``unscale_()`` to ``update()`` for one of the optimizers?"""
+    return any(id(optimizer) in scaler._per_optimizer_states for optimizer in optimizers)
 
 
 #: References to the classes of GradScalers at a time when no instance was found.

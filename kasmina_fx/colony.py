@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from kasmina_fx._torch_compat import live_grad_scalers, scale_of
+from kasmina_fx._torch_compat import live_grad_scalers, scale_of, steps_for
+from kasmina_fx.gate import GATE
+from kasmina_fx.staging import LOCK
 
 if TYPE_CHECKING:
     from kasmina_fx.layer import KasminaLayer
@@ -29,6 +32,8 @@ class Colony:
     def __init__(self) -> None:
         self._members: list[weakref.ref[KasminaLayer]] = []
         self.scaler: weakref.ref[torch.amp.GradScaler] | None = None
+        self._named = False  # by the user: not looked for, and not let go of
+        self._let_go: weakref.ref[torch.amp.GradScaler] | None = None
 
     def add(self, layer: KasminaLayer) -> None:
         """Take a layer in."""
@@ -43,24 +48,60 @@ class Colony:
         """The layers that are still alive."""
         return (layer for layer in [ref() for ref in self._members] if layer is not None)
 
-    def follow_scaler(self, scaler: torch.amp.GradScaler | None = None) -> None:
+    def follow_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Multiply reconstruction losses by a GradScaler's scale, which optimizers divide by.
 
         Args:
-            scaler: None looks for the one that is alive, unless one is followed already; of several
-                it follows none, and says so.
+            scaler: The model's; None: its loss is not scaled.
         """
-        if scaler is None and (self.scaler is None or self.scaler() is None):
-            alive = live_grad_scalers()
-            if len(alive) > 1:
-                _LOG.warning("%d GradScalers are alive: name one with follow_scaler()", len(alive))
-            scaler = alive[0] if len(alive) == 1 else None
-        if scaler is not None:
-            self.scaler = weakref.ref(scaler)
+        self.scaler, self._named = None if scaler is None else weakref.ref(scaler), True
+
+    def find_scaler(self) -> None:
+        """Follow the GradScaler that is alive, unless one is followed already.
+
+        Of several it follows none, and says so.
+        """
+        if self._named or _alive(self.scaler) is not None:
+            return
+        alive = [scaler for scaler in live_grad_scalers() if scaler is not _alive(self._let_go)]
+        if len(alive) > 1:
+            _LOG.warning("%d GradScalers are alive: name one with follow_scaler()", len(alive))
+        self.scaler = weakref.ref(alive[0]) if len(alive) == 1 else None
+
+    def check_scaler(self, optimizers: Iterable[Optimizer]) -> bool:
+        """In a step: is the scaler that was found the one that divides these gradients?
+
+        If not, it is let go of, until it is seen to step one of these.
+        """
+        if self._named:
+            return True
+        followed, let_go = _alive(self.scaler), _alive(self._let_go)
+        if followed is not None and not steps_for(followed, optimizers):
+            _LOG.warning(
+                "the GradScaler that is alive does not step this model's optimizer: reconstruction "
+                "losses are not scaled from now on, and their gradients of this step are dropped; "
+                "say so beforehand with follow_scaler(model, None)"
+            )
+            self.scaler, self._let_go = None, self.scaler
+            self._show()
+            return False
+        if let_go is not None and steps_for(let_go, optimizers):
+            self.scaler, self._let_go = self._let_go, None
+            self._show()
+        elif followed is None and self.scaler is not None:
+            self.scaler = None  # it is gone
+            self._show()
+        return True
+
+    def _show(self) -> None:
+        """Let forwards read the scale that is followed now."""
+        with LOCK, GATE.publication():
+            for layer in self:
+                layer.publish_stacks()
 
     def loss_scale(self, default: Tensor) -> Tensor:
         """What multiplies the gradient of reconstruction losses: a GradScaler's scale, or 1."""
-        scaler = None if self.scaler is None else self.scaler()
+        scaler = _alive(self.scaler)
         return default if scaler is None else scale_of(scaler, default.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Colony:
@@ -71,3 +112,7 @@ class Colony:
     def __reduce__(self) -> tuple[type[Colony], tuple[()]]:
         """Pickled empty, for the same reason."""
         return Colony, ()
+
+
+def _alive(scaler: weakref.ref[torch.amp.GradScaler] | None) -> torch.amp.GradScaler | None:
+    return None if scaler is None else scaler()

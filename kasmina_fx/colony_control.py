@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kasmina_fx.errors import NoTargets
+from kasmina_fx.errors import InvalidType, NoTargets
 from kasmina_fx.gate import GATE
 from kasmina_fx.health import reports, to_json_values
 from kasmina_fx.kasminify import kasmina_layers
@@ -51,15 +51,20 @@ def step_epoch(model: nn.Module) -> None:
         layer.step_epoch()
 
 
-def follow_scaler(model: nn.Module, scaler: torch.amp.GradScaler) -> None:
-    """Tell a model which GradScaler scales its loss.
+def follow_scaler(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
+    """Tell a model which GradScaler scales its loss; None: no one does.
 
     Reconstruction losses, which no training loop sees, are then scaled alike. Only needed where
-    several scalers are alive: the only one is found when a seed enters TRAINING.
+    several scalers are alive, or one that is another model's: the only one is found when a seed
+    enters TRAINING, and let go of at an optimizer step that is not its.
 
     Raises:
         NoTargets: The model has no KasminaLayer.
+        InvalidType: No GradScaler.
     """
+    given: Any = scaler  # from callers without a type checker, anything
+    if not isinstance(given, torch.amp.GradScaler | None):
+        raise InvalidType(f"follow_scaler(model, {scaler!r}): give a GradScaler, or None")
     for layer in _layers(model).values():
         layer.colony.follow_scaler(scaler)
         layer.publish()

@@ -260,7 +260,7 @@ class KasminaLayer(SeedControl):
         for bank in self._banks():
             bank.held = bank.slots.detach().cpu().clone()
         if bool((self.state.stages == SeedLifecycle.TRAINING).any()):
-            self.colony.follow_scaler()
+            self.colony.find_scaler()
         self.publish()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:

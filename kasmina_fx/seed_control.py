@@ -99,7 +99,7 @@ class SeedControl(SeedRoom):
         with self.transaction():
             self.state.advance(seed_ids, stage)
             if stage == SeedLifecycle.TRAINING:
-                self.colony.follow_scaler()
+                self.colony.find_scaler()
 
     def reset(self, seed_ids: SeedIds) -> None:
         """Make seeds DORMANT from any stage, without their blueprints.

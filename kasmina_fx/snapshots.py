@@ -97,7 +97,7 @@ def restore(
         # What went wrong since is not the restored blueprint's fault.
         layer.state.at_publication(lambda: telemetry.forget_blueprints(ids))
         if bool((rows[:, layer.state.LIFECYCLE_STATE_IDX] == SeedLifecycle.TRAINING).any()):
-            layer.colony.follow_scaler()
+            layer.colony.find_scaler()
         if mark:
             layer.state.advance(ids, SeedLifecycle.ROLLED_BACK)
             rows[:, layer.state.LIFECYCLE_STATE_IDX] = SeedLifecycle.ROLLED_BACK

@@ -24,6 +24,7 @@ from torch.optim.optimizer import (
 from kasmina_fx import epochs
 from kasmina_fx._torch_compat import live_grad_scalers
 from kasmina_fx.bank import Bank, StackedParameter
+from kasmina_fx.lifecycle import Mode
 from kasmina_fx.optim import state
 from kasmina_fx.optim.growth import (
     STEPPING,
@@ -101,6 +102,7 @@ def _begin(optimizer: Optimizer) -> None:
         for stack in stacks:
             meet(optimizer, stack)
             stack.fresh = frozenset()
+        _check_scalers(optimizer, stacks)
         kept = [kept for stack in stacks if (kept := _keep(stack)) is not None]
         ramps = {layer: _RAMPED.get(layer, 0) for layer in _led(stacks)}
         _STEPS[optimizer] = [*_STEPS.get(optimizer, [])[1 - _DEEPEST :], _Step(kept, ramps)]
@@ -216,6 +218,22 @@ def _record_grad_norm(optimizer: Optimizer, layer: KasminaLayer) -> None:
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None and store.grad_norm is not before:
         store.grad_norm = store.grad_norm / scale
+
+
+def _check_scalers(optimizer: Optimizer, stacks: list[StackedParameter]) -> None:
+    """Drop gradients of reconstruction losses that were scaled, and that nobody divides."""
+    layers = {layer for layer in map(_layer_of, stacks) if layer is not None}
+    stepping = [optimizer, *STEPPING]  # an outer one, whose step calls this one's
+    strange = {
+        colony for colony in {layer.colony for layer in layers} if not colony.check_scaler(stepping)
+    }
+    for stack in stacks if strange else ():
+        layer, bank = _layer_of(stack), _bank_of(stack)
+        if layer is None or bank is None or layer.colony not in strange or stack.grad is None:
+            continue
+        trains = (bank.modes == Mode.RECONSTRUCTS).any(1)
+        rows = stack.grad[: len(trains)]
+        rows.masked_fill_(trains.view(-1, *[1] * (rows.dim() - 1)), 0.0)
 
 
 def _drop_scaled_gradients(optimizer: Optimizer, replaced: list[StackedParameter]) -> None:
