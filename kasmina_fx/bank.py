@@ -8,7 +8,6 @@ table and the state tensor, on the host, and published as new tensors.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +17,12 @@ from kasmina_fx._torch_compat import mark_dynamic
 from kasmina_fx.blueprints import Blueprint, lookup
 from kasmina_fx.layout import BankSpec, Run
 from kasmina_fx.lifecycle import Mode, holds_blueprint, modes, runs
+from kasmina_fx.seating import SMALLEST, power_of_two, seat
 from kasmina_fx.tables import BankTables
 from kasmina_fx.transfer import to_device
 
 if TYPE_CHECKING:
     from kasmina_fx.layer import KasminaLayer
-
-#: Dynamo specialises sizes 0 and 1, so a dimension that grows never has them.
-SMALLEST = 2
 
 
 class StackedParameter(nn.Parameter):
@@ -93,6 +90,8 @@ class Bank(nn.Module):
             empty = torch.empty(0, dtype=torch.int64, device=device)
             self.register_buffer(name, empty, persistent=False)
         self.frozen_slots = empty  # slots whose parameters nothing may change
+        self._froze = self.held  # ids of blueprints that nothing might change, when last published
+        self.left: set[int] = set()  # slots that seeds let go of since an optimizer's last step
         self.layer: weakref.ref[KasminaLayer] | None = None  # set by its publish()
         self.grow(capacity)
         self.publish(*torch.zeros(2, run.count, dtype=torch.int64, device="cpu"))
@@ -115,7 +114,8 @@ class Bank(nn.Module):
     def grow(self, capacity: int) -> None:
         """Make room for ``capacity`` slots; old slots keep their values, new ones are zero.
 
-        The stacks become new Parameter objects, to which optimizers are carried over.
+        The stacks become new Parameter objects, to which optimizers are carried over. A backward
+        still to run keeps the old ones.
         """
         from kasmina_fx.optim.growth import hand_over  # which imports this module
 
@@ -127,14 +127,15 @@ class Bank(nn.Module):
             fresh = torch.zeros(capacity, *spec.shape, dtype=dtype, device=device)
             if old is not None:
                 fresh[:used] = old.detach()
-            stack = StackedParameter(fresh, requires_grad=spec.trainable)
+            trains = spec.trainable if old is None else old.requires_grad
+            stack = StackedParameter(fresh, requires_grad=trains)
             if isinstance(old, StackedParameter):
                 hand_over(old, stack)
             self.register_parameter(name, stack)
         held = torch.zeros(capacity, dtype=torch.int64, device="cpu")
         slots = torch.zeros(capacity, dtype=torch.int64, device=device)
         held[:used], slots[:used] = self.held, self.slots[:used]
-        self.held, self.slots = held, slots
+        self.held, self.slots, self.left = held, slots, set()
         self.mark()
 
     @torch.inference_mode(False)
@@ -144,13 +145,13 @@ class Bank(nn.Module):
             return
         from kasmina_fx.optim.growth import clear_slots, write_rows  # which imports this module
 
-        free = (self.held == 0).nonzero().flatten()
+        free = self._free()
         if len(free) < len(ids):
             room = self.capacity
-            while room < self.capacity + len(ids) - len(free):
+            while room < int((self.held > 0).sum()) + len(ids):
                 room *= 2
             self.grow(room)
-            free = (self.held == 0).nonzero().flatten()
+            free = self._free()
         taken = free[: len(ids)]
         self.held = self.held.index_put((taken,), ids)  # a transaction may need the old table
         with torch.device("cpu"):  # whatever the default is: drawn from one generator everywhere
@@ -158,6 +159,19 @@ class Bank(nn.Module):
         for stack, values in zip(self.tensors(), fresh, strict=True):
             write_rows(stack, taken, to_device(values.to(stack.dtype), stack.device))
         clear_slots(self, taken)
+
+    def _free(self) -> Tensor:
+        """Slots to give away, int64 ``(n,)``: no backward still to run reads them."""
+        free = self.held == 0
+        if self.awaits_backward:
+            free[list(self.left)] = False
+        return free.nonzero().flatten()
+
+    @property
+    def awaits_backward(self) -> bool:
+        """May there be a backward still to run, of a forward that was compiled?"""
+        layer = None if self.layer is None else self.layer()
+        return layer is not None and layer.colony.awaits_backward
 
     def give_back(self, held: Tensor) -> None:
         """Undo what was acquired since the table was ``held``; the stacks stay as large."""
@@ -177,19 +191,28 @@ class Bank(nn.Module):
 
         ``pad``: as of :class:`~kasmina_fx.SeedConfig`.
         """
-        round_up = _power_of_two if pad else int
+        from kasmina_fx.optim.growth import clear_slots  # which imports this module
+
+        round_up = power_of_two if pad else int
         slot = self.slot_of(torch.where(holds_blueprint(stages), blueprint_ids, 0))
         if not self.spec.shared:
             kept = torch.zeros(self.capacity, dtype=torch.bool, device="cpu")
             kept[slot[slot >= 0]] = True
+            self.left |= set(((self.held > 0) & ~kept).nonzero().flatten().tolist())
             self.held = torch.where(kept, self.held, 0)
-        seeds, positions = self._seat(torch.where(runs(stages), slot, -1), round_up)
+        sitting = torch.where(runs(stages), slot, -1)
+        seeds, positions = seat(sitting, self.held, self.spec.shared, round_up)
         does = torch.where(seeds >= 0, modes(stages)[seeds.clamp_min(0)], Mode.FROZEN)
         trainees = (does.view(-1) == Mode.RECONSTRUCTS).nonzero().flatten()
         places = round_up(max(SMALLEST, len(trainees)))
         trainees = nn.functional.pad(trainees, (0, places - len(trainees)), value=-1)
         frozen = self.held > 0
         frozen[: len(does)] &= (does == Mode.FROZEN).all(1)
+        froze = torch.isin(self.held[: len(does)], self._froze)
+        starts = (does == Mode.RECONSTRUCTS).any(1) & froze
+        if bool(starts.any()):  # momentum and weight decay went on while it waited to train
+            clear_slots(self, starts.nonzero().flatten())
+        self._froze = self.held[frozen]
         device = self.slots.device
         self.slots = to_device(self.held, device)
         self.frozen_slots = to_device(frozen.nonzero().flatten(), device)
@@ -201,31 +224,6 @@ class Bank(nn.Module):
     def tables(self) -> BankTables:
         """What the graph reads."""
         return BankTables(self.seeds, self.positions, self.modes, self.trainees)
-
-    def _seat(self, slot: Tensor, round_up: Callable[[int], int]) -> tuple[Tensor, Tensor]:
-        """Places for the seeds from their slots (``(n,)``, -1 for none): two inverse maps.
-
-        Returns:
-            ``seeds`` ``(K, M)``, which seed sits at slot k, place m, and ``positions`` ``(n,)``,
-            ``k * M + m``; -1 for none in both. K is the highest slot in use and M the most seeds
-            that share one, each at least the smallest size that may grow, rounded up.
-        """
-        used = int(self.held.nonzero().max()) + 1 if bool(self.held.any()) else 0
-        height = min(self.capacity, round_up(max(used, SMALLEST)))
-        width = 1
-        inside = (slot >= 0).nonzero().flatten()
-        inside = inside[slot[inside].argsort(stable=True)]
-        rows = slot[inside]
-        rank = torch.zeros_like(rows)
-        if self.spec.shared:
-            sizes = torch.bincount(rows, minlength=height)
-            width = round_up(max(SMALLEST, int(sizes.max())))
-            rank = torch.arange(len(rows), device="cpu") - (sizes.cumsum(0) - sizes)[rows]
-        places = rows * width + rank
-        seeds = torch.full((height * width,), -1, dtype=torch.int64, device="cpu")
-        seeds = seeds.index_put((places,), inside)
-        positions = torch.full_like(slot, -1).index_put((inside,), places)
-        return seeds.view(height, width), positions
 
     def mark(self) -> None:
         """Tell Dynamo which dimensions change as a layer grows."""
@@ -275,11 +273,6 @@ class Bank(nn.Module):
         """Without its layer, which connects again."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's, unannotated
         return state | {"layer": None}
-
-
-def _power_of_two(size: int) -> int:
-    """The smallest that is no less than ``size``, 1 or more."""
-    return 1 << (size - 1).bit_length()
 
 
 def bank_key(spec: BankSpec) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -32,6 +33,7 @@ class Colony:
     def __init__(self) -> None:
         self._members: list[weakref.ref[KasminaLayer]] = []
         self.scaler: weakref.ref[torch.amp.GradScaler] | None = None
+        self.awaits_backward = False  # a compiled forward was run since an optimizer's last step
         self._named = False  # by the user: not looked for, and not let go of
         self._let_go: weakref.ref[torch.amp.GradScaler] | None = None
 
@@ -47,6 +49,14 @@ class Colony:
     def __iter__(self) -> Iterator[KasminaLayer]:
         """The layers that are still alive."""
         return (layer for layer in [ref() for ref in self._members] if layer is not None)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a compiled forward of the model."""
+        with GATE.forward():
+            yield
+        # What Inductor keeps for backward are the stacks themselves.
+        self.awaits_backward |= torch.is_grad_enabled()
 
     def follow_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Multiply reconstruction losses by a GradScaler's scale, which optimizers divide by.

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.grafting.config import GraftingConfig
-from kasmina_fx.state_tensor import DEFAULT_EMBARGO
+from kasmina_fx.lifecycle import DEFAULT_EMBARGO, check_embargo
 
 RAMP_EVERY: Final = ("epoch", "step")
 
@@ -20,7 +20,7 @@ class SeedConfig:
         grafting: Of the ramp.
         ramp_every: "epoch": a ramp makes a step at each ``step_epoch()``; "step": at each step of
             an optimizer that holds the layer's blueprints.
-        embargo_epochs: Epochs that a culled seed rests before it becomes DORMANT, 0 or more.
+        embargo_epochs: Epochs that a culled seed rests before it becomes DORMANT, 0 to 32,767.
         error_limit: A seed whose blueprint yielded NaN or Inf in more steps than this is culled at
             the next report or ``step_epoch()``; None never culls.
         pad: Round the sizes of the tables that graphs read up to powers of two, at most the bank's
@@ -46,7 +46,7 @@ class SeedConfig:
             raise InvalidArgument(
                 f"ramp_every={self.ramp_every!r}: allowed are {', '.join(RAMP_EVERY)}"
             )
-        _check_count("embargo_epochs", self.embargo_epochs)
+        check_embargo(self.embargo_epochs)
         if self.error_limit is not None:
             _check_count("error_limit", self.error_limit)
         if self.pad not in (None, True, False):

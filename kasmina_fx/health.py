@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from kasmina_fx import telemetry as t
 from kasmina_fx.lifecycle import SeedLifecycle, is_legal
-from kasmina_fx.transfer import to_host
+from kasmina_fx.staging import LOCK
+from kasmina_fx.transfer import start_copy
 
 if TYPE_CHECKING:
     from kasmina_fx.layer import KasminaLayer
@@ -68,45 +70,80 @@ def per_seed(accumulated: Tensor, faults: Tensor) -> dict[str, Tensor]:
     }
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A layer at one moment, on the CPU: statistics, faults, alphas, and the state's rows."""
+
+    accumulated: Tensor
+    faults: Tensor
+    alpha: Tensor
+    rows: Tensor
+
+    @property
+    def errors(self) -> Tensor:
+        """As of :func:`per_seed`."""
+        return torch.maximum(self.accumulated[t.REJECTED], self.faults)
+
+
+def look(layers: Sequence[KasminaLayer]) -> list[Seen]:
+    """One device-to-host copy for all layers on one device; no change of seeds comes between."""
+    copies = {}
+    with LOCK:
+        packed = [_packed(layer) for layer in layers]
+        rows = [layer.state.rows for layer in layers]
+        for device in dict.fromkeys(p.device for p in packed):
+            mine = [p for p in packed if p.device == device]
+            whole = start_copy(torch.cat([p.flatten() for p in mine]))
+            copies[device] = whole, [p.numel() for p in mine]
+    # The copies are queued: waiting for them needs no lock.
+    arrived = {device: iter(copy().split(sizes)) for device, (copy, sizes) in copies.items()}
+    here = [next(arrived[p.device]).view_as(p) for p in packed]
+    return [
+        Seen(p[: t.ROWS], p[t.ROWS], p[t.ROWS + 1], state)
+        for p, state in zip(here, rows, strict=True)
+    ]
+
+
+def _packed(layer: KasminaLayer) -> Tensor:
+    seen, (_, alpha) = layer.kasmina.telemetry, layer.state.on_device()
+    return torch.cat([seen.accumulated, seen.faults[None], alpha[None]])
+
+
 def reports(layers: Sequence[KasminaLayer]) -> list[dict[str, Any]]:
     """Each layer's report; one device-to-host copy for all on one device.
 
-    Seeds over their error limit are culled.
+    Seeds over their error limit are culled, and are so in the report.
     """
     found = []
-    for layer, (accumulated, faults, alpha) in zip(layers, _fetch(layers), strict=True):
-        figures = per_seed(accumulated, faults)
-        culled = cull_faulty(layer, figures["errors"])
-        state = layer.state
+    for layer, seen in zip(layers, look(layers), strict=True):
+        stage, blueprint_id, epochs, _ = seen.rows.clone().unbind(1)
+        culled = cull_faulty(layer, seen)
+        stage[culled], epochs[culled] = int(SeedLifecycle.CULLED), 0
         report = {
             "layer_id": layer.layer_id,
             "num_seeds": layer.num_seeds,
-            **figures,
-            "stage": state.stages.clone(),
-            "alpha": alpha.index_fill(0, culled, 0.0),
-            "epochs": state.epochs.clone(),
-            "blueprint_id": state.blueprint_ids.clone(),
+            **per_seed(seen.accumulated, seen.faults),
+            "stage": stage,
+            "alpha": seen.alpha.index_fill(0, culled, 0.0),
+            "epochs": epochs,
+            "blueprint_id": blueprint_id,
         }
         found.append(report)
     return found
 
 
-def figures_of(layer: KasminaLayer) -> dict[str, Tensor]:
-    """A layer's figures, see :func:`per_seed`; culls nobody."""
-    ((accumulated, faults, _),) = _fetch([layer])
-    return per_seed(accumulated, faults)
-
-
-def cull_faulty(layer: KasminaLayer, errors: Tensor) -> Tensor:
+def cull_faulty(layer: KasminaLayer, seen: Seen) -> Tensor:
     """Cull seeds with more errors than the limit; their ids, int64 ``(n,)``.
 
-    FOSSILIZED seeds stay: nothing leads out of that stage but ``reset``.
+    FOSSILIZED seeds stay: nothing leads out of that stage but ``reset``. So do seeds that have
+    another blueprint by now.
     """
     state, limit = layer.state, layer.config.error_limit
     nobody = torch.zeros(0, dtype=torch.int64, device="cpu")
-    if limit is None or not bool((over := errors > limit).any()):
+    if limit is None or not bool((over := seen.errors > limit).any()):
         return nobody
     with layer.transaction():
+        over = over & (state.blueprint_ids == seen.rows[:, state.BLUEPRINT_ID_IDX])
         # From STABILIZATION the way to CULLED leads through EVALUATING.
         waiting = (over & (state.stages == SeedLifecycle.STABILIZATION)).nonzero().flatten()
         layer.advance(waiting, SeedLifecycle.EVALUATING)
@@ -116,21 +153,6 @@ def cull_faulty(layer: KasminaLayer, errors: Tensor) -> Tensor:
         text = "%s: culled seeds %s: NaN or Inf in more than %d steps"
         _LOG.warning(text, layer.layer_id, ids.tolist()[:8], limit)
     return ids
-
-
-def _fetch(layers: Sequence[KasminaLayer]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Statistics, faults and alphas of each layer on the CPU."""
-    packed = []
-    for layer in layers:
-        seen = layer.kasmina.telemetry
-        packed.append(torch.cat([seen.accumulated, seen.faults[None], layer.state.alpha[None]]))
-    here: list[Tensor | None] = [None] * len(layers)
-    for device in {p.device for p in packed}:
-        mine = [i for i, p in enumerate(packed) if p.device == device]
-        whole = to_host(torch.cat([packed[i].flatten() for i in mine]))
-        for i, flat in zip(mine, whole.split([packed[i].numel() for i in mine]), strict=True):
-            here[i] = flat.view_as(packed[i])
-    return [(p[: t.ROWS], p[t.ROWS], p[t.ROWS + 1]) for p in here if p is not None]
 
 
 def to_json_values(report: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx.bank import SMALLEST, Bank, bank_key, registered_name
+from kasmina_fx.bank import Bank, bank_key, registered_name
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.blueprints.trial import why_unfit
 from kasmina_fx.errors import LayoutMismatch, UnknownBlueprint
 from kasmina_fx.layout import ChunkLayout, parse_banks
 from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
+from kasmina_fx.seating import SMALLEST
 from kasmina_fx.seed_store import LAYOUT_VERSION
 from kasmina_fx.state_tensor import StateTensor
 

@@ -19,7 +19,6 @@ from kasmina_fx.colony import Colony
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidArgument, InvalidType, NoTargets, StillGrowing
 from kasmina_fx.features import find_features
-from kasmina_fx.gate import GATE
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle
 
@@ -111,7 +110,7 @@ def kasminify(
         if mode is not None and given:  # torch.compile takes one of them: spell the mode out
             mode, given = None, mode_options(mode) | given
         compile_in_place(
-            root, GATE.forward, backend=kasmina, mode=mode, options=given or None, dynamic=dynamic
+            root, colony.forward, backend=kasmina, mode=mode, options=given or None, dynamic=dynamic
         )
     return root
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kasmina_fx import host_state, ops
 from kasmina_fx._torch_compat import is_exporting
-from kasmina_fx.bank import SMALLEST, Bank
+from kasmina_fx.bank import Bank
 from kasmina_fx.blueprints.registry import DEFAULT
 from kasmina_fx.chunk_manager import ChunkManager, as_sizes
 from kasmina_fx.colony import Colony
@@ -27,6 +27,7 @@ from kasmina_fx.health import reports
 from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
 from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
 from kasmina_fx.published import Published
+from kasmina_fx.seating import SMALLEST
 from kasmina_fx.seed_control import SeedControl
 from kasmina_fx.seed_store import SeedStore
 

@@ -10,10 +10,12 @@ everything that changes a stage asks it.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+from kasmina_fx.errors import InvalidArgument
 
 
 class SeedLifecycle(IntEnum):
@@ -73,6 +75,12 @@ RUNS: Final = BLENDED | {_S.TRAINING}
 #: its chunk; in all others it is frozen.
 LEARNS_TASK: Final = frozenset({_S.GRAFTING, _S.FINE_TUNING})
 RECONSTRUCTS: Final = frozenset({_S.TRAINING})
+
+
+#: Epochs in a stage fit int16.
+MOST_EPOCHS: Final = 2**15 - 1
+#: Epochs that a culled seed rests before it may germinate again.
+DEFAULT_EMBARGO: Final = 5
 
 
 class Mode(IntEnum):
@@ -139,3 +147,13 @@ def modes(stages: Tensor) -> Tensor:
 def roles(stages: Tensor) -> Tensor:
     """int64 ``(n,)``: the :class:`Role` of a seed in each of the ``stages`` (CPU)."""
     return _ROLE_TABLE[stages.long()]
+
+
+def check_embargo(epochs: Any) -> None:
+    """Refuse an embargo that is no count, or that no seed's epochs reach.
+
+    Raises:
+        InvalidArgument: Says what is allowed.
+    """
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or not 0 <= epochs <= MOST_EPOCHS:
+        raise InvalidArgument(f"embargo_epochs={epochs!r}: give an int from 0 to {MOST_EPOCHS}")

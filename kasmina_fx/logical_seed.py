@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, overload
@@ -12,8 +13,9 @@ from torch.func import functional_call
 
 from kasmina_fx.blueprints.base import aside
 from kasmina_fx.blueprints.builtin import PerFeature
+from kasmina_fx.features import require_features
 from kasmina_fx.grafting.registry import strategies
-from kasmina_fx.health import figures_of
+from kasmina_fx.health import look, per_seed
 from kasmina_fx.lifecycle import LEARNS_TASK, RECONSTRUCTS, RUNS, SeedLifecycle
 from kasmina_fx.physical import can_be_blended
 from kasmina_fx.seed_ids import as_seed_ids
@@ -40,8 +42,9 @@ class SeedState:
     error_count: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by name; the stage by its name."""
-        return asdict(self) | {"stage": self.stage.name}
+        """Plain values by name, for JSON: the stage by its name, None for health not yet known."""
+        health = None if math.isnan(self.health) else self.health
+        return asdict(self) | {"stage": self.stage.name, "health": health}
 
 
 class LogicalSeed:
@@ -97,29 +100,32 @@ class LogicalSeed:
     @property
     def health(self) -> float:
         """Its health score, see :func:`kasmina_fx.health.per_seed`; one device copy."""
-        return float(figures_of(self.layer)["health"][self.seed_id])
+        (seen,) = look([self.layer])
+        return float(per_seed(seen.accumulated, seen.faults)["health"][self.seed_id])
 
     @property
     def error_count(self) -> int:
         """Steps in which its blueprint yielded NaN or Inf; one device copy."""
-        return int(figures_of(self.layer)["errors"][self.seed_id])
+        (seen,) = look([self.layer])
+        return int(seen.errors[self.seed_id])
 
     def get_state(self) -> SeedState:
-        """A snapshot of all of the above; one device copy."""
-        figures, row, chunk = figures_of(self.layer), self.seed_id, self.chunk
-        seen = self.layer.state.get_seed_state(row)
+        """A snapshot of all of the above at one moment; one device copy."""
+        (seen,) = look([self.layer])
+        row, chunk = self.seed_id, self.chunk
+        stage, blueprint_id, epochs, strategy = seen.rows[row].tolist()
         return SeedState(
             layer_id=self.layer.layer_id,
             seed_id=row,
             chunk_start=chunk.start,
             chunk_size=chunk.stop - chunk.start,
-            stage=SeedLifecycle(int(seen["lifecycle_state"])),
-            blueprint_id=int(seen["blueprint_id"]),
-            epochs_in_state=int(seen["epochs_in_state"]),
-            grafting_strategy=strategies()[int(seen["grafting_strategy"])].name,
-            alpha=float(seen["alpha"]),
-            health=float(figures["health"][row]),
-            error_count=int(figures["errors"][row]),
+            stage=SeedLifecycle(stage),
+            blueprint_id=blueprint_id,
+            epochs_in_state=epochs,
+            grafting_strategy=strategies()[strategy].name,
+            alpha=float(seen.alpha[row]),
+            health=float(per_seed(seen.accumulated, seen.faults)["health"][row]),
+            error_count=int(seen.errors[row]),
         )
 
     def request_germination(
@@ -156,7 +162,12 @@ class LogicalSeed:
         """What it makes of its chunk of the base's output, by the definition, in plain PyTorch.
 
         In TRAINING that is the chunk itself; its backward also trains the blueprint.
+
+        Raises:
+            InvalidArgument: Not as many features as the chunk has.
         """
+        layout, size = self.layer.chunks, self.chunk.stop - self.chunk.start
+        require_features(chunk, layout.feature_dim, size)
         held, stage = self.layer.bank_of(self.seed_id), self.stage
         if held is None or stage not in RUNS:
             return chunk
@@ -171,7 +182,9 @@ class LogicalSeed:
         made = self._apply_blueprint(chunk)
         if not can_be_blended(made, chunk):
             return chunk
-        return (chunk + self.alpha * (made - chunk)).to(chunk.dtype)
+        wide = torch.promote_types(torch.promote_types(chunk.dtype, made.dtype), torch.float32)
+        exact = chunk.to(wide)
+        return (exact + self.alpha * (made.to(wide) - exact)).to(chunk.dtype)
 
     def _apply_blueprint(self, chunk: Tensor) -> Tensor:
         held = self.layer.bank_of(self.seed_id)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx.bank import SMALLEST, Bank
+from kasmina_fx.bank import Bank
 from kasmina_fx.blueprints import Blueprint
 from kasmina_fx.blueprints.registry import DEFAULT, lookup
 from kasmina_fx.blueprints.trial import register_for, require_fit, why_unfit
@@ -21,6 +21,7 @@ from kasmina_fx.colony import Colony
 from kasmina_fx.errors import InvalidArgument, InvalidType, UnknownBlueprint
 from kasmina_fx.features import Features, floating_tensor
 from kasmina_fx.gate import GATE
+from kasmina_fx.seating import SMALLEST
 from kasmina_fx.seed_store import SeedStore
 from kasmina_fx.staging import LOCK
 from kasmina_fx.state_tensor import StateTensor

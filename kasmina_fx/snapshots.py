@@ -101,6 +101,8 @@ def restore(
         if mark:
             layer.state.advance(ids, SeedLifecycle.ROLLED_BACK)
             rows[:, layer.state.LIFECYCLE_STATE_IDX] = SeedLifecycle.ROLLED_BACK
+        keys = {snapshot.blueprints[s][0] for s in ids.tolist() if s in snapshot.blueprints}
+        layer.state.at_publication(lambda: _renew(layer, keys))
         for seed, row in zip(ids.tolist(), rows, strict=True):
             _restore_blueprint(layer, snapshot, seed, row)
         layer.state.set_rows(ids, **dict(zip(COLUMN_NAMES, rows.unbind(1), strict=True)))
@@ -124,10 +126,17 @@ def _refuse_strangers(layer: KasminaLayer, snapshot: Snapshot, ids: Tensor, rows
             )
 
 
+def _renew(layer: KasminaLayer, keys: set[str]) -> None:
+    """New stacks to write to, where a backward still to run reads the old ones."""
+    for bank in layer.kasmina.bank_list():
+        if bank.key in keys and bank.awaits_backward:
+            bank.grow(bank.capacity)
+
+
 def _restore_blueprint(layer: KasminaLayer, snapshot: Snapshot, seed: int, row: Tensor) -> None:
     if seed not in snapshot.blueprints:
         return
-    from kasmina_fx.optim.growth import write_rows  # which imports layers
+    from kasmina_fx.optim.growth import clear_slots, write_rows  # which imports layers
 
     key, values = snapshot.blueprints[seed]
     bank: Bank = layer.kasmina.banks[key]  # type: ignore[assignment]  # holds nothing but banks
@@ -140,6 +149,7 @@ def _restore_blueprint(layer: KasminaLayer, snapshot: Snapshot, seed: int, row: 
         if int(where) >= 0:  # the same transaction may have let go of it
             for stack, value in zip(bank.tensors(), values, strict=True):
                 write_rows(stack, where, value.unsqueeze(0))
+            clear_slots(bank, where)  # momenta of what went wrong would bring it back
 
     layer.state.at_publication(write)
 

@@ -9,17 +9,21 @@ from torch import Tensor
 
 from kasmina_fx.errors import IllegalTransition, InvalidArgument, InvalidType, LayoutMismatch
 from kasmina_fx.grafting.registry import strategies
-from kasmina_fx.lifecycle import LEGAL, SeedLifecycle, holds_blueprint, is_blended, is_legal
+from kasmina_fx.lifecycle import (
+    DEFAULT_EMBARGO,
+    LEGAL,
+    MOST_EPOCHS,
+    SeedLifecycle,
+    check_embargo,
+    holds_blueprint,
+    is_blended,
+    is_legal,
+)
 from kasmina_fx.seed_ids import SeedIds, as_seed_ids
 from kasmina_fx.staging import StagedState
 
-#: Epochs fit int16.
-_MOST_EPOCHS: Final = 2**15 - 1
 COLUMN_NAMES: Final = ("lifecycle_state", "blueprint_id", "epochs_in_state", "grafting_strategy")
 _LETS_GO: Final = (SeedLifecycle.DORMANT, SeedLifecycle.CULLED, SeedLifecycle.CANCELLED)
-
-#: Epochs that a culled seed rests before it may germinate again.
-DEFAULT_EMBARGO: Final = 5
 
 
 class StateTensor(StagedState):
@@ -52,6 +56,7 @@ class StateTensor(StagedState):
         given: Any = num_seeds  # from callers without a type checker, anything
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise InvalidArgument(f"num_seeds={num_seeds!r}: give an int of at least 1")
+        check_embargo(embargo_epochs)
         super().__init__(num_seeds)
         self.num_seeds, self.name, self.embargo_epochs = num_seeds, name, embargo_epochs
         if device is not None:
@@ -217,7 +222,7 @@ class StateTensor(StagedState):
         ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
         try:
             values = torch.as_tensor(alpha, dtype=torch.float32, device="cpu").detach()
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             raise InvalidType(f"{self.name}: alpha {alpha!r}; give a number or a tensor") from None
         if values.shape not in ((), (1,), (len(ids),)):
             raise InvalidArgument(
@@ -235,7 +240,7 @@ class StateTensor(StagedState):
         Culled seeds whose embargo is over become DORMANT.
         """
         with self.transaction():
-            older = (self.epochs + 1).clamp_max(_MOST_EPOCHS)
+            older = (self.epochs + 1).clamp_max(MOST_EPOCHS)
             awake = (self.stages != SeedLifecycle.DORMANT).nonzero().flatten()
             self.set_rows(awake, epochs_in_state=older[awake])
             rested = (self.stages == SeedLifecycle.CULLED) & ~self.embargoed
@@ -268,7 +273,7 @@ class StateTensor(StagedState):
 
 def _column_max() -> tuple[int, int, int, int]:
     """Largest value of each column: they fit int8, int32, int16 and int8."""
-    return max(SeedLifecycle), 2**31 - 1, _MOST_EPOCHS, len(strategies()) - 1
+    return max(SeedLifecycle), 2**31 - 1, MOST_EPOCHS, len(strategies()) - 1
 
 
 def _column(name: str, where: str) -> int:

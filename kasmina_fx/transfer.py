@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,13 +19,21 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
     return table.to(device, copy=True)
 
 
-def to_host(values: Tensor) -> Tensor:
-    """A copy on the CPU. Waits for the work queued before it, and for nothing else."""
+def start_copy(values: Tensor) -> Callable[[], Tensor]:
+    """Queue a copy to the CPU of what ``values`` holds now.
+
+    The call that hands it out waits for the work queued before it, and for nothing else.
+    """
     if values.device.type != "cuda":
-        return values.detach().to("cpu", copy=True)
+        copied = values.detach().to("cpu", copy=True)
+        return lambda: copied
     here = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
     here.copy_(values.detach(), non_blocking=True)
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(values.device))
-    done.synchronize()
-    return here
+
+    def arrived() -> Tensor:
+        done.synchronize()
+        return here
+
+    return arrived

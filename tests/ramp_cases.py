@@ -13,11 +13,14 @@ from kasmina_fx.config import SeedConfig
 from kasmina_fx.grafting import (
     GraftingConfig,
     RampSignals,
+    strategies,
 )
 
 S, G = SeedLifecycle, GraftingStrategy
 S, G = SeedLifecycle, GraftingStrategy
 NAN, INF = float("nan"), float("inf")
+#: Every strategy that comes with the package, at its number.
+ALL = dict(enumerate(strategies()))
 
 
 def grafting_layer(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ramp_cases import alpha, graft, grafting_layer, set_weight_gradient, signals_at
+from ramp_cases import ALL, alpha, graft, grafting_layer, set_weight_gradient, signals_at
 from torch import nn
 
 from kasmina_fx import GraftingStrategy, InvalidArgument, KasminaLayer, SeedLifecycle
@@ -40,7 +40,7 @@ def test_only_seeds_in_grafting_ramp_each_by_its_own_strategy() -> None:
     state = torch.tensor([[stage, 1, 0, 0] for stage in stages], dtype=torch.int32)
     state[-1, 3] = G.GRAD_NORM_GATED
     alpha = torch.full((len(stages),), 0.25)
-    moved = next_alpha(state, signals_at(alpha, GraftingConfig(fixed_steps=4)))
+    moved = next_alpha(state, signals_at(alpha, GraftingConfig(fixed_steps=4)), ALL)
     expected = [0.5 if stage is S.GRAFTING else 0.25 for stage in stages]
     expected[-1] = 0.25  # no gradient was seen
     assert moved.tolist() == expected
@@ -113,7 +113,7 @@ def test_drift_at_the_threshold_goes_on() -> None:
     state = torch.tensor([[S.GRAFTING, 1, 0, G.DRIFT_CONTROLLED]], dtype=torch.int32)
     for drift, moved in ((0.125, 0.5), (0.126, 0.0), (NAN, 0.0), (INF, 0.0)):
         signals = signals_at(alpha, config, drift=torch.tensor(drift))
-        assert next_alpha(state, signals).tolist() == [moved]
+        assert next_alpha(state, signals, ALL).tolist() == [moved]
 
 
 def test_relative_drift_equals_its_formula() -> None:

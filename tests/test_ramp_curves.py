@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ramp_cases import alpha, grafting_layer, signals_at
+from ramp_cases import ALL, alpha, grafting_layer, signals_at
 from torch import Tensor
 
 from kasmina_fx import GraftingStrategy, SeedLifecycle
@@ -144,7 +144,7 @@ def test_any_speed_from_any_alpha_stays_in_range_and_never_falls(
         state = torch.tensor([[S.GRAFTING, 1, 0, number]], dtype=torch.int32)
         alpha = torch.tensor([start])
         for given.now in speeds:
-            last, alpha = alpha, next_alpha(state, signals_at(alpha, config))
+            last, alpha = alpha, next_alpha(state, signals_at(alpha, config), ALL)
             assert 0 <= float(last) <= float(alpha) <= 1
             assert given.now or float(alpha) == float(last)
     finally:

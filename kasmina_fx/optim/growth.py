@@ -137,7 +137,7 @@ def write_rows(stack: Tensor, slots: Tensor, rows: Tensor) -> None:
     Another thread's step that is under way may put back what it found there: its end writes again.
     """
     rows = rows.to(stack.device, stack.dtype)
-    # .data: a backward still to run reads no free slot, so its saved stacks stay valid.
+    # .data: no backward still to run reads these slots, so its saved stacks stay valid.
     stack.data.index_copy_(0, to_device(slots, stack.device), rows)
     if isinstance(stack, StackedParameter) and stepped_elsewhere(stack):
         stack.late = (*stack.late, (slots, rows))
@@ -149,11 +149,14 @@ def stepped_elsewhere(stack: StackedParameter) -> bool:
     return any(STEPPING.get(optimizer, me) != me for optimizer in list(stack.optimizers or ()))
 
 
+@torch.no_grad()
 def clear_slots(bank: Bank, slots: Tensor) -> None:
-    """Slots (int64 on the CPU) of a bank go to new seeds: optimizers forget the earlier ones."""
+    """Slots (int64 on the CPU) of a bank start anew: no gradient, and no state in optimizers."""
     given = frozenset(slots.tolist())
     for stack in bank.tensors():
         if isinstance(stack, StackedParameter):
+            if stack.grad is not None:
+                stack.grad.index_fill_(0, to_device(slots, stack.device), 0.0)
             stack.fresh |= given
             for optimizer in list(stack.optimizers or ()):
                 state.clear(optimizer, stack, given)

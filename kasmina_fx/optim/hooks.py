@@ -128,6 +128,9 @@ def _end(optimizer: Optimizer) -> None:
         replace_grown(optimizer)
         for stack in stacks_of(optimizer):
             _write_late(optimizer, stack)
+            bank, layer = _bank_of(stack), _layer_of(stack)
+            if bank is not None and layer is not None:
+                bank.left, layer.colony.awaits_backward = set(), False
     for layer, made in step.ramps.items():
         if layer.config.ramp_every == "step" and _RAMPED.get(layer, 0) == made:
             epochs.step_ramp(layer)
