@@ -24,8 +24,7 @@ code, and behind it a hash: torch does not look at the checksums in its archives
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -40,6 +39,7 @@ from kasmina_fx._torch_compat import uncompiled
 from kasmina_fx.errors import CheckpointError
 from kasmina_fx.gate import GATE
 from kasmina_fx.layer import KasminaLayer
+from kasmina_fx.optim import packing
 from kasmina_fx.sealed_file import Sealing, broken_seal, replacing
 from kasmina_fx.staging import LOCK
 
@@ -71,12 +71,9 @@ def save(
     model, given = uncompiled(model), {} if metadata is None else metadata
     _check_metadata(given, "metadata")
     with LOCK:  # one moment's, whatever other threads do with the seeds
-        saved = model.state_dict()
+        saved = _copied(model.state_dict(), _prefixes(model))
+        packed = None if optimizer is None else packing.pack(optimizer, model)
     _check_layers(model, saved)
-    packed = None
-    if optimizer is not None:
-        kind, names = type(optimizer).__qualname__, _names(optimizer, model)
-        packed = {"type": kind, "names": names, "state": optimizer.state_dict()}
     contents = {"format": FORMAT, "version": VERSION, "metadata": given, "model": saved}
     contents["optimizer"] = packed
     with replacing(Path(path)) as file:
@@ -113,12 +110,13 @@ def load(
     """
     model, name = uncompiled(model), os.fspath(path)
     contents = _read(name)
-    _check_host(model, contents["model"], _check_layers(model, contents["model"]), strict, name)
-    groups = [] if optimizer is None else _matched(optimizer, model, contents, name)
+    _check_layers(model, contents["model"])
+    _check_host(model, contents["model"], tuple(_prefixes(model)), strict, name)
+    groups = [] if optimizer is None else packing.matched(optimizer, model, contents, name)
     with LOCK, GATE.publication():
         model.load_state_dict(contents["model"], strict=strict)
     if optimizer is not None:
-        _load_optimizer(optimizer, model, contents["optimizer"]["state"], groups)
+        packing.load(optimizer, model, contents["optimizer"]["state"], groups)
     metadata: dict[str, Any] = contents["metadata"]
     return metadata
 
@@ -189,15 +187,30 @@ def _check_metadata(value: Any, where: str, inside: tuple[int, ...] = ()) -> Non
 # Models.
 
 
-def _check_layers(model: nn.Module, saved: dict[str, Any]) -> tuple[str, ...]:
-    """Check what is saved of seeds, of shared layers by each name; returns its prefixes."""
-    own = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, KasminaLayer):
-            prefix = f"{name}." if name else ""
-            host_state.check(module, saved, prefix)
-            own.append(prefix + host_state.OWN)
-    return tuple(own)
+def _prefixes(model: nn.Module) -> dict[str, KasminaLayer]:
+    """Every layer by the prefix of its seeds' entries; shared layers by each name."""
+    return {
+        (f"{name}." if name else "") + host_state.OWN: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, KasminaLayer)
+    }
+
+
+def _copied(saved: dict[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
+    """The same entries; those of seeds are copies, on which no later command has an effect."""
+    own, copies = tuple(prefixes), {}
+    for name, value in saved.items():
+        if name.startswith(own) and isinstance(value, Tensor):
+            key = (value.data_ptr(), value.shape, value.dtype)  # a layer may have several names
+            if key not in copies:
+                copies[key] = value.detach().clone()
+            saved[name] = copies[key]
+    return saved
+
+
+def _check_layers(model: nn.Module, saved: dict[str, Any]) -> None:
+    for prefix, layer in _prefixes(model).items():
+        host_state.check(layer, saved, prefix.removesuffix(host_state.OWN))
 
 
 def _check_host(
@@ -219,81 +232,3 @@ def _check_host(
         found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         if found != tuple(mine.shape):
             raise CheckpointError(f"{path}: {name} is {found}; the model takes {tuple(mine.shape)}")
-
-
-# Optimizers: by name, because a bank of another capacity has new parameters.
-
-
-def _names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
-    """Names in the model of each group's parameters."""
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
-    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    strangers = sum(id(parameter) not in known for parameter in given)
-    if strangers:
-        raise CheckpointError(
-            f"{strangers} of the optimizer's {len(given)} parameters are not the model's. If they "
-            "are of banks that have grown, call kasmina_fx.optim.sync(optimizer, model) first"
-        )
-    return [[known[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-
-
-def _matched(
-    optimizer: Optimizer, model: nn.Module, contents: Mapping[str, Any], path: str
-) -> list[list[str]]:
-    """Names of each group's parameters once the model is loaded, those that were saved first."""
-    if contents["optimizer"] is None:
-        raise CheckpointError(f"{path} holds no optimizer: load the model alone")
-    kind, saved = _saved_groups(contents["optimizer"], path)
-    given, now = type(optimizer).__qualname__, _names(optimizer, model)
-    if kind != given or len(saved) != len(now):
-        raise CheckpointError(
-            f"{path} holds a {kind} with {len(saved)} parameter groups; the optimizer is a {given} "
-            f"with {len(now)}. Build it in the same way"
-        )
-    groups = []
-    for theirs, ours in zip(saved, now, strict=True):
-        gained, lost = set(theirs).difference(ours), set(ours).difference(theirs)
-        fixed = sorted(name for name in gained | lost if not _is_stack(name))
-        if fixed or not gained <= contents["model"].keys():
-            raise CheckpointError(
-                f"{path}: the optimizer was saved with other parameters: "
-                f"{(fixed or sorted(gained))[:4]}. Build its groups in the same way"
-            )
-        groups.append([*theirs, *(name for name in ours if name in lost)])
-    twice = [name for name, n in Counter(name for g in groups for name in g).items() if n > 1]
-    if twice:
-        raise CheckpointError(f"{path}: the optimizer was saved with {twice[:4]} in another group")
-    return groups
-
-
-def _saved_groups(packed: dict[str, Any], path: str) -> tuple[str, list[list[str]]]:
-    try:
-        kind, groups, state = packed["type"], packed["names"], packed["state"]
-        sizes = [len(group["params"]) for group in state["param_groups"]]
-        whole = sizes == [len(names) for names in groups] and isinstance(state["state"], dict)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: a malformed optimizer: {error!r}") from error
-    if not whole:
-        raise CheckpointError(f"{path}: a malformed optimizer: names and groups don't match")
-    return kind, groups
-
-
-def _is_stack(name: str) -> bool:
-    return f".{host_state.OWN}banks." in f".{name}"
-
-
-def _load_optimizer(
-    optimizer: Optimizer, model: nn.Module, state: dict[str, Any], groups: list[list[str]]
-) -> None:
-    parameters = dict(model.named_parameters())
-    for group, saved, names in zip(
-        optimizer.param_groups, state["param_groups"], groups, strict=True
-    ):
-        group["params"][:] = [parameters[name] for name in names]
-        # Stacks that only this model has keep their state. An id may be anything: here, the name.
-        more = names[len(saved["params"]) :]
-        saved["params"] = [*saved["params"], *more]
-        state["state"] |= {n: own for n in more if (own := optimizer.state.get(parameters[n]))}
-        if "param_names" in group or "param_names" in saved:
-            group["param_names"] = saved["param_names"] = names
-    optimizer.load_state_dict(state)

@@ -48,7 +48,7 @@ class SeedConfig:
             )
         check_embargo(self.embargo_epochs)
         if self.error_limit is not None:
-            _check_count("error_limit", self.error_limit)
+            check_count("error_limit", self.error_limit)
         if self.pad not in (None, True, False):
             raise InvalidArgument(f"pad={self.pad!r}: give True, False or None")
 
@@ -71,7 +71,7 @@ class TelemetryPolicy:
 
     def __post_init__(self) -> None:
         """Refuse values outside what is allowed."""
-        _check_count("every", self.every, least=1)
+        check_count("every", self.every, least=1)
         if isinstance(self.fraction, bool) or not 0 < self.fraction <= 1:
             raise InvalidArgument(f"fraction={self.fraction!r}: give a number above 0 up to 1")
 
@@ -81,6 +81,11 @@ class TelemetryPolicy:
         return max(1, round(1 / self.fraction))
 
 
-def _check_count(name: str, given: Any, least: int = 0) -> None:
+def check_count(name: str, given: Any, least: int = 0) -> None:
+    """Refuse what is no int, or too small.
+
+    Raises:
+        InvalidArgument: Says what is allowed.
+    """
     if isinstance(given, bool) or not isinstance(given, int) or given < least:
         raise InvalidArgument(f"{name}={given!r}: give an int of at least {least}")

@@ -79,7 +79,7 @@ def _needs(used: Mapping[int, Strategy], trait: str) -> bool:
 
 def _remember(layer: KasminaLayer, used: Mapping[int, Strategy]) -> None:
     """For the next step; what no strategy asks for is forgotten: it would be of another time."""
-    store, weight = layer.kasmina, _weight(layer)
+    store, weight = layer.kasmina, layer.main_weight()
     drifts = weight is not None and _needs(used, "needs_drift")
     store.reference_weight = weight.detach().clone() if weight is not None and drifts else None
     if not _needs(used, "needs_grad_norm"):
@@ -87,17 +87,11 @@ def _remember(layer: KasminaLayer, used: Mapping[int, Strategy]) -> None:
 
 
 def _drift(layer: KasminaLayer, used: Mapping[int, Strategy]) -> Tensor:
-    weight, before = _weight(layer), layer.kasmina.reference_weight
+    weight, before = layer.main_weight(), layer.kasmina.reference_weight
     known = weight is not None and before is not None and before.device == weight.device
     if weight is None or before is None or not known or not _needs(used, "needs_drift"):
         return torch.zeros_like(layer.kasmina.loss_scale)
     return relative_drift(weight.detach(), before)
-
-
-def _weight(layer: KasminaLayer) -> Tensor | None:
-    """The host's weight; of a base without one, its first parameter."""
-    weight = getattr(layer.base, "weight", None)
-    return weight if isinstance(weight, Tensor) else layer.host_weight()
 
 
 def _grad_norm(layer: KasminaLayer, used: Mapping[int, Strategy]) -> Tensor:

@@ -79,7 +79,7 @@ class Gate:
         if threading.get_ident() in self._inside:
             raise InsideForward(
                 "seeds can't change inside a compiled model's forward (a hook or the model itself "
-                "called a control function there); change them before or after it"
+                "called a control function, or an optimizer's step, there); do it before or after"
             )
 
 

@@ -21,6 +21,7 @@ from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
 from kasmina_fx.seating import SMALLEST
 from kasmina_fx.seed_store import LAYOUT_VERSION
 from kasmina_fx.state_tensor import StateTensor
+from kasmina_fx.telemetry import check_statistics
 
 if TYPE_CHECKING:
     from kasmina_fx.layer import KasminaLayer
@@ -31,6 +32,8 @@ _EXTRA: Final = OWN + "_extra_state"
 _STATE: Final = OWN + "state.state_tensor"
 _ALPHA: Final = OWN + "state.alpha"
 _BANKS: Final = OWN + "banks."
+_REFERENCE: Final = OWN + "reference_weight"
+_TELEMETRY: Final = OWN + "telemetry."
 #: Ids are int32 in the state tensor.
 _LAST_ID: Final = torch.iinfo(torch.int32).max
 
@@ -67,6 +70,9 @@ def check(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str) -> None:
         banks = [_bank_of(layer, key, text, entries) for key, text in extra["banks"].items()]
         _check_tensors(layer, banks, entries)
         layer.state.check_values(entries[_STATE], entries[_ALPHA])
+        check_statistics(
+            *(entries[_TELEMETRY + n] for n in ("accumulated", "faults", "previous_loss"))
+        )
         _check_slots(extra["blueprints"], banks, entries)
         _check_rows(banks, entries)
     except UnknownBlueprint as error:
@@ -159,12 +165,16 @@ def _check_tensors(layer: KasminaLayer, banks: Sequence[Bank], entries: Mapping[
     wanted = {k: v for k, v in own.items() if k != _EXTRA and not k.startswith(_BANKS)}
     for bank in banks:
         wanted |= bank.state_dict(prefix=f"{_BANKS}{bank.key}.")
+    wanted.pop(_REFERENCE, None)
+    weight = layer.main_weight()
+    if _REFERENCE in entries and weight is not None:  # while a ramp follows the host's drift
+        wanted[_REFERENCE] = weight
     unknown = sorted(entries.keys() - wanted.keys() - {_EXTRA})
     if unknown:
         raise ValueError(f"the layer has no {', '.join(unknown)}")
     for name, like in wanted.items():
         given = entries[name]
-        follows_host = name.startswith(_BANKS) and like.is_floating_point()
+        follows_host = name.startswith((_BANKS, _REFERENCE)) and like.is_floating_point()
         fits = given.is_floating_point() if follows_host else given.dtype == like.dtype
         if not fits or given.shape != like.shape:
             raise ValueError(
@@ -238,7 +248,11 @@ def _prepare(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str, *rest
         if not name.startswith(OWN):
             state_dict[prefix + _BASE + name] = state_dict.pop(key)
     own = prefix + OWN
-    extra = state_dict.get(own + "_extra_state")
+    extra, reference = state_dict.get(own + "_extra_state"), state_dict.get(prefix + _REFERENCE)
+    # Of a plain checkpoint's host no drift is known.
+    layer.kasmina.reference_weight = (
+        None if reference is None else torch.empty_like(reference, device=layer.state.alpha.device)
+    )
     for key, text in (extra or {"banks": {}})["banks"].items():
         if key not in layer.kasmina.banks:
             (spec,) = parse_banks(text)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from kasmina_fx import host_state
+from kasmina_fx import host_state, whole_state
 from kasmina_fx._torch_compat import compile_in_place, mode_options, uncompiled
 from kasmina_fx.backend import kasmina, split_options
 from kasmina_fx.chunked_layer import ChunkedKasminaLayer
@@ -100,7 +100,7 @@ def kasminify(
         colony.add(layer)
         wrapped[module] = layer
     root = _replace(plain, wrapped)
-    root.register_load_state_dict_pre_hook(_check_all_first)  # type: ignore[no-untyped-call]  # torch's, unannotated
+    whole_state.attach(root)
     for owner, name, off in _fast_paths(root):
         if any(_is_layer(child) for child in owner.modules()):
             setattr(owner, _KEPT, getattr(owner, name))
@@ -238,12 +238,6 @@ def _replace(root: M, replacements: Mapping[nn.Module, nn.Module]) -> M:
             if child is not None and child in replacements:
                 owner._modules[name] = replacements[child]
     return root
-
-
-def _check_all_first(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Refuse a state dict before any layer has taken a part of it."""
-    for name, layer in kasmina_layers(module).items():
-        host_state.check(layer, state_dict, f"{prefix}{name}." if name else prefix)
 
 
 def _fast_paths(root: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:

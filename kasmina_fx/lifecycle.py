@@ -71,6 +71,9 @@ HOLDS_BLUEPRINT: Final = BLENDED | {_S.GERMINATED, _S.TRAINING, _S.ROLLED_BACK}
 #: Stages in which a blueprint runs: it has a place in its bank's tables.
 RUNS: Final = BLENDED | {_S.TRAINING}
 
+#: Stages that end a seed's hold on its blueprint, and its blend.
+LETS_GO: Final = (_S.DORMANT, _S.CULLED, _S.CANCELLED)
+
 #: Stages whose blueprint learns from the model's loss, and those in which it learns to reconstruct
 #: its chunk; in all others it is frozen.
 LEARNS_TASK: Final = frozenset({_S.GRAFTING, _S.FINE_TUNING})

@@ -22,6 +22,7 @@ from kasmina_fx.errors import InvalidArgument, InvalidType, UnknownBlueprint
 from kasmina_fx.features import Features, floating_tensor
 from kasmina_fx.gate import GATE
 from kasmina_fx.seating import SMALLEST
+from kasmina_fx.seed_ids import as_seed_ids
 from kasmina_fx.seed_store import SeedStore
 from kasmina_fx.staging import LOCK
 from kasmina_fx.state_tensor import StateTensor
@@ -49,6 +50,13 @@ class SeedRoom(nn.Module):
     def num_seeds(self) -> int:
         """Seeds of the layer."""
         return self._chunks.num_chunks
+
+    def accepts(self, seed_id: int, blueprint: str | None = None) -> bool:
+        """Does a blueprint, by name (None: the default), fit a seed's chunk?"""
+        seed = int(as_seed_ids(seed_id, self.num_seeds, self.layer_id))
+        chosen = lookup(DEFAULT if blueprint is None else blueprint)
+        like = self.host_weight()
+        return why_unfit(chosen, self._chunks.sizes[seed], self._features, like) is None
 
     def register_blueprint(
         self, blueprint: str | Blueprint | Any, *, name: str | None = None
@@ -127,6 +135,11 @@ class SeedRoom(nn.Module):
     def host_weight(self) -> Tensor | None:
         """A floating-point tensor of the base: its dtype and device are those of what grows."""
         return floating_tensor(self.base)
+
+    def main_weight(self) -> Tensor | None:
+        """The base's weight; of a base without one, its first floating-point tensor."""
+        weight = getattr(self.base, "weight", None)
+        return weight if isinstance(weight, Tensor) else self.host_weight()
 
     def _resolve(self, blueprint_id: int | str | None) -> tuple[int | None, str]:
         """Id of a shared blueprint (None: a copy for each seed), and its name."""

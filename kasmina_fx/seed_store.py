@@ -19,7 +19,7 @@ from kasmina_fx.telemetry import Telemetry
 from kasmina_fx.transfer import to_device
 
 #: Of the entries in a state dict; a checkpoint of another version is refused.
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 
 
 class SeedStore(Float32Module):
@@ -28,6 +28,7 @@ class SeedStore(Float32Module):
     roles: Tensor
     loss_scale: Tensor
     grad_norm: Tensor
+    reference_weight: Tensor | None
 
     def __init__(
         self, chunks: ChunkManager, device: torch.device, name: str, config: SeedConfig
@@ -43,8 +44,8 @@ class SeedStore(Float32Module):
         idle = torch.zeros(chunks.num_chunks, dtype=torch.int64, device=device)
         self.register_buffer("roles", idle, persistent=False)
         self.register_buffer("loss_scale", one, persistent=False)
-        self.register_buffer("grad_norm", -one, persistent=False)
-        self.reference_weight: Tensor | None = None  # the host's, at the last step of the ramp
+        self.register_buffer("grad_norm", -one)
+        self.register_buffer("reference_weight", None)  # the host's, at the last step of a ramp
         self.layout: ChunkLayout = chunks.layout
         self.highest_id = 0  # blueprint ids up to here were given out
         self.blueprints: dict[int, str] = {}  # ids whose parameters are shared, and their names

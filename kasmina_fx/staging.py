@@ -20,8 +20,27 @@ from kasmina_fx.float32_module import Float32Module
 from kasmina_fx.gate import GATE
 from kasmina_fx.transfer import to_device
 
+
+class _Lock:
+    """A lock that is never waited for inside a compiled forward.
+
+    Who publishes holds it and waits for the forwards, so that both would wait for ever.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            GATE.refuse_inside_forward()
+            self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
 #: One lock for all layers: a first germination changes several, and changes are short.
-LOCK: Final = threading.RLock()
+LOCK: Final = _Lock()
 
 
 @dataclass(frozen=True, eq=False)

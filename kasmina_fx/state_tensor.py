@@ -12,6 +12,7 @@ from kasmina_fx.grafting.registry import strategies
 from kasmina_fx.lifecycle import (
     DEFAULT_EMBARGO,
     LEGAL,
+    LETS_GO,
     MOST_EPOCHS,
     SeedLifecycle,
     check_embargo,
@@ -23,7 +24,6 @@ from kasmina_fx.seed_ids import SeedIds, as_seed_ids
 from kasmina_fx.staging import StagedState
 
 COLUMN_NAMES: Final = ("lifecycle_state", "blueprint_id", "epochs_in_state", "grafting_strategy")
-_LETS_GO: Final = (SeedLifecycle.DORMANT, SeedLifecycle.CULLED, SeedLifecycle.CANCELLED)
 
 
 class StateTensor(StagedState):
@@ -153,7 +153,7 @@ class StateTensor(StagedState):
         ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
         with self.transaction():
             self.set_rows(ids, lifecycle_state=state, epochs_in_state=0)
-            if state in _LETS_GO:
+            if state in LETS_GO:
                 self._enter(ids, SeedLifecycle(state))
 
     def set_blueprint(self, seed_id: int, blueprint_id: int, grafting_strategy: int = 0) -> None:
@@ -197,7 +197,7 @@ class StateTensor(StagedState):
         if to is SeedLifecycle.DORMANT:
             changes |= {"blueprint_id": 0, "grafting_strategy": 0}
         self.set_rows(ids, **changes)
-        if to in _LETS_GO:
+        if to in LETS_GO:
             self._stage_alpha(ids, torch.zeros(len(ids), dtype=torch.float32, device="cpu"))
 
     def _illegal(self, seed: int, to: SeedLifecycle) -> IllegalTransition:

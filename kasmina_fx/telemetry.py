@@ -175,6 +175,23 @@ def _averages(old: Tensor, notes: Tensor) -> Tensor:
     return torch.cat([counts, torch.where(ran, newer, averages)])
 
 
+def check_statistics(accumulated: Tensor, faults: Tensor, previous_loss: Tensor) -> None:
+    """Refuse what no steps could have left in a layer's buffers.
+
+    Raises:
+        ValueError: Says which.
+    """
+    counts = accumulated[[COUNT, NEAR_ZERO, NON_FINITE, PHASE, EVERY, REJECTED, RUNS]]
+    squares = accumulated[[SQUARED_DEVIATIONS, LOSS, DELTA]]
+    for name, values in (("counts", counts), ("faults", faults)):
+        if not bool(((values >= 0) & (values < torch.inf)).all()):
+            raise ValueError(f"telemetry: {name} below 0, or not finite")
+    if not bool((squares >= 0).all() & (previous_loss >= 0).all() & ~accumulated.isnan().any()):
+        raise ValueError("telemetry: statistics are NaN, or below 0 where they are squares")
+    if not torch.equal(counts, counts.round()):
+        raise ValueError("telemetry: counts are no whole numbers")
+
+
 class Telemetry(Float32Module):
     """A layer's statistics.
 

@@ -32,6 +32,7 @@ from kasmina_fx.blueprints import register
 from kasmina_fx.errors import CheckpointError
 
 STATE, ALPHA = "3.kasmina.state.state_tensor", "3.kasmina.state.alpha"
+FAULTS = "3.kasmina.telemetry.faults"
 EXTRA, TELEMETRY = "3.kasmina._extra_state", "3.kasmina.telemetry.accumulated"
 PRIVATE, UNUSED = "3.kasmina.banks.lora_run0.", "3.kasmina.banks.mlp_run0."
 SHARED = "3.kasmina.banks.affine_shared_run0."
@@ -99,6 +100,17 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no alpha": (_without(ALPHA), "lacks 'kasmina.state.alpha'"),
     "rows of telemetry": (_become(TELEMETRY, lambda t: t[1:]), "accumulated is"),
     "dtype of telemetry": (_become(TELEMETRY, lambda t: t.half()), "accumulated is torch.float16"),
+    "NaN in telemetry": (_put(TELEMETRY, (1, 1), float("nan")), "statistics are NaN"),
+    "a count below 0": (_put(TELEMETRY, (0, 1), -5.0), "counts below 0"),
+    "half a step": (_put(TELEMETRY, (8, 1), 0.5), "no whole numbers"),
+    "a negative variance": (_put(TELEMETRY, (2, 1), -1.0), "below 0 where they are squares"),
+    "NaN faults": (_put(FAULTS, 1, float("nan")), "faults below 0, or not finite"),
+    "negative faults": (_put(FAULTS, 1, -100.0), "faults below 0"),
+    "NaN losses": (_put(FAULTS.replace("faults", "previous_loss"), 1, float("nan")), "squares"),
+    "a host weight of another layer": (
+        lambda d: d.update({"3.kasmina.reference_weight": torch.zeros(3, 3)}),
+        "reference_weight is",
+    ),
     "no telemetry": (_without(TELEMETRY), "lacks 'kasmina.telemetry.accumulated'"),
     "no extra state": (_without(EXTRA), "lacks 'kasmina._extra_state'"),
     "version": (_extra("version", 99), "version 99"),

@@ -48,12 +48,12 @@ def test_a_plain_checkpoint_loads_into_a_kasminified_model(grown: bool, assign: 
 def test_a_plain_checkpoint_with_a_wrong_key_is_refused_when_strict() -> None:
     saved = network().state_dict()
     model = wrapped_twin(network())
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*0\.(base\.)?other"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*\"0\.other"):
         model.load_state_dict({**saved, "0.other": torch.zeros(1)})
     del saved["0.weight"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*0\..*weight"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*\"0\.weight"):
         model.load_state_dict(saved)
-    assert model.load_state_dict(saved, strict=False).missing_keys == ["0.base.weight"]
+    assert model.load_state_dict(saved, strict=False).missing_keys == ["0.weight"]
 
 
 def test_host_state_dict_loads_into_the_plain_model() -> None:
@@ -194,7 +194,7 @@ def test_a_state_dict_of_another_number_of_seeds_is_refused_whole(num_seeds: int
 
 def test_the_reason_for_a_refusal_names_the_layer_and_what_it_takes() -> None:
     saved = _edited(dict(grown_network().state_dict()), EXTRA, lambda e: {**e, "version": 99})
-    with pytest.raises(LayoutMismatch, match=r"2: .*version 99.*version 2"):
+    with pytest.raises(LayoutMismatch, match=r"2: .*version 99.*version 3"):
         wrapped_twin(network()).load_state_dict(saved)
 
 

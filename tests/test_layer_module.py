@@ -168,6 +168,7 @@ def test_a_state_dict_holds_tensors_and_plain_data_only() -> None:
     assert own == [
         "bias",
         "kasmina._extra_state",
+        "kasmina.grad_norm",
         "kasmina.state.alpha",
         "kasmina.state.state_tensor",
         "kasmina.telemetry.accumulated",

@@ -22,6 +22,7 @@ from kasmina_fx import (
 from kasmina_fx.config import SeedConfig
 from kasmina_fx.lifecycle import (
     BLENDED,
+    DEFAULT_EMBARGO,
     HOLDS_BLUEPRINT,
     LEARNS_TASK,
     LEGAL,
@@ -34,7 +35,6 @@ from kasmina_fx.lifecycle import (
     modes,
     runs,
 )
-from kasmina_fx.state_tensor import DEFAULT_EMBARGO
 from kasmina_fx.testing import graft
 
 S = SeedLifecycle

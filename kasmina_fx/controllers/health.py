@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kasmina_fx.blueprints.registry import DEFAULT, lookup
 from kasmina_fx.colony_control import health_report, step_epoch, transaction
+from kasmina_fx.config import check_count
 from kasmina_fx.controllers.base import Controller, Decision
 from kasmina_fx.errors import InvalidArgument, NoTargets
+from kasmina_fx.grafting.registry import strategy_number
 from kasmina_fx.kasminify import kasmina_layers
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle as S
@@ -36,11 +39,13 @@ class HealthController(Controller):
     1. GERMINATED seeds go to TRAINING at once, and from there to GRAFTING after ``train_epochs``.
     2. GRAFTING seeds whose ramp is done (alpha 1) go to STABILIZATION, after ``settle_epochs`` to
        EVALUATING; the model's loss is remembered then.
-    3. EVALUATING seeds, after ``evaluate_epochs``: FINE_TUNING if the loss is at most
-       ``1 + tolerance`` times the one remembered, else CULLED.
+    3. EVALUATING seeds, after ``evaluate_epochs``: FINE_TUNING if the loss is finite and at most
+       ``1 + tolerance`` times the one remembered, else CULLED. Of a seed that another controller
+       brought there no loss is remembered: it is compared with the loss now.
     4. FINE_TUNING seeds are FOSSILIZED after ``tune_epochs``.
     5. If fewer than ``budget`` seeds hold a blueprint, the DORMANT seeds with the lowest health
-       germinate, at most ``pace`` a step over all layers.
+       germinate, at most ``pace`` a step over all layers. Seeds without health, since telemetry is
+       off or saw nothing finite, and chunks that the blueprint does not fit are left out.
 
     Args:
         model: Kasminified.
@@ -55,7 +60,8 @@ class HealthController(Controller):
 
     Raises:
         NoTargets: The model has no KasminaLayer.
-        InvalidArgument: A negative budget or epochs, or a pace below 1.
+        InvalidArgument: A budget, pace, tolerance or epochs that are none, an unknown strategy.
+        UnknownBlueprint: Not a registered name.
     """
 
     def __init__(
@@ -73,15 +79,19 @@ class HealthController(Controller):
         evaluate_epochs: int = 2,
         tune_epochs: int = 2,
     ) -> None:
-        counts = {"budget": budget, "train_epochs": train_epochs, "settle_epochs": settle_epochs}
-        counts |= {"evaluate_epochs": evaluate_epochs, "tune_epochs": tune_epochs}
-        wrong = [f"{name}={value!r}" for name, value in counts.items() if value < 0]
-        if wrong or pace < 1:
-            raise InvalidArgument(
-                f"{', '.join(wrong) or f'pace={pace!r}'}: counts are 0 or more, the pace 1 or more"
-            )
+        check_count("budget", budget)
+        check_count("pace", pace, least=1)
+        check_count("train_epochs", train_epochs)
+        check_count("settle_epochs", settle_epochs)
+        check_count("evaluate_epochs", evaluate_epochs)
+        check_count("tune_epochs", tune_epochs)
+        given: Any = tolerance  # from callers without a type checker, anything
+        if not isinstance(given, (int, float)) or not 0 <= given < math.inf:
+            raise InvalidArgument(f"tolerance={tolerance!r}: give a number, 0 or more")
         if not kasmina_layers(model):
             raise NoTargets(f"{type(model).__name__} has no KasminaLayer: call kasminify first")
+        lookup(DEFAULT if blueprint is None else blueprint)
+        strategy_number(strategy, type(self).__name__)
         self.model, self.budget, self.pace = model, budget, pace
         self.blueprint, self.strategy = blueprint, strategy
         self.metric, self.tolerance, self.evaluate_epochs = metric, tolerance, evaluate_epochs
@@ -99,12 +109,7 @@ class HealthController(Controller):
         Raises:
             InvalidArgument: ``metrics`` lacks the metric, or it is no number.
         """
-        loss = float(metrics.get(self.metric, math.nan))
-        if math.isnan(loss):
-            raise InvalidArgument(
-                f"metrics have {sorted(metrics)}; the controller judges by {self.metric!r}, a "
-                "number that is not NaN"
-            )
+        loss = self._judged_by(metrics)
         step_epoch(self.model)
         report = health_report(self.model)
         with transaction(self.model):
@@ -116,7 +121,32 @@ class HealthController(Controller):
                 for decision in self._promote(name, layer, report[name]["alpha"], loss)
             ]
             decisions += self._germinate(layers, report)
+            then = self._remembered(decisions, loss)
+        self._loss_at_evaluation = then
         return decisions
+
+    def _judged_by(self, metrics: Mapping[str, float]) -> float:
+        try:
+            loss = float(metrics.get(self.metric, math.nan))
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            loss = math.nan
+        if math.isnan(loss):
+            raise InvalidArgument(
+                f"metrics are {metrics!r}; the controller judges by {self.metric!r}, a number that "
+                "is not NaN"
+            )
+        return loss
+
+    def _remembered(
+        self, decisions: Sequence[Decision], loss: float
+    ) -> dict[tuple[str, int], float]:
+        """The loss when each seed in EVALUATING got there: once all has been decided."""
+        entered = {(d.layer, s) for d in decisions if d.stage is S.EVALUATING for s in d.seeds}
+        left = {
+            (d.layer, s) for d in decisions if d.stage in (S.FINE_TUNING, S.CULLED) for s in d.seeds
+        }
+        kept = {k: v for k, v in self._loss_at_evaluation.items() if k not in left}
+        return kept | dict.fromkeys(entered, loss)
 
     def _promote(
         self, name: str, layer: KasminaLayer, alpha: Tensor, loss: float
@@ -125,16 +155,18 @@ class HealthController(Controller):
         yield from self._judge(name, stage, epochs, loss)
         for rule in self._rules:
             ready = _ids((stage == rule.source) & (epochs >= rule.epochs))
-            if rule.target is S.EVALUATING:
-                self._loss_at_evaluation |= {(name, seed): loss for seed in ready}
             yield from self._advance(name, ready, rule.target, rule.reason)
         ramped = _ids((stage == S.GRAFTING) & (alpha >= 1))
         yield from self._advance(name, ramped, S.STABILIZATION, "its ramp is done")
 
     def _judge(self, name: str, stage: Tensor, epochs: Tensor, loss: float) -> Iterator[Decision]:
         due = _ids((stage == S.EVALUATING) & (epochs >= self.evaluate_epochs))
-        then = {seed: self._loss_at_evaluation.pop((name, seed), loss) for seed in due}
-        good = [seed for seed in due if loss <= then[seed] + self.tolerance * abs(then[seed])]
+        then = {seed: self._loss_at_evaluation.get((name, seed), loss) for seed in due}
+        good = [
+            seed
+            for seed in due
+            if math.isfinite(loss) and loss <= then[seed] + self.tolerance * abs(then[seed])
+        ]
         yield from self._advance(name, good, S.FINE_TUNING, f"{self.metric} is {loss:.4g}")
         bad = [seed for seed in due if seed not in good]
         yield from self._advance(name, bad, S.CULLED, f"{self.metric} rose to {loss:.4g}")
@@ -153,6 +185,7 @@ class HealthController(Controller):
             (float(figures["health"][seed]), name, seed)
             for name, figures in report.items()
             for seed in _ids((layers[name].state.stages == S.DORMANT) & ~figures["health"].isnan())
+            if layers[name].accepts(seed, self.blueprint)
         )[: max(0, room)]
         for name in dict.fromkeys(name for _, name, _ in sick):
             seeds = [seed for _, owner, seed in sick if owner == name]
