@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoint_cases import grown, network
 from torch import nn
+from torch.optim import AdamW
 
 from kasmina_fx import (
     KasminaLayer,
@@ -23,6 +25,7 @@ from kasmina_fx import (
     checkpoint,
 )
 from kasmina_fx.sealed_file import Sealing
+from kasmina_fx.testing import graft
 
 
 @contextlib.contextmanager
@@ -141,6 +144,7 @@ KILLING = """
 import glob, hashlib, json, os, random, signal, sys, time
 import torch
 from torch import nn
+from torch.optim import AdamW
 from kasmina_fx import checkpoint, kasmina_layers, kasminify
 from kasmina_fx.testing import graft
 
@@ -233,3 +237,44 @@ def test_a_checkpoint_beside_a_busy_controller_is_of_one_moment(tmp_path: Path) 
         done.set()
         controller.join()
     checkpoint.load(layer, tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("grows", [False, True], ids=["reuse", "growth"])
+def test_a_command_while_the_file_is_written_is_not_in_it(
+    path: Path, grows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def life() -> tuple[KasminaLayer, AdamW]:
+        layer = KasminaLayer(nn.Linear(8, 64), 64)
+        graft(layer, [0, 1])
+        optimizer = AdamW(layer.parameters())
+        layer(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+        return layer, optimizer
+
+    layer, optimizer = life()
+    held = layer.bank_of(0)
+    assert held is not None
+    weights = {name: t.detach().clone() for name, t in held[0].slot_tensors(held[1]).items()}
+    momentum = optimizer.state[next(layer.blueprint_parameters())]["exp_avg"][0].clone()
+    write = torch.save
+
+    def meanwhile(*args: Any) -> None:
+        if not grows:
+            layer.reset([0])
+        graft(layer, [5])
+        write(*args)
+
+    monkeypatch.setattr(torch, "save", meanwhile)
+    checkpoint.save(layer, path, optimizer=optimizer)
+    fresh, other = life()
+    checkpoint.load(fresh, path, optimizer=other)
+    assert fresh.seeds[0].stage is SeedLifecycle.GRAFTING
+    assert fresh.seeds[5].stage is SeedLifecycle.DORMANT
+    found = fresh.bank_of(0)
+    assert found is not None
+    for name, value in found[0].slot_tensors(found[1]).items():
+        assert torch.equal(value, weights[name])
+    stack = next(fresh.blueprint_parameters())
+    assert torch.equal(other.state[stack]["exp_avg"][0], momentum)
+    fresh(torch.ones(2, 8)).sum().backward()
+    other.step()

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from graph_cases import TwoLayers, wrapped
-from torch import nn
+from torch import Tensor, nn
 
 import kasmina_fx
-from kasmina_fx import GraftingConfig, InvalidArgument, NoTargets, SeedConfig, kasmina_layers
+from kasmina_fx import (
+    GraftingConfig,
+    InvalidArgument,
+    NoTargets,
+    SeedConfig,
+    kasmina_layers,
+    kasminify,
+)
+from kasmina_fx.blueprints import register
 from kasmina_fx.colony_control import HealthReport
 from kasmina_fx.controllers import HealthController
 from kasmina_fx.lifecycle import SeedLifecycle as S
@@ -72,6 +83,86 @@ def test_seeds_that_another_thread_changed_since_the_report_are_left_alone(
     for _ in range(3):
         controller.step({"loss": 1.0})
     assert first.seeds[grown[0]].stage is S.CANCELLED
+
+
+def test_an_error_in_the_middle_forgets_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped(TwoLayers(), seeds=4, telemetry=True)
+    controller = HealthController(model, budget=1, evaluate_epochs=1)
+    model(torch.randn(8, 8))
+    decided: list[S] = []
+    for _ in range(8):
+        if S.EVALUATING in decided:
+            break
+        decided += [decision.stage for decision in controller.step({"loss": 1.0})]
+        for layer in kasmina_layers(model).values():
+            layer.set_alpha(layer.state.holding.nonzero().flatten(), 1.0)
+    assert decided[-1] is S.EVALUATING
+    germinate = HealthController._germinate
+
+    def failing(*args: Any) -> Any:
+        yield from germinate(*args)
+        raise OSError
+
+    monkeypatch.setattr(HealthController, "_germinate", failing)
+    with pytest.raises(OSError):  # noqa: PT011  # it has no message
+        controller.step({"loss": 1.0})
+    monkeypatch.setattr(HealthController, "_germinate", germinate)
+    decisions = controller.step({"loss": 100.0})
+    assert decisions[0].stage is S.CULLED
+
+
+def test_an_infinite_loss_culls() -> None:
+    _, decisions = _life([math.inf] * 16)
+    assert any(S.CULLED in step for step in decisions)
+    assert not any(S.FINE_TUNING in step for step in decisions)
+
+
+class OfThree(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        if size != 3:
+            raise ValueError("chunks of 3 features alone")
+        self.gain = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+def test_a_blueprint_that_fits_some_chunks_germinates_there() -> None:
+    model = kasminify(nn.Sequential(nn.Linear(8, 10)), num_seeds=4, compile=False)  # 3, 3, 2, 2
+    register(OfThree, name="of-three")
+    controller = HealthController(model, budget=4, blueprint="of-three")
+    model(torch.randn(8, 8))
+    (decision,) = controller.step({"loss": 1.0})
+    assert sorted(decision.seeds) == [0, 1]
+
+
+@pytest.mark.parametrize("metrics", [None, {"loss": None}, {"loss": "x"}, {"loss": torch.ones(2)}])
+def test_metrics_that_are_none(metrics: Any) -> None:
+    model = wrapped(TwoLayers(), seeds=2)
+    with pytest.raises(InvalidArgument, match="judges by 'loss'"):
+        HealthController(model, budget=1).step(metrics)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"budget": 2.5},
+        {"budget": True},
+        {"pace": 1.5},
+        {"tolerance": math.nan},
+        {"tolerance": -1},
+        {"tolerance": "a"},
+        {"train_epochs": math.nan},
+        {"blueprint": "lroa"},
+        {"strategy": 99},
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused_at_once(given: dict[str, Any]) -> None:
+    model = wrapped(TwoLayers(), seeds=2)
+    with pytest.raises(ValueError, match=r"=|lora|99"):
+        HealthController(model, **({"budget": 1} | given))
 
 
 def test_bad_arguments() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kasmina_fx import (
     IllegalTransition,
+    InvalidArgument,
     InvalidType,
     KasminaLayer,
     LogicalSeed,
@@ -358,3 +359,36 @@ def test_a_snapshot_beside_a_busy_controller_is_of_one_moment() -> None:
     finally:
         done.set()
         controller.join()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
+def test_half_precision_chunks_equal_their_slices_to_the_bit(
+    dtype: torch.dtype, autocast: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = KasminaLayer(nn.Linear(4, 64).to(torch.float32 if autocast else dtype), 8)
+    graft(layer, range(8), "affine", 0.3)
+    with torch.no_grad():
+        for parameter in layer.blueprint_parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(5, 4, dtype=torch.float32 if autocast else dtype)
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        out, host = layer(x), layer.base(x)
+        for seed in layer.seeds:
+            assert torch.equal(seed.process_chunk(host[:, seed.chunk]), out[:, seed.chunk])
+
+
+def test_a_chunk_of_another_size_is_refused() -> None:
+    layer = KasminaLayer(nn.Linear(4, 8), 4)
+    graft(layer, 0, "affine")
+    with pytest.raises(InvalidArgument, match="2 features"):
+        layer.seeds[0].process_chunk(torch.randn(3, 1))  # which would broadcast
+    with pytest.raises(InvalidArgument, match="2 features"):
+        layer.seeds[1].process_chunk(torch.randn(3, 8))
+
+
+def test_a_state_is_plain_json_before_the_first_step() -> None:
+    found = KasminaLayer(nn.Linear(4, 8), 4).seeds[1].get_state().to_dict()
+    assert found["health"] is None
+    assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ramp_cases import ALL, alpha, grafting_layer, signals_at
-from torch import Tensor
+from torch import Tensor, nn
 
-from kasmina_fx import GraftingStrategy, SeedLifecycle
+from kasmina_fx import GraftingStrategy, KasminaLayer, SeedLifecycle, epochs
 from kasmina_fx.grafting import (
     CURVES,
     GraftingConfig,
@@ -22,7 +22,7 @@ from kasmina_fx.grafting import (
     register_strategy,
     registry,
 )
-from kasmina_fx.grafting.ramp import next_alpha, step_along
+from kasmina_fx.grafting.ramp import next_alpha, relative_drift, step_along
 
 pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
 
@@ -160,3 +160,31 @@ def test_slow_ramps_arrive_too() -> None:
             if step < steps - 1:
                 assert float(alpha) < 1, (speed, step)
         assert float(alpha) == pytest.approx(1.0, abs=0.02), speed
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("steps", [30_000, 10**6])
+def test_long_ramps_arrive_where_the_curve_is_flat(curve: str, steps: int) -> None:
+    config = GraftingConfig(fixed_steps=steps, curve=curve)
+    alpha = torch.tensor([0.0, 0.99999994])
+    moved = step_along(alpha, torch.ones(2), config)
+    assert bool((moved > alpha).all())
+    assert moved[1] == 1.0
+
+
+def test_a_host_weight_of_zeros_that_stays_has_not_drifted() -> None:
+    assert float(relative_drift(torch.zeros(3), torch.zeros(3))) == 0.0
+    assert float(relative_drift(torch.ones(3), torch.zeros(3))) == float("inf")
+
+
+def test_the_drift_of_a_parametrized_host_is_its_weights() -> None:
+    base = nn.utils.parametrizations.weight_norm(nn.Linear(4, 8))
+    layer = KasminaLayer(base, 4)
+    weight = layer.main_weight()
+    assert weight is not None
+    assert weight.shape == (8, 4)
+    layer(torch.randn(2, 4)).sum().backward()
+    norm = epochs._norm_of_gradient(layer)
+    grads = [p.grad for p in base.parameters() if p.grad is not None]
+    assert norm is not None
+    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in grads]).norm())
