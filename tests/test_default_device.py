@@ -16,6 +16,9 @@ from kasmina_fx import checkpoint, kasmina_layers, kasminify, reference
 from kasmina_fx.controllers import HealthController
 from kasmina_fx.testing import RecordingBackend, graft
 
+# Coverage doubles the time that torch takes to compile; the files beside this one cover the lines.
+pytestmark = pytest.mark.untraced
+
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str, autouse=True)
 def _defaults(request: pytest.FixtureRequest) -> Iterator[None]:
@@ -100,3 +103,26 @@ def test_random_numbers_are_drawn_on_the_cpu_in_float32() -> None:
             assert held is not None
             values.append(held[0].slot_tensors(held[1])["linear.weight"])
     assert torch.equal(*values)
+
+
+@pytest.mark.gpu
+def test_cuda_as_the_default_device() -> None:
+    torch.set_default_device("cuda")
+    torch.set_default_dtype(torch.float32)
+    net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))
+    model = kasminify(net, num_seeds=8, filter_fn=lambda m, name: name == "0")
+    layer, x = kasmina_layers(model)["0"], torch.randn(3, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = torch.cuda.get_rng_state()
+    graft(layer, [1, 2], layer.register_blueprint(Mine))
+    graft(layer, [3, 4], stage=S.TRAINING)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    kasmina_fx.optim.sync(optimizer, model)
+    model(x).sum().backward()
+    optimizer.step()
+    kasmina_fx.step_epoch(model)
+    assert layer.get_health_report()["errors"].tolist() == [0] * 8
+    assert layer.state.rows.device.type == "cpu"
+    with reference.reference_mode(model):
+        expected = model(x)
+    torch.testing.assert_close(model(x), expected)
