@@ -25,6 +25,7 @@ from kasmina_fx.colony_control import (
     HealthReport,
     follow_scaler,
     health_report,
+    host_parameters,
     step_epoch,
     transaction,
 )
@@ -102,6 +103,7 @@ __all__ = [
     "graph_diff",
     "graph_text",
     "health_report",
+    "host_parameters",
     "host_state_dict",
     "inserted_text",
     "kasmina",

@@ -219,6 +219,10 @@ def placeholder_source(node: torch.fx.Node) -> str:
     return str(name() if callable(name) else name)  # a method up to torch 2.11, an attribute since
 
 
+#: Of an input's ``tensor_dict``: not None if Dynamo takes its address for one that stays.
+STATIC_INPUT = "_dynamo_static_input_type"
+
+
 def resolve_source(source: str, root: torch.nn.Module) -> Any:
     """The object that a source names, if ``root`` is what its path starts from; else None.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kasmina_fx._torch_compat import uncompiled
 from kasmina_fx.errors import InvalidType, NoTargets
 from kasmina_fx.gate import GATE
 from kasmina_fx.health import reports, to_json_values
@@ -68,6 +69,19 @@ def follow_scaler(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None
     for layer in _layers(model).values():
         layer.colony.follow_scaler(scaler)
         layer.publish()
+
+
+def host_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The plain model's parameters, without those of blueprints.
+
+    For what must not couple the two: ``clip_grad_norm_(host_parameters(model), 1.0)``.
+
+    Raises:
+        NoTargets: The model has no KasminaLayer.
+    """
+    layers = _layers(model).values()
+    blueprints = {id(p) for layer in layers for p in layer.blueprint_parameters(False)}
+    return (p for p in uncompiled(model).parameters() if id(p) not in blueprints)
 
 
 class HealthReport(Mapping[str, dict[str, Any]]):

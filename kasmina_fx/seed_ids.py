@@ -58,7 +58,8 @@ def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
 
 
 def _is_single(seed_ids: object) -> bool:
-    return isinstance(seed_ids, (str, bytes)) or not isinstance(seed_ids, Iterable)
+    single = isinstance(seed_ids, (str, bytes)) or not isinstance(seed_ids, Iterable)
+    return single or getattr(seed_ids, "ndim", None) == 0  # an array of one number
 
 
 def _as_int(value: Any, where: str) -> int:

@@ -96,11 +96,11 @@ class StateTensor(StagedState):
 
     def get_lifecycle_states(self) -> Tensor:
         """int32 ``(num_seeds,)``, a copy, on the device."""
-        return self.state_tensor[:, self.LIFECYCLE_STATE_IDX].clone()
+        return self.on_device()[0][:, self.LIFECYCLE_STATE_IDX].clone()
 
     def get_dormant_seeds(self) -> Tensor:
         """Bool ``(num_seeds,)`` on the device."""
-        return self.state_tensor[:, self.LIFECYCLE_STATE_IDX] == SeedLifecycle.DORMANT
+        return self.on_device()[0][:, self.LIFECYCLE_STATE_IDX] == SeedLifecycle.DORMANT
 
     def get_active_seeds(self) -> Tensor:
         """Bool ``(num_seeds,)`` on the device: seeds that are blended."""

@@ -26,6 +26,7 @@ from kasmina_fx.passes.metadata import propagate_if_missing
 from kasmina_fx.passes.normalize_markers import NormalizeMarkers
 from kasmina_fx.passes.pass_base import GraphPass
 from kasmina_fx.passes.place_telemetry import PlaceTelemetry
+from kasmina_fx.passes.unpin_tables import UnpinTables
 from kasmina_fx.passes.verify import Verify
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 DEFAULT_PASSES: Final[tuple[GraphPass, ...]] = (
+    UnpinTables(),  # they are replaced at every change: CUDA graphs copy them in
     NormalizeMarkers(),  # one spelling of a marker: .default overload, positional arguments
     ChooseLowerings(),  # say for each marker what becomes of it, and why
     EliminateDormant(),  # a layer without a blueprint slot is its base

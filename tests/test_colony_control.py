@@ -72,6 +72,28 @@ def test_a_report_as_a_table(library: str) -> None:
     assert columns["mean"] == pytest.approx(means)
 
 
+def test_host_parameters_are_the_plain_models() -> None:
+    model = _model()
+    plain = list(model.parameters())
+    graft(layer_of(model, "down"), [3])
+    found = list(kasmina_fx.host_parameters(model))
+    assert all(a is b for a, b in zip(found, plain, strict=True))
+    assert len(list(model.parameters())) > len(plain)
+    graft(layer_of(model, "up"), [1], stage=S.TRAINING)
+    norms = []
+    for scale in (1.0, 100.0):
+        with torch.no_grad():
+            for parameter in layer_of(model, "up").blueprint_parameters():
+                parameter.mul_(scale)
+        model.zero_grad()
+        model(torch.ones(2, 8)).sum().backward()
+        found = list(kasmina_fx.host_parameters(model))
+        norms.append(nn.utils.clip_grad_norm_(found, 1.0))
+    assert torch.equal(*norms)
+    with pytest.raises(NoTargets):
+        kasmina_fx.host_parameters(nn.Linear(2, 2))
+
+
 def test_a_scaler_that_is_named_is_followed() -> None:
     model = _model()
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

@@ -1,0 +1,96 @@
+"""Tables may move, stacks and statistics stay: what CUDA graphs are told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from graph_cases import OneLayer, TwoLayers, layer_of, wrapped
+from torch import nn
+from torch.fx import GraphModule
+
+from kasmina_fx import capture
+from kasmina_fx._torch_compat import placeholder_source
+from kasmina_fx.errors import RewriteError
+from kasmina_fx.passes.unpin_tables import UnpinTables, keeps_address, pinned_tables
+from kasmina_fx.testing import RecordingBackend, graft
+
+# Coverage doubles the time that torch takes to compile; the files beside this one cover the lines.
+pytestmark = pytest.mark.untraced
+
+
+def captured(model: nn.Module) -> GraphModule:
+    """As Dynamo hands a graph to a backend."""
+    seen: list[GraphModule] = []
+
+    def backend(gm: GraphModule, example_inputs: Any) -> Any:
+        seen.append(gm)
+        return gm.forward
+
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(3, 8))
+    (gm,) = seen
+    return gm
+
+
+def growing(model: nn.Module, names: list[str]) -> nn.Module:
+    model = wrapped(model, telemetry=True)
+    for name in names:
+        layer = layer_of(model, name)
+        graft(layer, [0, 1], "mlp")
+        graft(layer, [2], layer.register_blueprint("affine"))
+    return model
+
+
+def pinned(gm: GraphModule) -> set[str]:
+    """Names of what keeps its address."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    return {placeholder_source(node) for node in inputs if keeps_address(node)}
+
+
+@pytest.mark.parametrize(
+    ("model", "names"), [(OneLayer, ["fc"]), (TwoLayers, ["up", "down"])], ids=["one", "two"]
+)
+def test_tables_may_move_and_nothing_else(model: Any, names: list[str]) -> None:
+    grown = growing(model(), names)
+    banks = [bank for name in names for bank in layer_of(grown, name).kasmina.bank_list()]
+    tables = 4 * len(names) + 4 * len(banks)  # a layer's, and each bank's
+    gm = captured(grown)
+    before, nodes = pinned(gm), [node.name for node in gm.graph.nodes]
+    assert len(pinned_tables(gm)) == tables
+    result = UnpinTables()(gm)
+    assert result.graph_module is gm
+    assert not result.modified
+    assert [node.name for node in gm.graph.nodes] == nodes
+    assert pinned_tables(gm) == []
+    released = before - pinned(gm)
+    assert all("._published." in name and ".params" not in name for name in released)
+    assert len(released) == tables
+    kept = pinned(gm)
+    stacks = sum(len(bank.tensors()) for bank in banks)
+    assert sum(".params[" in name or "banks" in name for name in kept) == stacks
+    assert sum("accumulated" in name for name in kept) == len(names)
+    assert not UnpinTables()(gm).modified
+
+
+@pytest.mark.parametrize("frontend", ["fx", "export"])
+def test_graphs_of_other_front_ends_say_nothing_of_addresses(frontend: str) -> None:
+    gm = capture(growing(OneLayer(), ["fc"]), torch.randn(3, 8), frontend=frontend)
+    text = str(gm.graph)
+    assert UnpinTables()(gm).graph_module is gm
+    assert str(gm.graph) == text
+
+
+def test_the_pipeline_unpins_what_it_hands_on() -> None:
+    model = growing(OneLayer(), ["fc"])
+    backend = RecordingBackend("eager")
+    torch.compile(model, backend=backend, fullgraph=True)(torch.randn(3, 8))
+    (after,) = backend.after
+    assert pinned_tables(after) == []
+    assert pinned(after)
+
+
+def test_a_table_that_is_still_pinned_is_an_error() -> None:
+    gm = captured(growing(OneLayer(), ["fc"]))
+    with pytest.raises(RewriteError, match="address stays"):
+        UnpinTables().ensures(gm)
