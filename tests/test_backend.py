@@ -56,7 +56,7 @@ def test_options_and_mode_reach_inductor_and_nothing_else() -> None:
         ({"lowerings": "auto"}, UnknownOption, "did you mean 'lowering'"),
         ({"zzz": 1}, UnknownOption, "kasmina's own are lowering, strict"),
         ({"lowering": "triton"}, InvalidArgument, "this release has auto, matmul"),
-        ({"disabled_passes": ["lower"]}, InvalidArgument, "there are normalize_markers"),
+        ({"disabled_passes": ["lower"]}, InvalidArgument, "there are unpin_tables"),
         ({"disabled_passes": "verify"}, InvalidArgument, "give a list"),
     ],
 )

@@ -50,7 +50,7 @@ def test_a_whole_life(path: Path, no_search_for_scalers: None) -> None:
     )  # fmt: skip
     model = kasminify(host, num_seeds=10, filter_fn=lambda m, name: name == "0", compile=False)
     layer = kasmina_layers(model)["0"]
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     x = torch.randn(3, 8, device="cpu", dtype=torch.float32)
     run: Any = torch.compile(model, backend=RecordingBackend("aot_eager"))
 
