@@ -160,6 +160,10 @@ class Bank(nn.Module):
             write_rows(stack, taken, to_device(values.to(stack.dtype), stack.device))
         clear_slots(self, taken)
 
+    def forget(self) -> None:
+        """What was frozen before says nothing of what was loaded."""
+        self._froze = self.held[:0]
+
     def _free(self) -> Tensor:
         """Slots to give away, int64 ``(n,)``: no backward still to run reads them."""
         free = self.held == 0

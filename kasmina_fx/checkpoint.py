@@ -110,7 +110,7 @@ def load(
     """
     model, name = uncompiled(model), os.fspath(path)
     contents = _read(name)
-    _check_layers(model, contents["model"])
+    _check_layers(model, contents["model"], strict)
     _check_host(model, contents["model"], tuple(_prefixes(model)), strict, name)
     groups = [] if optimizer is None else packing.matched(optimizer, model, contents, name)
     with LOCK, GATE.publication():
@@ -190,7 +190,7 @@ def _check_metadata(value: Any, where: str, inside: tuple[int, ...] = ()) -> Non
 def _prefixes(model: nn.Module) -> dict[str, KasminaLayer]:
     """Every layer by the prefix of its seeds' entries; shared layers by each name."""
     return {
-        (f"{name}." if name else "") + host_state.OWN: module
+        host_state.saved_prefix(name) + host_state.OWN: module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, KasminaLayer)
     }
@@ -208,9 +208,17 @@ def _copied(saved: dict[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
     return saved
 
 
-def _check_layers(model: nn.Module, saved: dict[str, Any]) -> None:
-    for prefix, layer in _prefixes(model).items():
+def _check_layers(model: nn.Module, saved: dict[str, Any], strict: bool = False) -> None:
+    layers = _prefixes(model)
+    for prefix, layer in layers.items():
         host_state.check(layer, saved, prefix.removesuffix(host_state.OWN))
+    have = {prefix: any(name.startswith(prefix) for name in saved) for prefix in layers}
+    lacking = [p.removesuffix(f".{host_state.OWN}") for p, has in have.items() if not has]
+    if strict and lacking and any(have.values()):
+        raise CheckpointError(
+            f"no entries of the seeds of {lacking[:4]}, unlike of other layers: it was cut off, or "
+            "its model was kasminified in another way. strict=False leaves these as they are"
+        )
 
 
 def _check_host(

@@ -36,6 +36,7 @@ class Colony:
         self.awaits_backward = False  # a compiled forward was run since an optimizer's last step
         self._named = False  # by the user: not looked for, and not let go of
         self._let_go: weakref.ref[torch.amp.GradScaler] | None = None
+        self._looked = True  # in a step, for a scaler that was not there before
 
     def add(self, layer: KasminaLayer) -> None:
         """Take a layer in."""
@@ -55,8 +56,8 @@ class Colony:
         """Around a compiled forward of the model."""
         with GATE.forward():
             yield
-        # What Inductor keeps for backward are the stacks themselves.
-        self.awaits_backward |= torch.is_grad_enabled()
+            # What Inductor keeps for backward are the stacks themselves.
+            self.awaits_backward |= torch.is_grad_enabled()
 
     def follow_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Multiply reconstruction losses by a GradScaler's scale, which optimizers divide by.
@@ -71,6 +72,7 @@ class Colony:
 
         Of several it follows none, and says so.
         """
+        self._looked = False
         if self._named or _alive(self.scaler) is not None:
             return
         alive = [scaler for scaler in live_grad_scalers() if scaler is not _alive(self._let_go)]
@@ -101,6 +103,12 @@ class Colony:
         elif followed is None and self.scaler is not None:
             self.scaler = None  # it is gone
             self._show()
+        elif followed is None and not self._looked:
+            mine = [s for s in live_grad_scalers() if steps_for(s, optimizers)]
+            if len(mine) == 1:
+                self.scaler = weakref.ref(mine[0])
+                self._show()
+        self._looked = True
         return True
 
     def _show(self) -> None:

@@ -38,6 +38,18 @@ _TELEMETRY: Final = OWN + "telemetry."
 _LAST_ID: Final = torch.iinfo(torch.int32).max
 
 
+#: What wrappers of torch put into a module's path and take out of its names in a state dict.
+_WRAPPERS: Final = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")
+
+
+def saved_prefix(fqn: str) -> str:
+    """What the entries of a module start with, from its path in the model."""
+    path = f"{fqn}." if fqn else ""
+    for inside in _WRAPPERS:
+        path = path.replace(inside, "")
+    return path
+
+
 def attach(layer: nn.Module) -> None:
     """Give a layer the hooks that rename its base's entries and read its own."""
     layer.register_state_dict_post_hook(_strip_base)
@@ -259,10 +271,13 @@ def _prepare(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str, *rest
             layer.allocate(spec.kind, shared=spec.shared)
     # A plain checkpoint has none of these: they stay. One that has lacks the banks that only this
     # layer has: their slots are free from now on.
+    if extra is None and layer.kasmina.misses_entries:
+        return  # other layers of the model have theirs: torch says what is missing
     for name, value in layer.kasmina.state_dict().items():
         gone = extra is not None and name.endswith(".slots")
         state_dict.setdefault(own + name, torch.zeros_like(value) if gone else value)
 
 
 def _after_load(layer: KasminaLayer, incompatible_keys: Any) -> None:
+    layer.kasmina.misses_entries = False
     layer.reload()

@@ -24,7 +24,7 @@ from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidArgument, InvalidType
 from kasmina_fx.features import find_features, floating_tensor
 from kasmina_fx.health import reports
-from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
+from kasmina_fx.lifecycle import holds_blueprint
 from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
 from kasmina_fx.published import Published
 from kasmina_fx.seating import SMALLEST
@@ -260,7 +260,8 @@ class KasminaLayer(SeedControl):
         self.state.refresh_mirror()
         for bank in self._banks():
             bank.held = bank.slots.detach().cpu().clone()
-        if bool((self.state.stages == SeedLifecycle.TRAINING).any()):
+            bank.forget()
+        if bool(self.state.holding.any()):
             self.colony.find_scaler()
         self.publish()
 

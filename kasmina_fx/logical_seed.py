@@ -17,7 +17,7 @@ from kasmina_fx.features import require_features
 from kasmina_fx.grafting.registry import strategies
 from kasmina_fx.health import look, per_seed
 from kasmina_fx.lifecycle import LEARNS_TASK, RECONSTRUCTS, RUNS, SeedLifecycle
-from kasmina_fx.physical import can_be_blended
+from kasmina_fx.physical import can_be_blended, difference_of
 from kasmina_fx.seed_ids import as_seed_ids
 
 if TYPE_CHECKING:
@@ -172,11 +172,10 @@ class LogicalSeed:
         if held is None or stage not in RUNS:
             return chunk
         if stage in RECONSTRUCTS:
-            made = self._apply_blueprint(chunk.detach())
-            if not can_be_blended(made, chunk):
+            error = difference_of(self._apply_blueprint(chunk.detach()), chunk.detach())
+            if not bool(error.isfinite().all()):
                 return chunk
-            wide = torch.promote_types(chunk.dtype, torch.float32)
-            loss = (made.to(wide) - chunk.detach().to(wide)).square().mean()
+            loss = error.square().mean()
             out: Tensor = WithLoss.apply(chunk, loss, self.layer.loss_scale)  # type: ignore[no-untyped-call]  # torch's, unannotated
             return out
         made = self._apply_blueprint(chunk)

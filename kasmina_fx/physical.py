@@ -112,14 +112,14 @@ def _run_bank(
     made, alone = _run(spec, layer, bank, params, rows.unflatten(0, bank.seeds.shape), blames, dim)
     made = made.flatten(0, 1)
     made = move.reconstruct(made, rows.detach(), bank.trainees, layer.loss_scale, alone)
-    difference = _difference(made.detach(), rows.detach())
+    difference = difference_of(made.detach(), rows.detach())
     finite = _finite(difference, made, rows)
     loss = difference.square().mean(moves.inside(rows)).float().masked_fill(~finite, 0.0)
     outcome = (made, finite, sound & ~finite, loss)
     return _Outcome(*(move.pull(t, positions, index) for t in outcome))
 
 
-def _difference(made: Tensor, rows: Tensor) -> Tensor:
+def difference_of(made: Tensor, rows: Tensor) -> Tensor:
     """In float32 or more."""
     wide = torch.promote_types(torch.promote_types(rows.dtype, made.dtype), torch.float32)
     return made.to(wide) - rows.to(wide)
@@ -136,7 +136,7 @@ def _finite(difference: Tensor, made: Tensor, rows: Tensor) -> Tensor:
 def can_be_blended(made: Tensor, chunk: Tensor) -> bool:
     """For one chunk: is what a blueprint made of it finite, and any blend of the two?"""
     rows, made = chunk.detach().unsqueeze(0), made.detach().unsqueeze(0)
-    return bool(_finite(_difference(made, rows), made, rows))
+    return bool(_finite(difference_of(made, rows), made, rows))
 
 
 def _blend_run(

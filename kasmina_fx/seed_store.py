@@ -47,6 +47,7 @@ class SeedStore(Float32Module):
         self.register_buffer("grad_norm", -one)
         self.register_buffer("reference_weight", None)  # the host's, at the last step of a ramp
         self.layout: ChunkLayout = chunks.layout
+        self.misses_entries = False  # in a state dict that is being loaded, which has others'
         self.highest_id = 0  # blueprint ids up to here were given out
         self.blueprints: dict[int, str] = {}  # ids whose parameters are shared, and their names
 

@@ -186,10 +186,9 @@ def check_statistics(accumulated: Tensor, faults: Tensor, previous_loss: Tensor)
     for name, values in (("counts", counts), ("faults", faults)):
         if not bool(((values >= 0) & (values < torch.inf)).all()):
             raise ValueError(f"telemetry: {name} below 0, or not finite")
-    if not bool((squares >= 0).all() & (previous_loss >= 0).all() & ~accumulated.isnan().any()):
-        raise ValueError("telemetry: statistics are NaN, or below 0 where they are squares")
-    if not torch.equal(counts, counts.round()):
-        raise ValueError("telemetry: counts are no whole numbers")
+    # NaN may be: a host whose output jumps by more than float32 holds has no mean any more.
+    if bool((squares < 0).any() | (previous_loss < 0).any()):
+        raise ValueError("telemetry: squares below 0")
 
 
 class Telemetry(Float32Module):

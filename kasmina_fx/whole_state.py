@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from kasmina_fx.layer import KasminaLayer
 
 def attach(root: nn.Module) -> None:
     """Give a kasminified model the hooks that check, and that name entries as its user does."""
-    root.register_load_state_dict_pre_hook(_check_all_first)
+    if not isinstance(root, KasminaLayer):  # which checks for itself
+        root.register_load_state_dict_pre_hook(_check_all_first)
     root.register_load_state_dict_post_hook(_plain_names)
 
 
@@ -25,27 +27,37 @@ def _layers(root: nn.Module) -> dict[str, KasminaLayer]:
 def _check_all_first(root: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     # Names that are missing or unknown are torch's to check, after loading: a hook is not told
     # whether it is strict. checkpoint.load checks them before.
-    layers = {f"{prefix}{name}." if name else prefix: m for name, m in _layers(root).items()}
-    have = {p: any(key.startswith(p + host_state.OWN) for key in state_dict) for p in layers}
-    lacking = [p.removesuffix(".") for p, has in have.items() if not has]
-    if lacking and any(have.values()):
-        raise LayoutMismatch(
-            f"the state dict holds the seeds of {len(layers) - len(lacking)} layers and none of "
-            f"{lacking[:4]}: it was cut off, or its model was kasminified in another way. Give it "
-            "whole, or load layer by layer"
-        )
+    layers = {prefix + host_state.saved_prefix(name): m for name, m in _layers(root).items()}
     for start, layer in layers.items():
         host_state.check(layer, state_dict, start)
-    for name, mine in root.state_dict(prefix=prefix).items():
+    for name, mine in _loaded_plainly(root, prefix):
         given = state_dict.get(name)
-        seeds = f".{host_state.OWN}" in f".{name}"
-        if seeds or is_lazy(mine) or not isinstance(mine, Tensor) or not isinstance(given, Tensor):
+        if not isinstance(given, Tensor) or {mine.shape, given.shape} == {(), (1,)}:
             continue
         if given.shape != mine.shape:
             raise LayoutMismatch(
                 f"size mismatch for {name}: the state dict has {tuple(given.shape)}, the model "
                 f"takes {tuple(mine.shape)}; nothing has changed"
             )
+    have = {p: any(k.startswith(p + host_state.OWN) for k in state_dict) for p in layers}
+    for start, layer in layers.items():
+        layer.kasmina.misses_entries = any(have.values()) and not have[start]
+
+
+def _loaded_plainly(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """Host tensors by their names in a state dict, but for modules with loading of their own."""
+    if isinstance(module, KasminaLayer):
+        module = module.base
+    if type(module)._load_from_state_dict is not nn.Module._load_from_state_dict:
+        return
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        kept = name not in module._non_persistent_buffers_set
+        if tensor is not None and kept and not is_lazy(tensor):
+            yield prefix + name, tensor
+    for name, child in module._modules.items():
+        hooked = child is None or child._load_state_dict_pre_hooks
+        if child is not None and (isinstance(child, KasminaLayer) or not hooked):
+            yield from _loaded_plainly(child, f"{prefix}{name}.")
 
 
 def _plain_names(root: nn.Module, incompatible_keys: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from graph_cases import layer_of
 from optim_cases import bank_of, growing, loss_of, rows, same, stacks, train
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from kasmina_fx import SeedLifecycle, optim
 from kasmina_fx.optim import growth
@@ -141,3 +141,42 @@ def test_two_optimizers_in_a_step_both_leave_what_was_given() -> None:
     assert same(rows(model, 2), given)
     assert all(not stack.late for stack in growth.stacks_of(first))
     assert str(optim.sync(first, model)) == "nothing to carry or add"
+
+
+@pytest.mark.parametrize("stage", [S.GERMINATED, S.STABILIZATION, S.FOSSILIZED])
+def test_growth_in_the_middle_leaves_frozen_slots_to_the_bit(stage: S) -> None:
+    model = growing()
+    layer = layer_of(model)
+    layer.reset(1)
+    graft(layer, [1], stage=stage)
+    optimizer = trained(model)
+    for stack in growth.stacks_of(optimizer):  # as weight decay would
+        optimizer.state[stack]["momentum_buffer"] = torch.ones_like(stack)
+    kept = rows(model, 1)
+    optimizer.zero_grad()
+    loss_of(model, 3).backward()
+    for stack in growth.stacks_of(optimizer):
+        stack.grad = torch.ones_like(stack)
+    optimizer.meanwhile = lambda: layer.reserve(8)
+    optimizer.step()
+    assert bank_of(model).capacity == 8
+    assert same(rows(model, 1), kept)
+
+
+def test_a_step_that_raised_leaves_nothing_to_write_later() -> None:
+    model = growing(reserve=8)
+    optimizer = trained(model)
+
+    def fail() -> None:
+        other = threading.Thread(target=graft, args=(layer_of(model), [2]))
+        other.start()
+        other.join()
+        raise OSError
+
+    loss_of(model, 0).backward()
+    with pytest.raises(OSError):  # noqa: PT011  # it has no message
+        AdamW(model.parameters()).step(fail)
+    before = rows(model, 2)
+    train(model, optimizer, 2)
+    assert not same(rows(model, 2), before)
+    assert all(not stack.late for stack in growth.stacks_of(optimizer))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 from typing import Any
@@ -121,3 +122,40 @@ def test_update_may_come_between_forward_and_backward() -> None:
     scaler.update()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
+
+
+def test_one_that_is_made_later_is_found_in_its_first_step() -> None:
+    model, optimizer = training()
+    assert float(layer_of(model).loss_scale) == 1.0
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    moved(model, optimizer, scaler)
+    assert float(layer_of(model).loss_scale) == SCALE
+
+
+@pytest.mark.parametrize("stage", [S.GRAFTING, S.FOSSILIZED])
+def test_a_model_that_is_loaded_follows_it_whatever_its_seeds_do(stage: S) -> None:
+    source = growing(reserve=8)
+    graft(layer_of(source), [2], stage=stage)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    model = growing(reserve=8)
+    model.load_state_dict(source.state_dict())
+    assert float(layer_of(model).loss_scale) == SCALE == scaler.get_scale()
+
+
+def test_going_back_in_time_keeps_an_optimizers_state() -> None:
+    model = growing(reserve=8)
+    layer = layer_of(model)
+    layer.reset([0, 1])
+    graft(layer, [2], stage=S.TRAINING)
+    saved = copy.deepcopy(model.state_dict())
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    moved(model, optimizer, None)
+    state = copy.deepcopy(optimizer.state_dict())
+    for stage in (S.GRAFTING, S.STABILIZATION):
+        layer.advance(2, stage)
+    optimizer.load_state_dict(state)
+    model.load_state_dict(saved)
+    held = layer.bank_of(2)
+    assert held is not None
+    stack = held[0].tensors()[0]
+    assert bool(optimizer.state[stack]["momentum_buffer"][held[1]].any())

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from kasmina_fx import (
     KasminaLayer,
     LayoutMismatch,
     SeedConfig,
     SeedLifecycle,
+    checkpoint,
     kasmina_layers,
     kasminify,
 )
+from kasmina_fx.errors import CheckpointError
 from kasmina_fx.grafting import GraftingConfig
 from kasmina_fx.testing import graft
 
@@ -63,13 +67,81 @@ def test_a_shape_that_does_not_fit_is_refused_before_anything_changes(
     assert_unchanged(root, before)
 
 
-def test_seeds_of_some_layers_alone_are_refused() -> None:
-    saved = {k: v for k, v in contents(grown()).items() if not k.startswith("2.kasmina.")}
+def test_seeds_of_some_layers_alone_are_missing_unless_that_is_meant(path: Path) -> None:
+    source = grown()
+    saved = {k: v for k, v in contents(source).items() if not k.startswith("2.kasmina.")}
+    with pytest.raises(RuntimeError, match=r'Missing key.*"2\.kasmina\.state'):
+        network().load_state_dict(saved)
     net = network()
-    before = contents(net)
-    with pytest.raises(LayoutMismatch, match=r"seeds of 1 layers and none of \['2'\]"):
-        net.load_state_dict(saved, strict=False)
-    assert_unchanged(net, before)
+    found = net.load_state_dict(saved, strict=False)
+    assert all(name.startswith("2.kasmina.") for name in found.missing_keys)
+    layers = kasmina_layers(net)
+    assert layers["0"].state.get_state_distribution() == {"DORMANT": 2, "GRAFTING": 2}
+    assert layers["2"].state.get_state_distribution() == {"DORMANT": 4}
+    plain = {k: v for k, v in saved.items() if "kasmina" not in k}
+    assert not net.load_state_dict(plain).missing_keys  # what was missing once is so once
+    two, one = grown(), kasminify(nn.Sequential(nn.Linear(4, 8)), num_seeds=4, compile=False)
+    checkpoint.save(one, path)
+    before = contents(two)
+    with pytest.raises(CheckpointError):
+        checkpoint.load(two, path)
+    assert_unchanged(two, before)
+    checkpoint.load(two, path, strict=False)
+    assert kasmina_layers(two)["2"].state.get_state_distribution() == {"DORMANT": 2, "GRAFTING": 2}
+
+
+class Resized(nn.Module):
+    """Takes a table of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(4))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict[prefix + "table"] = state_dict[prefix + "table"][:4]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def test_modules_that_load_in_a_way_of_their_own_are_left_to_it() -> None:
+    net = kasminify(
+        nn.Sequential(nn.Linear(4, 8), Resized(), nn.BatchNorm1d(8)), num_seeds=4, compile=False
+    )
+    saved = contents(net)
+    saved["1.table"] = torch.ones(9)
+    net.load_state_dict(saved)
+    assert net.get_parameter("1.table").tolist() == [1.0] * 4
+
+
+def test_behind_a_wrapper_of_torch_a_model_takes_its_own_state_dict(path: Path) -> None:
+    def wrapped() -> nn.Sequential:
+        net = network()
+        net[0] = checkpoint_wrapper(net[0])
+        return net
+
+    source, target = wrapped(), wrapped()
+    for layer in kasmina_layers(source).values():
+        graft(layer, [1, 2])
+    target.load_state_dict(contents(source))
+    fresh = wrapped()
+    checkpoint.save(source, path)
+    checkpoint.load(fresh, path)
+    for net in (target, fresh):
+        for layer in kasmina_layers(net).values():
+            assert layer.state.get_state_distribution() == {"DORMANT": 2, "GRAFTING": 2}
+    bad = contents(source)
+    bad["0.kasmina.state.alpha"][0] = torch.nan
+    before = contents(target)
+    with pytest.raises(LayoutMismatch):
+        target.load_state_dict(bad)
+    assert_unchanged(target, before)
+
+
+def test_a_model_that_is_itself_a_layer_goes_back_to_before_its_first_germination() -> None:
+    layer = kasminify(nn.Linear(4, 8), num_seeds=4, compile=False)
+    saved = contents(layer)
+    graft(kasmina_layers(layer)[""], [1, 2])
+    layer.load_state_dict(saved)
+    assert kasmina_layers(layer)[""].state.get_state_distribution() == {"DORMANT": 4}
 
 
 @pytest.mark.parametrize("prefix", ["", "inner."])

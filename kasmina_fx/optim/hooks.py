@@ -102,6 +102,8 @@ def _begin(optimizer: Optimizer) -> None:
         for stack in stacks:
             meet(optimizer, stack)
             stack.fresh = frozenset()
+            if not stepped_elsewhere(stack):
+                stack.late = ()  # of a step that raised
         _check_scalers(optimizer, stacks)
         kept = [kept for stack in stacks if (kept := _keep(stack)) is not None]
         ramps = {layer: _RAMPED.get(layer, 0) for layer in _led(stacks)}
@@ -119,12 +121,11 @@ def _end(optimizer: Optimizer) -> None:
         steps = _STEPS.get(optimizer)
         step = steps.pop() if steps else _Step([], {})  # empty: a closure put its first stack in
         STEPPING.pop(optimizer, None)
-        for kept in step.kept:
-            _write_back(kept)
         outgrown = {id(p) for p in stacks_of(optimizer) if p.successor is not None}
         for kept in step.kept:
             if id(kept.stack) in outgrown:
                 _write_on(kept)
+            _write_back(kept)  # after that: what is frozen moved in the outgrown one
         replace_grown(optimizer)
         for stack in stacks_of(optimizer):
             _write_late(optimizer, stack)
@@ -226,7 +227,8 @@ def _record_grad_norm(optimizer: Optimizer, layer: KasminaLayer) -> None:
 def _check_scalers(optimizer: Optimizer, stacks: list[StackedParameter]) -> None:
     """Drop gradients of reconstruction losses that were scaled, and that nobody divides."""
     layers = {layer for layer in map(_layer_of, stacks) if layer is not None}
-    stepping = [optimizer, *STEPPING]  # an outer one, whose step calls this one's
+    me = threading.get_ident()  # an outer optimizer's step may call this one's
+    stepping = [optimizer, *(other for other, thread in STEPPING.items() if thread == me)]
     strange = {
         colony for colony in {layer.colony for layer in layers} if not colony.check_scaler(stepping)
     }
