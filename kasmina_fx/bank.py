@@ -36,6 +36,7 @@ class StackedParameter(nn.Parameter):
         successor: That larger one.
         optimizers: Those that have state of it.
         fresh: Slots given to new seeds since an optimizer last began to step it.
+        stale: Slots whose gradient is of an earlier seed, until the thread that trains drops it.
         late: Rows (slots, values) written while another thread's optimizer was stepping it.
     """
 
@@ -44,6 +45,7 @@ class StackedParameter(nn.Parameter):
     optimizers: weakref.WeakSet[torch.optim.Optimizer] | None = None
     fresh: frozenset[int] = frozenset()
     late: tuple[tuple[Tensor, Tensor], ...] = ()
+    stale: frozenset[int] = frozenset()
 
     def __reduce_ex__(self, protocol: object) -> Any:
         """Rebuilt as what it is: torch would make a plain Parameter of it."""
@@ -130,7 +132,7 @@ class Bank(nn.Module):
             trains = spec.trainable if old is None else old.requires_grad
             stack = StackedParameter(fresh, requires_grad=trains)
             if isinstance(old, StackedParameter):
-                hand_over(old, stack)
+                hand_over(old, stack, self.trained_elsewhere)
             self.register_parameter(name, stack)
         held = torch.zeros(capacity, dtype=torch.int64, device="cpu")
         slots = torch.zeros(capacity, dtype=torch.int64, device=device)
@@ -176,6 +178,12 @@ class Bank(nn.Module):
         """May there be a backward still to run, of a forward that was compiled?"""
         layer = None if self.layer is None else self.layer()
         return layer is not None and layer.colony.awaits_backward
+
+    @property
+    def trained_elsewhere(self) -> bool:
+        """Does another thread train the layer?"""
+        layer = None if self.layer is None else self.layer()
+        return layer is not None and layer.colony.trained_elsewhere()
 
     def give_back(self, held: Tensor) -> None:
         """Undo what was acquired since the table was ``held``; the stacks stay as large."""

@@ -8,6 +8,7 @@ the model.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ class Colony:
     def __init__(self) -> None:
         self._members: list[weakref.ref[KasminaLayer]] = []
         self.scaler: weakref.ref[torch.amp.GradScaler] | None = None
+        self.trainer: int | None = None  # the thread of the last forward or optimizer step
         self.awaits_backward = False  # a compiled forward was run since an optimizer's last step
         self._named = False  # by the user: not looked for, and not let go of
         self._let_go: weakref.ref[torch.amp.GradScaler] | None = None
@@ -55,9 +57,19 @@ class Colony:
     def forward(self) -> Iterator[None]:
         """Around a compiled forward of the model."""
         with GATE.forward():
+            self.seen_training()
             yield
             # What Inductor keeps for backward are the stacks themselves.
             self.awaits_backward |= torch.is_grad_enabled()
+
+    def seen_training(self) -> None:
+        """This thread trains the model: gradients are for it alone to touch."""
+        if torch.is_grad_enabled():
+            self.trainer = threading.get_ident()
+
+    def trained_elsewhere(self) -> bool:
+        """Does another thread train the model?"""
+        return self.trainer not in (None, threading.get_ident())
 
     def follow_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Multiply reconstruction losses by a GradScaler's scale, which optimizers divide by.

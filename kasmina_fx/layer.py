@@ -143,6 +143,7 @@ class KasminaLayer(SeedControl):
             return Published(self._banks(), layer)
         if torch.compiler.is_dynamo_compiling():
             return self._published
+        self.colony.seen_training()
         # Eagerly, parameters are read where functional_call and parametrizations replace them.
         return self._published.with_params(self._banks())
 

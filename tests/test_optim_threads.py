@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from kasmina_fx import SeedLifecycle, optim
+from kasmina_fx.bank import StackedParameter
 from kasmina_fx.optim import growth
 from kasmina_fx.testing import graft
 
@@ -180,3 +181,42 @@ def test_a_step_that_raised_leaves_nothing_to_write_later() -> None:
     train(model, optimizer, 2)
     assert not same(rows(model, 2), before)
     assert all(not stack.late for stack in growth.stacks_of(optimizer))
+
+
+def test_gradients_are_touched_by_the_thread_that_trains_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = growing(reserve=4)
+    layer = layer_of(model)
+    optimizer = trained(model)
+    optimizer.zero_grad()
+    loss_of(model, 0).mul(100).backward()
+
+    touched: list[StackedParameter] = []
+    drop = growth.drop_stale
+
+    def watched(stack: StackedParameter) -> None:
+        touched.append(stack)
+        drop(stack)
+
+    monkeypatch.setattr(growth, "drop_stale", watched)
+
+    def reuse() -> None:
+        layer.reset(0)
+        graft(layer, [3], stage=S.TRAINING)
+        graft(layer, [4, 5, 2])  # grows, too
+
+    other = threading.Thread(target=reuse)
+    other.start()
+    other.join()
+    assert touched == []
+    slot = int(bank_of(model).slot_of(layer.state.blueprint_ids[3:4]))
+    assert slot == 0
+    before = rows(model, 0)
+    optimizer.step()
+    assert same(rows(model, 0), before)  # not by seed 0's gradient
+    train(model, optimizer, 1)
+    assert not same(rows(model, 0), before)
+    layer.reset(3)  # here they may
+    assert layer.request_germination(3)
+    assert touched

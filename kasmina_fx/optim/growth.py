@@ -55,10 +55,13 @@ def newest(stack: StackedParameter) -> StackedParameter:
 
 
 @torch.no_grad()
-def hand_over(old: StackedParameter, new: StackedParameter) -> None:
+def hand_over(
+    old: StackedParameter, new: StackedParameter, trained_elsewhere: bool = False
+) -> None:
     """Let ``new`` take the place of ``old``: gradient, and optimizers that have met it.
 
-    Right away, not at their next step: a GradScaler looks for gradients before that.
+    Right away, not at their next step: a GradScaler looks for gradients before that. A gradient
+    that another thread may be about to drop is left where it is: torch does not lock them.
     """
     new.optimizers, old.bank, old.successor = old.optimizers, None, new
     if stepped_elsewhere(new):
@@ -66,7 +69,8 @@ def hand_over(old: StackedParameter, new: StackedParameter) -> None:
     if old.requires_grad and new.requires_grad:
         # A backward of a forward before the growth is still to run, perhaps.
         old.register_post_accumulate_grad_hook(_pass_on)  # type: ignore[no-untyped-call]  # torch's
-        _pass_on(old)
+        if not trained_elsewhere:
+            _pass_on(old)
     for optimizer in list(old.optimizers or ()):
         # In the middle of another thread's step(), the end of that does it.
         if STEPPING.get(optimizer, threading.get_ident()) == threading.get_ident():
@@ -150,13 +154,23 @@ def stepped_elsewhere(stack: StackedParameter) -> bool:
 
 
 @torch.no_grad()
+def drop_stale(stack: StackedParameter) -> None:
+    """Drop gradients of seeds that are gone; only in the thread that trains."""
+    if stack.stale and stack.grad is not None:
+        where = to_device(torch.tensor(sorted(stack.stale), device="cpu"), stack.device)
+        stack.grad.index_fill_(0, where, 0.0)
+    stack.stale = frozenset()
+
+
+@torch.no_grad()
 def clear_slots(bank: Bank, slots: Tensor) -> None:
     """Slots (int64 on the CPU) of a bank start anew: no gradient, and no state in optimizers."""
     given = frozenset(slots.tolist())
     for stack in bank.tensors():
         if isinstance(stack, StackedParameter):
-            if stack.grad is not None:
-                stack.grad.index_fill_(0, to_device(slots, stack.device), 0.0)
+            stack.stale |= given
+            if not bank.trained_elsewhere:  # else zero_grad() may be under way in that thread
+                drop_stale(stack)
             stack.fresh |= given
             for optimizer in list(stack.optimizers or ()):
                 state.clear(optimizer, stack, given)

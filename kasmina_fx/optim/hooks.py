@@ -28,6 +28,7 @@ from kasmina_fx.lifecycle import Mode
 from kasmina_fx.optim import state
 from kasmina_fx.optim.growth import (
     STEPPING,
+    drop_stale,
     holds_stacks,
     meet,
     newest,
@@ -101,9 +102,12 @@ def _begin(optimizer: Optimizer) -> None:
         stacks = stacks_of(optimizer)
         for stack in stacks:
             meet(optimizer, stack)
+            drop_stale(stack)
             stack.fresh = frozenset()
             if not stepped_elsewhere(stack):
                 stack.late = ()  # of a step that raised
+        for layer in {layer for layer in map(_layer_of, stacks) if layer is not None}:
+            layer.colony.trainer = threading.get_ident()
         _check_scalers(optimizer, stacks)
         kept = [kept for stack in stacks if (kept := _keep(stack)) is not None]
         ramps = {layer: _RAMPED.get(layer, 0) for layer in _led(stacks)}
@@ -129,6 +133,7 @@ def _end(optimizer: Optimizer) -> None:
         replace_grown(optimizer)
         for stack in stacks_of(optimizer):
             _write_late(optimizer, stack)
+            drop_stale(stack)
             bank, layer = _bank_of(stack), _layer_of(stack)
             if bank is not None and layer is not None:
                 bank.left, layer.colony.awaits_backward = set(), False
