@@ -49,17 +49,24 @@ def train(
 ) -> list[float]:
     losses = []
     for number in range(steps):
-        optimizer.zero_grad()
-        loss = loss_of(run, number)
-        if scaler is None:
-            loss.backward()
-            optimizer.step()
-        else:
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        losses.append(loss.item())
+        losses.append(step(run, optimizer, number, scaler))
     return losses
+
+
+def step(
+    run: Any, optimizer: Optimizer, number: int, scaler: torch.amp.GradScaler | None = None
+) -> float:
+    """One step on the batch of a number; its loss."""
+    optimizer.zero_grad()
+    loss = loss_of(run, number)
+    if scaler is None:
+        loss.backward()
+        optimizer.step()
+    else:
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return loss.item()
 
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {

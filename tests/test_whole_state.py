@@ -83,7 +83,7 @@ def test_seeds_of_some_layers_alone_are_missing_unless_that_is_meant(path: Path)
     two, one = grown(), kasminify(nn.Sequential(nn.Linear(4, 8)), num_seeds=4, compile=False)
     checkpoint.save(one, path)
     before = contents(two)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match=r"seeds of \['2'\], unlike of other layers"):
         checkpoint.load(two, path)
     assert_unchanged(two, before)
     checkpoint.load(two, path, strict=False)

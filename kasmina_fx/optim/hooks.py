@@ -150,8 +150,9 @@ def _keep(stack: StackedParameter) -> _Kept | None:
     bank = _bank_of(stack)
     if bank is None:
         return None
-    rows = stack.detach().index_select(0, bank.frozen_slots)
-    return _Kept(stack, bank.frozen_slots, rows, bank.slots, bank.held)
+    where, rows = bank.frozen_slots, stack.detach()
+    rows = rows.index_select(0, where) if len(where) else rows[:0]
+    return _Kept(stack, where, rows, bank.slots, bank.held)
 
 
 def _write_back(kept: _Kept) -> None:
