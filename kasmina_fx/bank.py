@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx._torch_compat import mark_dynamic
+from kasmina_fx._dynamo_compat import mark_dynamic
 from kasmina_fx.blueprints import Blueprint, lookup
 from kasmina_fx.layout import BankSpec, Run
 from kasmina_fx.lifecycle import Mode, holds_blueprint, modes, runs
@@ -225,6 +225,7 @@ class Bank(nn.Module):
         if bool(starts.any()):  # momentum and weight decay went on while it waited to train
             clear_slots(self, starts.nonzero().flatten())
         self._froze = self.held[frozen]
+        self.trained = ((self.held > 0) & ~frozen).nonzero().flatten()  # slots, on the CPU
         device = self.slots.device
         self.slots = to_device(self.held, device)
         self.frozen_slots = to_device(frozen.nonzero().flatten(), device)

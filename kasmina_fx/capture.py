@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Tracer
 
-from kasmina_fx._torch_compat import placeholder_source, resolve_source, uncompiled
+from kasmina_fx._dynamo_compat import placeholder_source, resolve_source, uncompiled
 from kasmina_fx.errors import InvalidArgument, RewriteError
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.passes.metadata import propagate_if_missing, set_role

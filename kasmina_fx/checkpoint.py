@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from kasmina_fx import host_state
-from kasmina_fx._torch_compat import uncompiled
+from kasmina_fx._dynamo_compat import uncompiled
 from kasmina_fx.errors import CheckpointError
 from kasmina_fx.gate import GATE
 from kasmina_fx.layer import KasminaLayer

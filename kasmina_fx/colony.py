@@ -11,13 +11,13 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kasmina_fx._dynamo_compat import not_traced
 from kasmina_fx._torch_compat import live_grad_scalers, scale_of, steps_for
 from kasmina_fx.gate import GATE
 from kasmina_fx.staging import LOCK
@@ -53,14 +53,18 @@ class Colony:
         """The layers that are still alive."""
         return (layer for layer in [ref() for ref in self._members] if layer is not None)
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a compiled forward of the model."""
-        with GATE.forward():
-            self.seen_training()
-            yield
-            # What Inductor keeps for backward are the stacks themselves.
-            self.awaits_backward |= torch.is_grad_enabled()
+    @not_traced
+    def enter(self) -> None:
+        """A forward of the model begins."""
+        GATE.enter()
+        self.seen_training()
+
+    @not_traced
+    def leave(self, compiled: bool) -> None:
+        """It is over."""
+        # What Inductor keeps for backward are the stacks themselves.
+        self.awaits_backward |= compiled and torch.is_grad_enabled()
+        GATE.leave()
 
     def seen_training(self) -> None:
         """This thread trains the model: gradients are for it alone to touch."""

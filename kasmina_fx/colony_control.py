@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kasmina_fx._torch_compat import uncompiled
+from kasmina_fx._dynamo_compat import uncompiled
 from kasmina_fx.errors import InvalidType, NoTargets
 from kasmina_fx.gate import GATE
 from kasmina_fx.health import reports, to_json_values
@@ -24,11 +24,11 @@ from kasmina_fx.staging import LOCK
 def transaction(model: nn.Module) -> Iterator[None]:
     """Changes of many layers become visible together, at the end; an exception undoes them all.
 
-    No compiled forward of the model runs between the publication of the first layer and the last.
+    No forward of a kasminified model runs between the publication of the first layer and the last.
 
     Raises:
         NoTargets: The model has no KasminaLayer.
-        InsideForward: Called from inside a compiled forward.
+        InsideForward: Called from inside a forward, or :func:`hold_seeds`.
     """
     layers = _layers(model)
     GATE.refuse_inside_forward()
@@ -40,6 +40,27 @@ def transaction(model: nn.Module) -> Iterator[None]:
             publications = staged.pop_all()
         with GATE.publication():
             publications.close()
+
+
+@contextmanager
+def hold_seeds(model: nn.Module) -> Iterator[None]:
+    """No seed changes inside: other threads' changes wait for the end of the block to show.
+
+    A call of a kasminified model does so by itself. Needed, beside controller threads, only where
+    more than such a call must see one state: several calls, parts of the model called one by one, a
+    larger model compiled around it, activation checkpointing with its backward. Put the
+    optimizer's step behind the block.
+
+    Raises:
+        NoTargets: The model has no KasminaLayer.
+        InsideForward: By changes that this thread makes inside.
+    """
+    colonies = {id(layer.colony): layer.colony for layer in _layers(model).values()}
+    with ExitStack() as held:
+        for colony in colonies.values():
+            colony.enter()
+            held.callback(colony.leave, compiled=True)  # maybe
+        yield
 
 
 def step_epoch(model: nn.Module) -> None:

@@ -47,7 +47,7 @@ class IllegalTransition(KasminaError, ValueError):
 
 
 class InsideForward(KasminaError, RuntimeError):
-    """Seeds were to change inside a compiled model's forward."""
+    """Seeds were to change inside a model's forward."""
 
 
 class LayoutMismatch(KasminaError, RuntimeError):

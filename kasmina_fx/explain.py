@@ -10,7 +10,7 @@ from typing import Any, Final
 from torch import nn
 from torch.fx import GraphModule
 
-from kasmina_fx._torch_compat import uncompiled
+from kasmina_fx._dynamo_compat import uncompiled
 from kasmina_fx.bank import Bank
 from kasmina_fx.capture import capture
 from kasmina_fx.graph_text import op_counts

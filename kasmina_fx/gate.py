@@ -1,8 +1,8 @@
-"""Keeps a change of seeds out of the middle of a compiled forward.
+"""Keeps a change of seeds out of the middle of a forward.
 
 A forward reads many tables, one after the other. Another thread that publishes new ones in between
-would hand it half of each. So a compiled model's forward passes the gate, and a change of seeds
-waits at its end until no forward is inside. Only the publication waits: a few tensors a layer.
+would hand it half of each. So a model's forward passes the gate, and a change of seeds waits at its
+end until no forward is inside. Only the publication waits: a few tensors a layer.
 """
 
 from __future__ import annotations
@@ -25,22 +25,31 @@ class Gate:
         self._publisher: int | None = None
         self._depth = 0
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a forward."""
+    def enter(self) -> None:
+        """A forward begins; of this thread's :meth:`leave`, one belongs to it."""
         me = threading.get_ident()
         with self._changed:
             if me not in self._inside and me != self._publisher:
                 self._changed.wait_for(lambda: self._publisher is None and not self._waiting)
             self._inside[me] = self._inside.get(me, 0) + 1
+
+    def leave(self) -> None:
+        """A forward of this thread is over."""
+        me = threading.get_ident()
+        with self._changed:
+            self._inside[me] -= 1
+            if not self._inside[me]:
+                del self._inside[me]
+                self._changed.notify_all()
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a forward."""
+        self.enter()
         try:
             yield
         finally:
-            with self._changed:
-                self._inside[me] -= 1
-                if not self._inside[me]:
-                    del self._inside[me]
-                    self._changed.notify_all()
+            self.leave()
 
     @contextmanager
     def publication(self) -> Iterator[None]:
@@ -74,12 +83,13 @@ class Gate:
         """A change from inside this thread's forward would wait for itself.
 
         Raises:
-            InsideForward: This thread is in a compiled forward.
+            InsideForward: This thread is in a forward.
         """
         if threading.get_ident() in self._inside:
             raise InsideForward(
-                "seeds can't change inside a compiled model's forward (a hook or the model itself "
-                "called a control function, or an optimizer's step, there); do it before or after"
+                "seeds can't change inside a model's forward or hold_seeds() (a hook or the model "
+                "itself called a control function, or an optimizer's step, there); do it before "
+                "or after"
             )
 
 

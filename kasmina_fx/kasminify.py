@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from kasmina_fx import host_state, whole_state
-from kasmina_fx._torch_compat import compile_in_place, mode_options, uncompiled
+from kasmina_fx import gated_call, host_state, whole_state
+from kasmina_fx._dynamo_compat import compile_whole, uncompiled
+from kasmina_fx._torch_compat import mode_options
 from kasmina_fx.backend import kasmina, split_options
 from kasmina_fx.chunked_layer import ChunkedKasminaLayer
 from kasmina_fx.colony import Colony
@@ -105,13 +106,15 @@ def kasminify(
         if any(_is_layer(child) for child in owner.modules()):
             setattr(owner, _KEPT, getattr(owner, name))
             setattr(owner, name, off)
+    compiled = None
     if compile:
         given = dict(options or {})
         if mode is not None and given:  # torch.compile takes one of them: spell the mode out
             mode, given = None, mode_options(mode) | given
-        compile_in_place(
-            root, colony.forward, backend=kasmina, mode=mode, options=given or None, dynamic=dynamic
+        compiled = compile_whole(
+            root, backend=kasmina, mode=mode, options=given or None, dynamic=dynamic
         )
+    gated_call.GatedCall(root, colony, compiled)
     return root
 
 
@@ -143,7 +146,7 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
     for layer in layers.values():
         _fold(layer)
         layer.colony.discard(layer)
-    plain._compiled_call_impl = None
+    gated_call.remove(plain)
     root = _replace(plain, {layer: layer.base for layer in layers.values()})
     for owner, name, _ in _fast_paths(root):
         if hasattr(owner, _KEPT):

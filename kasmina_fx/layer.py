@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_fx import host_state, ops
-from kasmina_fx._torch_compat import is_exporting
+from kasmina_fx._dynamo_compat import is_exporting
 from kasmina_fx.bank import Bank
 from kasmina_fx.blueprints.registry import DEFAULT
 from kasmina_fx.chunk_manager import ChunkManager, as_sizes

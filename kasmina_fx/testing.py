@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from torch.fx import GraphModule
 
-from kasmina_fx._torch_compat import compile_events, lookup_backend
+from kasmina_fx._dynamo_compat import compile_events, lookup_backend
 from kasmina_fx.backend import compile_rewritten, split_options
 from kasmina_fx.errors import GraphMismatch
 from kasmina_fx.graph_text import graph_text

@@ -17,7 +17,7 @@ from typing import ClassVar, Final
 
 from torch.fx import GraphModule, Node
 
-from kasmina_fx._torch_compat import STATIC_INPUT, placeholder_source
+from kasmina_fx._dynamo_compat import STATIC_INPUT, placeholder_source
 from kasmina_fx.errors import RewriteError
 from kasmina_fx.passes.pass_base import GraphPass
 

@@ -266,7 +266,7 @@ def test_seeds_do_not_change_inside_the_threads_own_forward(
     layer = _layer()
     rows, alpha = layer.state.rows, layer.state.alpha
     with GATE.forward():
-        with pytest.raises(InsideForward, match="inside a compiled model's forward") as caught:
+        with pytest.raises(InsideForward, match="inside a model's forward") as caught:
             change(layer)
         assert layer.state.stages.tolist() == [3, 0, 0]  # reading is fine
     assert isinstance(caught.value, KasminaError)

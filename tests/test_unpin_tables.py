@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from kasmina_fx import capture
-from kasmina_fx._torch_compat import placeholder_source
+from kasmina_fx._dynamo_compat import placeholder_source
 from kasmina_fx.errors import RewriteError
 from kasmina_fx.passes.unpin_tables import UnpinTables, keeps_address, pinned_tables
 from kasmina_fx.testing import RecordingBackend, graft

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kasmina_fx._torch_compat import uncompiled
+from kasmina_fx._dynamo_compat import uncompiled
 from kasmina_fx.bank import StackedParameter
 from kasmina_fx.errors import InvalidType, NoTargets
 from kasmina_fx.kasminify import kasmina_layers

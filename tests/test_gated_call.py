@@ -1,0 +1,188 @@
+"""A forward of several layers sees one state of all seeds, however the model is called."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kasmina_fx
+from kasmina_fx import InsideForward, hold_seeds, kasmina_layers, kasminify, unkasminify
+from kasmina_fx.gate import GATE
+from kasmina_fx.testing import RecordingBackend, assert_no_recompiles, graft
+
+LONG, SHORT = 20.0, 0.1  # seconds: for what must happen, and for what must not
+
+
+class Interrupted(nn.Module):
+    """Two layers that give ones; what ``pause`` holds runs between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.pause = ""
+        for parameter, value in ((p, p.dim() == 1) for p in self.parameters()):
+            nn.init.constant_(parameter, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.a(x)
+        if self.pause:
+            pauses[self.pause]()
+        return torch.stack([first, self.b(x)])
+
+
+#: By name, so that models can be copied and pickled.
+pauses: dict[str, Callable[[], None]] = {}
+
+
+def grown(**options: Any) -> Any:
+    """Seed 0 of both layers takes away all of its chunk at alpha 1; its alpha is 0."""
+    model = kasminify(Interrupted(), num_seeds=3, **({"compile": False} | options))
+    for layer in kasmina_layers(model).values():
+        graft(layer, 0, "affine", 0.0)
+        with torch.no_grad():
+            for parameter in layer.blueprint_parameters():
+                parameter.zero_()
+    return model
+
+
+def in_the_middle(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    """What a call gives in whose middle another thread sets the alphas of both layers to 1."""
+    layers = list(kasmina_layers(model).values())
+
+    def change() -> None:
+        with kasmina_fx.transaction(model):
+            for layer in layers:
+                layer.set_alpha(0, 1.0)
+
+    controller = threading.Thread(target=change, daemon=True)
+
+    def pause() -> None:
+        controller.start()
+        controller.join(SHORT)
+
+    pauses["change"] = torch.compiler.disable(pause)
+    next(m for m in model.modules() if isinstance(m, Interrupted)).pause = "change"
+    out = call()
+    controller.join(LONG)
+    assert not controller.is_alive()
+    assert all(layer.state.alphas.tolist() == [1, 0, 0] for layer in layers)
+    return out
+
+
+def pickled(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "itself": lambda model: model,
+    "deepcopy": copy.deepcopy,
+    "pickle": pickled,
+    "copy of a copy": lambda model: copy.deepcopy(pickled(model)),
+    "copy of a part": lambda model: copy.deepcopy(nn.Sequential(model))[0],
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_forward_run_eagerly_sees_one_state(copied: Callable[[Any], Any]) -> None:
+    model, x = copied(grown()), torch.randn(2, 4)
+    assert torch.equal(in_the_middle(model, lambda: model(x)), torch.ones(2, 2, 6))
+    assert torch.equal(kasmina_layers(model)["a"](x)[:, :2], torch.zeros(2, 2))
+    assert not GATE._inside
+
+
+def test_a_forward_under_a_bare_compile_sees_one_state() -> None:
+    model, x, backend = grown(), torch.randn(2, 4), RecordingBackend("eager")
+    run: Any = torch.compile(model, backend=backend)
+    with torch.no_grad():  # Dynamo looks for the .grad of what crosses a break, and torch warns
+        assert torch.equal(in_the_middle(model, lambda: run(x)), torch.ones(2, 2, 6))
+    assert backend.compiles == 2  # the pause breaks the graph
+    assert not GATE._inside
+
+
+def test_a_bare_compile_is_one_graph_and_does_not_know_the_gate() -> None:
+    model, x, backend = grown(), torch.randn(2, 4), RecordingBackend("eager")
+    run: Any = torch.compile(model, backend=backend, fullgraph=True)
+    run(x)
+    colony = kasmina_layers(model)["a"].colony
+    assert colony.awaits_backward
+    colony.awaits_backward = False
+    with assert_no_recompiles():
+        kasmina_layers(model)["a"].set_alpha(0, 1.0)
+        assert torch.equal(model(x)[0, :, :2], torch.zeros(2, 2))
+        assert not colony.awaits_backward
+        assert torch.equal(run(x)[0, :, :2], torch.zeros(2, 2))
+    assert backend.compiles == 1
+    outer = RecordingBackend("eager")
+    around: Any = torch.compile(nn.Sequential(model), backend=outer, fullgraph=True)
+    assert torch.equal(around(x), run(x))
+    assert outer.compiles == 1
+
+
+def test_parts_called_one_by_one_see_one_state_where_seeds_are_held() -> None:
+    for held, same in ((hold_seeds, True), (lambda _: nullcontext(), False)):
+        model, x = grown(), torch.randn(2, 4)
+
+        def parts(model: Any = model, x: Tensor = x, held: Any = held) -> Tensor:
+            with held(model):
+                first = model.a(x)
+                pauses["change"]()
+                return torch.stack([first, model.b(x)])
+
+        out = in_the_middle(model, parts)
+        assert torch.equal(out[0], out[1]) == same
+
+
+def test_a_thread_that_holds_seeds_does_not_change_them() -> None:
+    model = grown()
+    layer = kasmina_layers(model)["a"]
+    with hold_seeds(model), pytest.raises(InsideForward, match="hold_seeds"):
+        layer.set_alpha(0, 1.0)
+    assert layer.state.alphas.tolist() == [0, 0, 0]
+    layer.set_alpha(0, 1.0)
+    with pytest.raises(kasmina_fx.NoTargets), hold_seeds(nn.Linear(2, 2)):
+        pass
+
+
+def test_an_exception_leaves_the_gate() -> None:
+    model = grown()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 5))
+    assert not GATE._inside
+
+
+def test_a_model_is_freed_as_soon_as_it_is_let_go_of() -> None:
+    model = grown()
+    model(torch.randn(2, 4))
+    gone = weakref.ref(model)
+    gc.disable()
+    try:
+        call = model._compiled_call_impl
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+    with pytest.raises(ReferenceError, match="gone"):
+        call(torch.randn(2, 4))
+    assert not GATE._inside
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_nothing_of_it_is_left_in_a_plain_model(compile: bool) -> None:
+    plain = Interrupted()
+    before = set(plain.__dict__)
+    model = kasminify(plain, num_seeds=3, compile=compile)
+    assert set(unkasminify(model).__dict__) - before <= {"_load_state_dict_pre_hooks"}
+    assert model._compiled_call_impl is None
