@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from graph_cases import OneLayer, layer_of, wrapped
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, AdamW, Optimizer, RMSprop, Rprop
+from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer, RMSprop, Rprop
 
 from kasmina_fx.bank import Bank
 from kasmina_fx.testing import graft
@@ -76,5 +76,6 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda p: SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
     "Adagrad": lambda p: Adagrad(p, lr=0.05, initial_accumulator_value=0.1),
     "RMSprop": lambda p: RMSprop(p, lr=0.01, centered=True, momentum=0.9),
+    "Adafactor": lambda p: Adafactor(p, lr=0.05, weight_decay=0.01),
     "Rprop": lambda p: Rprop(p, lr=0.01),
 }

@@ -26,6 +26,7 @@ from kasmina_fx._torch_compat import live_grad_scalers
 from kasmina_fx.bank import Bank, StackedParameter
 from kasmina_fx.lifecycle import Mode
 from kasmina_fx.optim import state
+from kasmina_fx.optim.compact import Compacted, compact, couples, put_back
 from kasmina_fx.optim.growth import (
     STEPPING,
     drop_stale,
@@ -62,6 +63,7 @@ class _Step:
 
     kept: list[_Kept]
     ramps: dict[KasminaLayer, int]  # and how many ramp steps they had made
+    compacted: list[Compacted]
 
 
 #: Steps under way, the last one last: step() of a subclass may call its base's, which runs the
@@ -84,7 +86,9 @@ def register() -> None:
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if holds_stacks(optimizer):
-        _begin(optimizer)
+        # A closure's gradients are those of the stacks; and a compiled step would meet new ones.
+        whole = len(args) > 1 or bool(kwargs) or torch.compiler.is_dynamo_compiling()
+        _begin(optimizer, whole)
 
 
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,8 +98,10 @@ def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's, unannotated
 @torch.no_grad()
-def _begin(optimizer: Optimizer) -> None:
+def _begin(optimizer: Optimizer, whole: bool) -> None:
     with LOCK:
+        for step in _STEPS.get(optimizer, ()):
+            put_back(optimizer, step.compacted)  # of a step that raised, or that calls this one
         replaced = replace_grown(optimizer)
         if replaced:
             _drop_scaled_gradients(optimizer, replaced)
@@ -111,7 +117,9 @@ def _begin(optimizer: Optimizer) -> None:
         _check_scalers(optimizer, stacks)
         kept = [kept for stack in stacks if (kept := _keep(stack)) is not None]
         ramps = {layer: _RAMPED.get(layer, 0) for layer in _led(stacks)}
-        _STEPS[optimizer] = [*_STEPS.get(optimizer, [])[1 - _DEEPEST :], _Step(kept, ramps)]
+        compacted = list(compact(optimizer)) if couples(optimizer) and not whole else []
+        under_way = _STEPS.get(optimizer, [])[1 - _DEEPEST :]
+        _STEPS[optimizer] = [*under_way, _Step(kept, ramps, compacted)]
         STEPPING[optimizer] = threading.get_ident()
     for layer in ramps:
         if epochs.in_use(layer, "needs_grad_norm"):
@@ -123,7 +131,8 @@ def _begin(optimizer: Optimizer) -> None:
 def _end(optimizer: Optimizer) -> None:
     with LOCK:
         steps = _STEPS.get(optimizer)
-        step = steps.pop() if steps else _Step([], {})  # empty: a closure put its first stack in
+        step = steps.pop() if steps else _Step([], {}, [])  # none: a closure put its first stack in
+        put_back(optimizer, step.compacted)
         STEPPING.pop(optimizer, None)
         outgrown = {id(p) for p in stacks_of(optimizer) if p.successor is not None}
         for kept in step.kept:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from kasmina_fx import host_state
 from kasmina_fx.errors import CheckpointError
+from kasmina_fx.optim.compact import CompactParameter
 
 
 def pack(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -34,6 +35,11 @@ def names_of(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
     """Names in the model of each group's parameters."""
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(isinstance(parameter, CompactParameter) for parameter in given):
+        raise CheckpointError(
+            f"the {type(optimizer).__name__} is in the middle of a step: save it from the thread "
+            "that steps it, or between its steps"
+        )
     strangers = sum(id(parameter) not in known for parameter in given)
     if strangers:
         raise CheckpointError(

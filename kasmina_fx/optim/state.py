@@ -42,8 +42,11 @@ def resized(tensor: Tensor, rows: int, fill: float | Tensor = 0.0) -> Tensor:
 
 def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     """The group that holds a parameter; an empty one if none does."""
-    groups = optimizer.param_groups
-    return next((g for g in groups if any(p is parameter for p in g["params"])), {})
+    for group in optimizer.param_groups:
+        for held in group["params"]:
+            if held is parameter or getattr(held, "stack", None) is parameter:  # in its place now
+                return group
+    return {}
 
 
 def move(optimizer: Optimizer, old: Tensor, new: Tensor, group: Mapping[str, Any]) -> None:
@@ -76,6 +79,11 @@ def start(optimizer: Optimizer, stack: Tensor, group: Mapping[str, Any]) -> None
     if isinstance(optimizer, torch.optim.Adagrad):  # makes it in its constructor alone
         options = {name: group[name] for name in optimizer.defaults}
         optimizer.state[stack] = torch.optim.Adagrad([stack], **options).state[stack]
+
+
+def empty(name: str, like: Tensor, rows: int, group: Mapping[str, Any]) -> Tensor:
+    """State of so many slots that were never stepped; rows as those of ``like``."""
+    return resized(like[:0], rows, _start(name, group))
 
 
 def _start(name: str, group: Mapping[str, Any]) -> float | Tensor:
