@@ -1,6 +1,6 @@
 """Every private name of torch that the package needs, and why; nothing else imports one.
 
-Checked on torch 2.11 and 2.13.
+Those of Dynamo are in :mod:`_dynamo_compat`. Checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations

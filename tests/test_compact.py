@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from graph_cases import layer_of
 from optim_cases import bank_of, growing, loss_of, rows, same, stacks, train
-from torch import Tensor
-from torch.optim import Adafactor, AdamW
+from torch import Tensor, nn
+from torch.optim import Adafactor, AdamW, Optimizer
 
-from kasmina_fx import checkpoint, optim
+from kasmina_fx import KasminaLayer, checkpoint, optim
 from kasmina_fx.errors import CheckpointError
 from kasmina_fx.lifecycle import SeedLifecycle as S
 from kasmina_fx.optim import compact, growth
@@ -30,17 +32,41 @@ class Watched(Adafactor):
         return super()._init_group(*args, **kwargs)
 
 
-def first_steps(reserve: int, frozen: bool = False) -> list[Tensor]:
+class Lamb(Optimizer):
+    """Steps as long as the parameter, as LAMB's."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad / p.grad.norm() * p.norm() * group["lr"])
+
+
+def muon(parameters: Any, lr: float) -> Optimizer:
+    return torch.optim.Muon([p for p in parameters if p.dim() == 2], lr=lr)
+
+
+def steps(build: Callable[..., Optimizer], reserve: int, frozen: bool = False) -> Tensor:
     model = growing(reserve)
     if frozen:
         graft(layer_of(model), [2, 3], stage=S.FOSSILIZED)
-    train(model, Adafactor(model.parameters(), lr=0.05), 1)
-    return [*rows(model, 0), *rows(model, 1)]
+    optimizer = build(model.parameters(), lr=0.05)
+    before = [*rows(model, 0), *rows(model, 1)]
+    train(model, optimizer, 2)
+    now = [*rows(model, 0), *rows(model, 1)]
+    return torch.cat([(a - b).flatten() for a, b in zip(now, before, strict=True)])
 
 
-def test_steps_do_not_depend_on_what_is_reserved_or_frozen() -> None:
-    assert same(first_steps(64), first_steps(0))
-    assert same(first_steps(4, frozen=True), first_steps(64, frozen=True))
+@pytest.mark.parametrize("build", [Adafactor, Lamb, muon])
+def test_steps_do_not_depend_on_what_is_reserved_or_frozen(build: Any) -> None:
+    found = steps(build, 0)
+    assert found.any()
+    torch.testing.assert_close(steps(build, 64), found)
+    torch.testing.assert_close(steps(build, 64, frozen=True), steps(build, 4, frozen=True))
 
 
 def test_which_optimizers_couple() -> None:
@@ -89,11 +115,10 @@ def test_a_closure_steps_whole_stacks() -> None:
     assert not same(rows(model, 0), before)
 
 
-def test_the_step_after_one_that_raised() -> None:
-    model = growing(reserve=8)
+def raised(model: nn.Module, steps: int = 1) -> Watched:
+    """An optimizer of which a step raised, after it had stepped."""
     optimizer = Watched(model.parameters())
-    held = list(optimizer.param_groups[0]["params"])
-    train(model, optimizer, 1)
+    train(model, optimizer, steps)
 
     def fail() -> None:
         raise InterruptedError
@@ -102,8 +127,50 @@ def test_the_step_after_one_that_raised() -> None:
     with pytest.raises(InterruptedError):
         train(model, optimizer, 1)
     optimizer.middle = None
+    return optimizer
+
+
+def test_the_step_after_one_that_raised() -> None:
+    model = growing(reserve=8)
+    held = list(model.parameters())
+    optimizer = raised(model)
+    before = rows(model, 0)
     train(model, optimizer, 1)
     assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], held, strict=True))
+    assert not same(rows(model, 0), before)
+
+
+def frozen_after(model: nn.Module, change: Callable[[KasminaLayer], None]) -> list[Tensor]:
+    """Slot 0 after a step that raised, a change, and a step that must not move it."""
+    layer = layer_of(model)
+    optimizer = raised(model)
+    change(layer)
+    layer.advance(0, S.STABILIZATION)
+    train(model, optimizer, 1)
+    return rows(model, 0)
+
+
+def test_what_was_written_after_a_step_that_raised_stays() -> None:
+    model = growing(reserve=4)
+    layer, snapshot = layer_of(model), layer_of(model).snapshot()
+    first, loaded = rows(model, 0), copy.deepcopy(model.state_dict())
+    assert same(frozen_after(model, lambda layer: layer.rollback(snapshot, 0, mark=False)), first)
+
+    model = growing(reserve=4)
+    assert same(frozen_after(model, lambda _: model.load_state_dict(loaded) and None), first)
+
+    model = growing(reserve=4)
+    layer = layer_of(model)
+    optimizer = raised(model)
+    layer.reset(0)
+    graft(layer, 3, stage=S.STABILIZATION)
+    assert int(bank_of(model).slot_of(layer.state.blueprint_ids[3:4])) == 0
+    fresh = rows(model, 0)
+    train(model, optimizer, 1)
+    assert same(rows(model, 0), fresh)
+    for stack in stacks(model):
+        state = optimizer.state.get(stack, {})
+        assert not any(v[0].any() for n, v in state.items() if n == "row_var" and v.dim() == 3)
 
 
 def test_in_the_middle_of_a_step(tmp_path: object) -> None:

@@ -41,7 +41,8 @@ class Compacted:
     """What stands in a stack's place during a step."""
 
     stack: StackedParameter
-    where: Tensor  # int64 (n,): its rows
+    slots: Tensor  # int64 (n,) on the CPU: its rows
+    version: int  # of the stack: higher once somebody else has written to it
     compact: CompactParameter
     state: dict[str, Any]  # the optimizer's, of the whole stack
 
@@ -72,28 +73,36 @@ def compact(optimizer: Optimizer) -> Iterator[Compacted]:
                     for name, value in whole.items()
                 }
             group["params"][place] = own
-            yield Compacted(stack, where, own, whole)
+            yield Compacted(stack, bank.trained, stack._version, own, whole)
 
 
 @torch.no_grad()
 def put_back(optimizer: Optimizer, compacted: list[Compacted]) -> None:
-    """Stacks in their places again, with what the step made of their rows; empties the list."""
+    """Stacks in their places again, with what the step made of their rows; empties the list.
+
+    A step that raised is put back by the next one. What was written meanwhile stays: to slots that
+    went to other seeds or were rolled back, and to a whole stack that was loaded.
+    """
     while compacted:
         done = compacted.pop()
         group = state.group_of(optimizer, done.compact)
         place = next((i for i, p in enumerate(group.get("params", ())) if p is done.compact), None)
         if place is None:
             continue  # somebody gave the optimizer other parameters
-        group["params"][place] = done.stack
-        done.stack.index_copy_(0, done.where, done.compact.detach())
-        made = optimizer.state.pop(done.compact, {})
-        for name, value in made.items():
+        stack = group["params"][place] = done.stack
+        where = to_device(done.slots, stack.device)
+        if stack._version == done.version:
+            stepped = [i for i, slot in enumerate(done.slots.tolist()) if slot not in stack.fresh]
+            own = to_device(torch.tensor(stepped, dtype=torch.int64, device="cpu"), stack.device)
+            stack.index_copy_(0, where[own], done.compact.detach()[own])
+        for name, value in optimizer.state.pop(done.compact, {}).items():
             if state.has_rows(name, value, done.compact):
                 whole = done.state.get(name)
                 if whole is None:
-                    whole = state.empty(name, value, len(done.stack), group)
-                done.state[name] = whole.index_copy_(0, done.where, value)
+                    whole = state.empty(name, value, len(stack), group)
+                done.state[name] = whole.index_copy_(0, where, value)
             else:
                 done.state[name] = value
         if done.state:
-            optimizer.state[done.stack] = done.state
+            optimizer.state[stack] = done.state
+            state.clear(optimizer, stack, stack.fresh)
