@@ -8,7 +8,7 @@ table and the state tensor, on the host, and published as new tensors.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,38 +18,10 @@ from kasmina_fx.blueprints import Blueprint, lookup
 from kasmina_fx.layout import BankSpec, Run
 from kasmina_fx.lifecycle import Mode, holds_blueprint, modes, runs
 from kasmina_fx.seating import SMALLEST, power_of_two, seat
+from kasmina_fx.stack import StackedParameter
 from kasmina_fx.tables import BankTables
+from kasmina_fx.training import Training
 from kasmina_fx.transfer import to_device
-
-if TYPE_CHECKING:
-    from kasmina_fx.layer import KasminaLayer
-
-
-class StackedParameter(nn.Parameter):
-    """One tensor of every slot's blueprint, ``(capacity, ...)``.
-
-    A subclass, because Dynamo (torch 2.11 to 2.13) forces shapes static where
-    ``type(t) is nn.Parameter``.
-
-    Attributes:
-        bank: Whose stack it is; None once a larger one has taken its place.
-        successor: That larger one.
-        optimizers: Those that have state of it.
-        fresh: Slots given to new seeds since an optimizer last began to step it.
-        stale: Slots whose gradient is of an earlier seed, until the thread that trains drops it.
-        late: Rows (slots, values) written while another thread's optimizer was stepping it.
-    """
-
-    bank: weakref.ref[Bank] | None = None
-    successor: StackedParameter | None = None
-    optimizers: weakref.WeakSet[torch.optim.Optimizer] | None = None
-    fresh: frozenset[int] = frozenset()
-    late: tuple[tuple[Tensor, Tensor], ...] = ()
-    stale: frozenset[int] = frozenset()
-
-    def __reduce_ex__(self, protocol: object) -> Any:
-        """Rebuilt as what it is: torch would make a plain Parameter of it."""
-        return StackedParameter, (self.detach(), self.requires_grad)
 
 
 class Bank(nn.Module):
@@ -94,7 +66,8 @@ class Bank(nn.Module):
         self.frozen_slots = empty  # slots whose parameters nothing may change
         self._froze = self.held  # ids of blueprints that nothing might change, when last published
         self.left: set[int] = set()  # slots that seeds let go of since an optimizer's last step
-        self.layer: weakref.ref[KasminaLayer] | None = None  # set by its publish()
+        self.owner: weakref.ref[nn.Module] | None = None  # whose it is; set by its publish()
+        self.training_loop = Training()  # the owner's, likewise
         self.grow(capacity)
         self.publish(*torch.zeros(2, run.count, dtype=torch.int64, device="cpu"))
 
@@ -108,7 +81,7 @@ class Bank(nn.Module):
         """Name in its layer: ``mlp_run0``, ``mlp_shared_run0``."""
         return bank_key(self.spec)
 
-    def tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[StackedParameter]:
         """The registered stacks, in the order of the blueprint's specs."""
         return list(self._parameters.values())  # type: ignore[arg-type]  # grow() sets no None
 
@@ -119,8 +92,6 @@ class Bank(nn.Module):
         The stacks become new Parameter objects, to which optimizers are carried over. A backward
         still to run keeps the old ones.
         """
-        from kasmina_fx.optim.growth import hand_over  # which imports this module
-
         device, used = self.slots.device, self.capacity
         for spec in self.tensor_specs:
             name = registered_name(spec.name)
@@ -132,7 +103,7 @@ class Bank(nn.Module):
             trains = spec.trainable if old is None else old.requires_grad
             stack = StackedParameter(fresh, requires_grad=trains)
             if isinstance(old, StackedParameter):
-                hand_over(old, stack, self.trained_elsewhere)
+                old.hand_over(stack, self.trained_elsewhere)
             self.register_parameter(name, stack)
         held = torch.zeros(capacity, dtype=torch.int64, device="cpu")
         slots = torch.zeros(capacity, dtype=torch.int64, device=device)
@@ -145,8 +116,6 @@ class Bank(nn.Module):
         """Give each blueprint id (int64 ``(n,)``) a free slot with fresh parameters."""
         if not len(ids):
             return
-        from kasmina_fx.optim.growth import clear_slots, write_rows  # which imports this module
-
         free = self._free()
         if len(free) < len(ids):
             room = self.capacity
@@ -159,8 +128,14 @@ class Bank(nn.Module):
         with torch.device("cpu"):  # whatever the default is: drawn from one generator everywhere
             fresh = self.blueprint.initial(self.run.size, len(ids))
         for stack, values in zip(self.tensors(), fresh, strict=True):
-            write_rows(stack, taken, to_device(values.to(stack.dtype), stack.device))
-        clear_slots(self, taken)
+            stack.write_rows(taken, to_device(values.to(stack.dtype), stack.device))
+        self.restart(taken)
+
+    def restart(self, slots: Tensor) -> None:
+        """Slots (int64 on the CPU) start anew: no gradient, and no state in optimizers."""
+        given = frozenset(slots.tolist())
+        for stack in self.tensors():
+            stack.restart(given, self.trained_elsewhere)
 
     def forget(self) -> None:
         """What was frozen before says nothing of what was loaded."""
@@ -176,14 +151,12 @@ class Bank(nn.Module):
     @property
     def awaits_backward(self) -> bool:
         """May there be a backward still to run, of a forward that was compiled?"""
-        layer = None if self.layer is None else self.layer()
-        return layer is not None and layer.colony.awaits_backward
+        return self.training_loop.awaits_backward
 
     @property
     def trained_elsewhere(self) -> bool:
         """Does another thread train the layer?"""
-        layer = None if self.layer is None else self.layer()
-        return layer is not None and layer.colony.trained_elsewhere()
+        return self.training_loop.elsewhere()
 
     def give_back(self, held: Tensor) -> None:
         """Undo what was acquired since the table was ``held``; the stacks stay as large."""
@@ -203,8 +176,6 @@ class Bank(nn.Module):
 
         ``pad``: as of :class:`~kasmina_fx.SeedConfig`.
         """
-        from kasmina_fx.optim.growth import clear_slots  # which imports this module
-
         round_up = power_of_two if pad else int
         slot = self.slot_of(torch.where(holds_blueprint(stages), blueprint_ids, 0))
         if not self.spec.shared:
@@ -223,7 +194,7 @@ class Bank(nn.Module):
         froze = torch.isin(self.held[: len(does)], self._froze)
         starts = (does == Mode.RECONSTRUCTS).any(1) & froze
         if bool(starts.any()):  # momentum and weight decay went on while it waited to train
-            clear_slots(self, starts.nonzero().flatten())
+            self.restart(starts.nonzero().flatten())
         self._froze = self.held[frozen]
         self.trained = ((self.held > 0) & ~frozen).nonzero().flatten()  # slots, on the CPU
         device = self.slots.device
@@ -263,8 +234,6 @@ class Bank(nn.Module):
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        from kasmina_fx.optim.growth import after_load  # which imports this module
-
         # A checkpoint may hold more or fewer slots than are allocated here: take its capacity.
         before = dict(self._parameters)
         slots = state_dict.get(prefix + "slots")
@@ -280,12 +249,17 @@ class Bank(nn.Module):
         for name, loaded in list(self._parameters.items()):
             if loaded is not None and not isinstance(loaded, StackedParameter):  # assign=True
                 self._parameters[name] = StackedParameter(loaded.detach(), loaded.requires_grad)
-        after_load(before, self._parameters)
+        for name, now in self._parameters.items():
+            old = before.get(name)
+            if isinstance(now, StackedParameter):
+                if isinstance(old, StackedParameter) and old is not now:
+                    old.hand_over(now)
+                now.fresh, now.late = frozenset(), ()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without its layer, which connects again."""
+        """Without its owner, which connects again."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's, unannotated
-        return state | {"layer": None}
+        return state | {"owner": None, "training_loop": Training()}
 
 
 def bank_key(spec: BankSpec) -> str:

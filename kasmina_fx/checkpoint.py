@@ -211,7 +211,7 @@ def _copied(saved: dict[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
 def _check_layers(model: nn.Module, saved: dict[str, Any], strict: bool = False) -> None:
     layers = _prefixes(model)
     for prefix, layer in layers.items():
-        host_state.check(layer, saved, prefix.removesuffix(host_state.OWN))
+        host_state.check(layer.kasmina, saved, prefix.removesuffix(host_state.OWN))
     have = {prefix: any(name.startswith(prefix) for name in saved) for prefix in layers}
     lacking = [p.removesuffix(f".{host_state.OWN}") for p, has in have.items() if not has]
     if strict and lacking and any(have.values()):

@@ -8,10 +8,9 @@ the model.
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,35 +20,41 @@ from kasmina_fx._dynamo_compat import not_traced
 from kasmina_fx._torch_compat import live_grad_scalers, scale_of, steps_for
 from kasmina_fx.gate import GATE
 from kasmina_fx.staging import LOCK
+from kasmina_fx.training import Training
 
-if TYPE_CHECKING:
-    from kasmina_fx.layer import KasminaLayer
 
+class Member(Protocol):
+    """A layer's seeds, as its colony sees them."""
+
+    def publish_stacks(self) -> None:
+        """Show forwards what they read now."""
+
+
+M = TypeVar("M", bound=Member)
 _LOG: Final = logging.getLogger(__name__)
 
 
-class Colony:
+class Colony(Generic[M]):
     """A set of layers; holds none of them alive."""
 
     def __init__(self) -> None:
-        self._members: list[weakref.ref[KasminaLayer]] = []
+        self._members: list[weakref.ref[M]] = []
         self.scaler: weakref.ref[torch.amp.GradScaler] | None = None
-        self.trainer: int | None = None  # the thread of the last forward or optimizer step
-        self.awaits_backward = False  # a compiled forward was run since an optimizer's last step
+        self.training = Training()
         self._named = False  # by the user: not looked for, and not let go of
         self._let_go: weakref.ref[torch.amp.GradScaler] | None = None
         self._looked = True  # in a step, for a scaler that was not there before
 
-    def add(self, layer: KasminaLayer) -> None:
+    def add(self, layer: M) -> None:
         """Take a layer in."""
         if all(member is not layer for member in self):
             self._members.append(weakref.ref(layer))
 
-    def discard(self, layer: KasminaLayer) -> None:
+    def discard(self, layer: M) -> None:
         """Let a layer go."""
         self._members = [ref for ref in self._members if ref() not in (None, layer)]
 
-    def __iter__(self) -> Iterator[KasminaLayer]:
+    def __iter__(self) -> Iterator[M]:
         """The layers that are still alive."""
         return (layer for layer in [ref() for ref in self._members] if layer is not None)
 
@@ -57,23 +62,14 @@ class Colony:
     def enter(self) -> None:
         """A forward of the model begins."""
         GATE.enter()
-        self.seen_training()
+        self.training.seen()
 
     @not_traced
     def leave(self, compiled: bool) -> None:
         """It is over."""
         # What Inductor keeps for backward are the stacks themselves.
-        self.awaits_backward |= compiled and torch.is_grad_enabled()
+        self.training.awaits_backward |= compiled and torch.is_grad_enabled()
         GATE.leave()
-
-    def seen_training(self) -> None:
-        """This thread trains the model: gradients are for it alone to touch."""
-        if torch.is_grad_enabled():
-            self.trainer = threading.get_ident()
-
-    def trained_elsewhere(self) -> bool:
-        """Does another thread train the model?"""
-        return self.trainer not in (None, threading.get_ident())
 
     def follow_scaler(self, scaler: torch.amp.GradScaler | None) -> None:
         """Multiply reconstruction losses by a GradScaler's scale, which optimizers divide by.
@@ -138,12 +134,12 @@ class Colony:
         scaler = _alive(self.scaler)
         return default if scaler is None else scale_of(scaler, default.device)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Colony:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Colony[M]:
         """An empty one: copied layers join as they are rebuilt, and one copied alone is alone."""
-        copied: Colony = memo.setdefault(id(self), Colony())
+        copied: Colony[M] = memo.setdefault(id(self), Colony())
         return copied
 
-    def __reduce__(self) -> tuple[type[Colony], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Colony[Any]], tuple[()]]:
         """Pickled empty, for the same reason."""
         return Colony, ()
 

@@ -163,7 +163,7 @@ def health_report(model: nn.Module) -> HealthReport:
         NoTargets: The model has no KasminaLayer.
     """
     layers = _layers(model)
-    found = reports(list(layers.values()))
+    found = reports([layer.kasmina for layer in layers.values()])
     return HealthReport(dict(zip(layers, found, strict=True)))
 
 

@@ -29,7 +29,7 @@ class GatedCall:
     """
 
     def __init__(
-        self, model: nn.Module, colony: Colony, compiled: Callable[..., Any] | None = None
+        self, model: nn.Module, colony: Colony[Any], compiled: Callable[..., Any] | None = None
     ) -> None:
         self._model, self._colony, self._compiled = weakref.ref(model), colony, compiled
         self._attach(model)

@@ -6,18 +6,16 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from kasmina_fx import telemetry as t
 from kasmina_fx.lifecycle import SeedLifecycle, is_legal
+from kasmina_fx.seed_store import SeedStore
 from kasmina_fx.staging import LOCK
 from kasmina_fx.transfer import start_copy
-
-if TYPE_CHECKING:
-    from kasmina_fx.layer import KasminaLayer
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -85,12 +83,12 @@ class Seen:
         return torch.maximum(self.accumulated[t.REJECTED], self.faults)
 
 
-def look(layers: Sequence[KasminaLayer]) -> list[Seen]:
+def look(stores: Sequence[SeedStore]) -> list[Seen]:
     """One device-to-host copy for all layers on one device; no change of seeds comes between."""
     copies = {}
     with LOCK:
-        packed = [_packed(layer) for layer in layers]
-        rows = [layer.state.rows for layer in layers]
+        packed = [_packed(store) for store in stores]
+        rows = [store.state.rows for store in stores]
         for device in dict.fromkeys(p.device for p in packed):
             mine = [p for p in packed if p.device == device]
             whole = start_copy(torch.cat([p.flatten() for p in mine]))
@@ -104,24 +102,24 @@ def look(layers: Sequence[KasminaLayer]) -> list[Seen]:
     ]
 
 
-def _packed(layer: KasminaLayer) -> Tensor:
-    seen, (_, alpha) = layer.kasmina.telemetry, layer.state.on_device()
+def _packed(store: SeedStore) -> Tensor:
+    seen, (_, alpha) = store.telemetry, store.state.on_device()
     return torch.cat([seen.accumulated, seen.faults[None], alpha[None]])
 
 
-def reports(layers: Sequence[KasminaLayer]) -> list[dict[str, Any]]:
+def reports(stores: Sequence[SeedStore]) -> list[dict[str, Any]]:
     """Each layer's report; one device-to-host copy for all on one device.
 
     Seeds over their error limit are culled, and are so in the report.
     """
     found = []
-    for layer, seen in zip(layers, look(layers), strict=True):
+    for store, seen in zip(stores, look(stores), strict=True):
         stage, blueprint_id, epochs, _ = seen.rows.clone().unbind(1)
-        culled = cull_faulty(layer, seen)
+        culled = cull_faulty(store, seen)
         stage[culled], epochs[culled] = int(SeedLifecycle.CULLED), 0
         report = {
-            "layer_id": layer.layer_id,
-            "num_seeds": layer.num_seeds,
+            "layer_id": store.name,
+            "num_seeds": store.num_seeds,
             **per_seed(seen.accumulated, seen.faults),
             "stage": stage,
             "alpha": seen.alpha.index_fill(0, culled, 0.0),
@@ -132,26 +130,26 @@ def reports(layers: Sequence[KasminaLayer]) -> list[dict[str, Any]]:
     return found
 
 
-def cull_faulty(layer: KasminaLayer, seen: Seen) -> Tensor:
+def cull_faulty(store: SeedStore, seen: Seen) -> Tensor:
     """Cull seeds with more errors than the limit; their ids, int64 ``(n,)``.
 
     FOSSILIZED seeds stay: nothing leads out of that stage but ``reset``. So do seeds that have
     another blueprint by now.
     """
-    state, limit = layer.state, layer.config.error_limit
+    state, limit = store.state, store.config.error_limit
     nobody = torch.zeros(0, dtype=torch.int64, device="cpu")
     if limit is None or not bool((over := seen.errors > limit).any()):
         return nobody
-    with layer.transaction():
+    with store.transaction():
         over = over & (state.blueprint_ids == seen.rows[:, state.BLUEPRINT_ID_IDX])
         # From STABILIZATION the way to CULLED leads through EVALUATING.
         waiting = (over & (state.stages == SeedLifecycle.STABILIZATION)).nonzero().flatten()
-        layer.advance(waiting, SeedLifecycle.EVALUATING)
+        state.advance(waiting, SeedLifecycle.EVALUATING)
         ids = (over & is_legal(state.stages, SeedLifecycle.CULLED)).nonzero().flatten()
-        layer.advance(ids, SeedLifecycle.CULLED)
+        state.advance(ids, SeedLifecycle.CULLED)
     if len(ids):
         text = "%s: culled seeds %s: NaN or Inf in more than %d steps"
-        _LOG.warning(text, layer.layer_id, ids.tolist()[:8], limit)
+        _LOG.warning(text, store.name, ids.tolist()[:8], limit)
     return ids
 
 

@@ -7,11 +7,12 @@ seeds' tensors under ``fc.kasmina.``. Loading a plain checkpoint leaves the latt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from kasmina_fx.allocation import allocate
 from kasmina_fx.bank import Bank, bank_key, registered_name
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.blueprints.trial import why_unfit
@@ -19,12 +20,9 @@ from kasmina_fx.errors import LayoutMismatch, UnknownBlueprint
 from kasmina_fx.layout import ChunkLayout, parse_banks
 from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
 from kasmina_fx.seating import SMALLEST
-from kasmina_fx.seed_store import LAYOUT_VERSION
+from kasmina_fx.seed_store import LAYOUT_VERSION, SeedStore
 from kasmina_fx.state_tensor import StateTensor
 from kasmina_fx.telemetry import check_statistics
-
-if TYPE_CHECKING:
-    from kasmina_fx.layer import KasminaLayer
 
 OWN: Final = "kasmina."
 _BASE: Final = "base."
@@ -57,7 +55,7 @@ def attach(layer: nn.Module) -> None:
     layer.register_load_state_dict_post_hook(_after_load)
 
 
-def check(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str) -> None:
+def check(store: SeedStore, state_dict: dict[str, Any], prefix: str) -> None:
     """Refuse entries that could not be this layer's; changes nothing.
 
     A state dict with no entry of the layer's seeds is a plain checkpoint, which fits.
@@ -70,18 +68,18 @@ def check(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str) -> None:
     Raises:
         LayoutMismatch: Says which entry, what it holds and what this layer takes.
     """
-    name, own = layer.layer_id, prefix + OWN
+    name, own = store.name, prefix + OWN
     entries = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(own)}
     if not entries:
         return
     try:
-        extra = _checked_extra(layer, entries)
+        extra = _checked_extra(store, entries)
         for key, value in entries.items():
             if key != _EXTRA and not isinstance(value, Tensor):
                 raise TypeError(f"{key} is a {type(value).__name__}; this layer takes a tensor")
-        banks = [_bank_of(layer, key, text, entries) for key, text in extra["banks"].items()]
-        _check_tensors(layer, banks, entries)
-        layer.state.check_values(entries[_STATE], entries[_ALPHA])
+        banks = [_bank_of(store, key, text, entries) for key, text in extra["banks"].items()]
+        _check_tensors(store, banks, entries)
+        store.state.check_values(entries[_STATE], entries[_ALPHA])
         check_statistics(
             *(entries[_TELEMETRY + n] for n in ("accumulated", "faults", "previous_loss"))
         )
@@ -99,18 +97,18 @@ def check(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str) -> None:
         raise LayoutMismatch(f"{name}: a malformed state dict: {error}") from error
 
 
-def _checked_extra(layer: KasminaLayer, entries: Mapping[str, Any]) -> dict[str, Any]:
-    extra, name = entries[_EXTRA], layer.layer_id
+def _checked_extra(store: SeedStore, entries: Mapping[str, Any]) -> dict[str, Any]:
+    extra, name = entries[_EXTRA], store.name
     version = extra.get("version") if isinstance(extra, dict) else extra
     if not isinstance(extra, dict) or version != LAYOUT_VERSION:
         raise LayoutMismatch(
             f"{name}: the state dict's kasmina entries have version {version!r}; "
             f"this release reads version {LAYOUT_VERSION}"
         )
-    if extra["layout"] != str(layer.kasmina.layout):
+    if extra["layout"] != str(store.layout):
         raise LayoutMismatch(
             f"{name}: the state dict was written for chunks [{extra['layout']}]; this "
-            f"layer has [{layer.kasmina.layout}]. Give kasminify the same num_seeds"
+            f"layer has [{store.layout}]. Give kasminify the same num_seeds"
         )
     highest = extra["highest_id"]
     if type(highest) is not int or not 0 <= highest <= _LAST_ID:
@@ -122,9 +120,9 @@ def _checked_extra(layer: KasminaLayer, entries: Mapping[str, Any]) -> dict[str,
     return extra
 
 
-def _bank_of(layer: KasminaLayer, key: str, text: str, entries: Mapping[str, Any]) -> Bank:
+def _bank_of(store: SeedStore, key: str, text: str, entries: Mapping[str, Any]) -> Bank:
     """The bank whose entries are under ``key``: the layer's, or one without data."""
-    layout, prefix = layer.kasmina.layout, f"{_BANKS}{key}."
+    layout, prefix = store.layout, f"{_BANKS}{key}."
     _check_bank(key, text, layout, entries, prefix)
     (spec,) = parse_banks(text)
     run, capacity = layout.runs[spec.run], len(entries[prefix + "slots"])
@@ -133,10 +131,10 @@ def _bank_of(layer: KasminaLayer, key: str, text: str, entries: Mapping[str, Any
         raise ValueError(f"{prefix}slots has {capacity} rows; this layer takes {least} or more")
     if not spec.training:
         raise ValueError(f"{_EXTRA}: {text} is a bank as evaluation runs it, not as it is held")
-    for bank in layer.kasmina.bank_list():
+    for bank in store.bank_list():
         if bank.key == key and bank.capacity == capacity:
             return bank
-    reason = why_unfit(lookup(spec.kind), run.size, layer._features, layer.host_weight())
+    reason = why_unfit(lookup(spec.kind), run.size, store.host.features, store.host.like)
     if reason is not None:
         raise ValueError(f"{_EXTRA}: {text} in chunks of {run.size} features: {reason}")
     return Bank(
@@ -171,14 +169,14 @@ def _check_bank(
             raise ValueError(f"{prefix}{tensor.name} has shape {shape}, {len(slots)} slots")
 
 
-def _check_tensors(layer: KasminaLayer, banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
+def _check_tensors(store: SeedStore, banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
     """Names, shapes and dtypes; what follows the host's dtype may have any floating one."""
-    own = layer.kasmina.state_dict(prefix=OWN)
+    own = store.state_dict(prefix=OWN)
     wanted = {k: v for k, v in own.items() if k != _EXTRA and not k.startswith(_BANKS)}
     for bank in banks:
         wanted |= bank.state_dict(prefix=f"{_BANKS}{bank.key}.")
     wanted.pop(_REFERENCE, None)
-    weight = layer.main_weight()
+    weight = store.host.weight
     if _REFERENCE in entries and weight is not None:  # while a ramp follows the host's drift
         wanted[_REFERENCE] = weight
     unknown = sorted(entries.keys() - wanted.keys() - {_EXTRA})
@@ -253,8 +251,9 @@ def _strip_base(module: nn.Module, state_dict: dict[str, Any], prefix: str, meta
         state_dict[prefix + key.removeprefix(prefix + _BASE)] = state_dict.pop(key)
 
 
-def _prepare(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    check(layer, state_dict, prefix)
+def _prepare(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    store: SeedStore = layer.kasmina  # type: ignore[assignment]  # hooks are given the layer
+    check(store, state_dict, prefix)
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key.removeprefix(prefix)
         if not name.startswith(OWN):
@@ -262,22 +261,23 @@ def _prepare(layer: KasminaLayer, state_dict: dict[str, Any], prefix: str, *rest
     own = prefix + OWN
     extra, reference = state_dict.get(own + "_extra_state"), state_dict.get(prefix + _REFERENCE)
     # Of a plain checkpoint's host no drift is known.
-    layer.kasmina.reference_weight = (
-        None if reference is None else torch.empty_like(reference, device=layer.state.alpha.device)
+    store.reference_weight = (
+        None if reference is None else torch.empty_like(reference, device=store.state.alpha.device)
     )
     for key, text in (extra or {"banks": {}})["banks"].items():
-        if key not in layer.kasmina.banks:
+        if key not in store.banks:
             (spec,) = parse_banks(text)
-            layer.allocate(spec.kind, shared=spec.shared)
+            allocate(store, spec.kind, shared=spec.shared)
     # A plain checkpoint has none of these: they stay. One that has lacks the banks that only this
     # layer has: their slots are free from now on.
-    if extra is None and layer.kasmina.misses_entries:
+    if extra is None and store.misses_entries:
         return  # other layers of the model have theirs: torch says what is missing
-    for name, value in layer.kasmina.state_dict().items():
+    for name, value in store.state_dict().items():
         gone = extra is not None and name.endswith(".slots")
         state_dict.setdefault(own + name, torch.zeros_like(value) if gone else value)
 
 
-def _after_load(layer: KasminaLayer, incompatible_keys: Any) -> None:
-    layer.kasmina.misses_entries = False
-    layer.reload()
+def _after_load(layer: nn.Module, incompatible_keys: Any) -> None:
+    store: SeedStore = layer.kasmina  # type: ignore[assignment]  # hooks are given the layer
+    store.misses_entries = False
+    store.reload()

@@ -22,6 +22,7 @@ from kasmina_fx.errors import InvalidArgument, InvalidType, NoTargets, StillGrow
 from kasmina_fx.features import find_features
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle
+from kasmina_fx.seed_store import SeedStore
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -91,14 +92,15 @@ def kasminify(
     if any(isinstance(module, KasminaLayer) for module in plain.modules()):
         return model
     found = _find(plain, wanted, filter_fn)
-    colony, wrapped = Colony(), {}
+    colony: Colony[SeedStore] = Colony()
+    wrapped = {}
     for module, fqn in found.items():
         count = min(num_seeds, find_features(module, None, None).count)
         layer = ChunkedKasminaLayer(
             module, count, fqn or "model", telemetry, reserve=reserve, config=config
         )
         layer.colony = colony
-        colony.add(layer)
+        colony.add(layer.kasmina)
         wrapped[module] = layer
     root = _replace(plain, wrapped)
     whole_state.attach(root)
@@ -145,7 +147,7 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
                 raise StillGrowing(f"{name or 'model'}: seed {seed_id} is blended: {why}")
     for layer in layers.values():
         _fold(layer)
-        layer.colony.discard(layer)
+        layer.colony.discard(layer.kasmina)
     gated_call.remove(plain)
     root = _replace(plain, {layer: layer.base for layer in layers.values()})
     for owner, name, _ in _fast_paths(root):

@@ -7,7 +7,6 @@ host's side: checked changes of seed state, which forward sees as whole tables o
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,25 +15,24 @@ from torch import Tensor, nn
 
 from kasmina_fx import host_state, ops
 from kasmina_fx._dynamo_compat import is_exporting
-from kasmina_fx.bank import Bank
+from kasmina_fx.allocation import allocate
 from kasmina_fx.blueprints.registry import DEFAULT
 from kasmina_fx.chunk_manager import ChunkManager, as_sizes
-from kasmina_fx.colony import Colony
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidArgument, InvalidType
-from kasmina_fx.features import find_features, floating_tensor
+from kasmina_fx.features import find_features
 from kasmina_fx.health import reports
-from kasmina_fx.lifecycle import holds_blueprint
+from kasmina_fx.host import Host
 from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
 from kasmina_fx.published import Published
 from kasmina_fx.seating import SMALLEST
-from kasmina_fx.seed_control import SeedControl
+from kasmina_fx.seed_control import SeedCommands
 from kasmina_fx.seed_store import SeedStore
 
 _NUMBERS = itertools.count()
 
 
-class KasminaLayer(SeedControl):
+class KasminaLayer(SeedCommands, nn.Module):
     """A module whose output features are cut into chunks, each watched by a seed.
 
     Args:
@@ -83,32 +81,25 @@ class KasminaLayer(SeedControl):
     ) -> None:
         super().__init__()
         total = None if chunk_sizes is None else sum(as_sizes(chunk_sizes))
-        self._features = find_features(base, feature_dim, total)
-        self.layer_id = layer_id or f"kasmina_{next(_NUMBERS)}"
-        self._chunks = ChunkManager(
-            self._features.count,
-            num_seeds,
-            chunk_sizes=chunk_sizes,
-            feature_dim=self._features.dim,
+        features = find_features(base, feature_dim, total)
+        chunks = ChunkManager(
+            features.count, num_seeds, chunk_sizes=chunk_sizes, feature_dim=features.dim
         )
         given: Any = reserve  # from callers without a type checker, anything
         if isinstance(given, bool) or not isinstance(given, int) or given < 0:
             raise InvalidArgument(f"reserve={reserve!r}: give a number of slots, 0 or more")
-        self._layout = str(self._chunks.layout)
+        self._layout = str(chunks.layout)
         if not isinstance(config, SeedConfig | None):
             raise InvalidType(f"config={config!r}: give a SeedConfig")
-        self.config = config or SeedConfig()
         self.base = base
-        like = floating_tensor(base)
-        device = torch.device("cpu") if like is None else like.device
-        self.kasmina = SeedStore(self._chunks, device, self.layer_id, self.config)
+        name = layer_id or f"kasmina_{next(_NUMBERS)}"
+        self.kasmina = SeedStore(chunks, Host(base, features), name, config or SeedConfig())
         self.set_telemetry(telemetry)
         self.training = base.training
-        self.colony = Colony()
         host_state.attach(self)
         if reserve:
-            self.allocate(DEFAULT, capacity=max(SMALLEST, reserve))
-        self.publish()
+            allocate(self.kasmina, DEFAULT, capacity=max(SMALLEST, reserve))
+        self._connect()
 
     # Forward.
 
@@ -139,43 +130,19 @@ class KasminaLayer(SeedControl):
         if is_exporting():
             # Export must see registered tensors.
             store = self.kasmina
-            layer = store.layer_tables(store.telemetry.faults, store.loss_scale)
-            return Published(self._banks(), layer)
+            return store.read_by_graph(store.telemetry.faults, store.loss_scale)
         if torch.compiler.is_dynamo_compiling():
             return self._published
-        self.colony.seen_training()
+        self.colony.training.seen()
         # Eagerly, parameters are read where functional_call and parametrizations replace them.
-        return self._published.with_params(self._banks())
+        return self._published.with_params(self.kasmina.stacks())
 
     # Views.
-
-    @property
-    def chunks(self) -> ChunkManager:
-        """The layer's chunks."""
-        return self._chunks
 
     @property
     def seeds(self) -> Sequence[LogicalSeed]:
         """The seeds one by one, made when asked for."""
         return SeedSequence(self)
-
-    @property
-    def loss_scale(self) -> Tensor:
-        """What multiplies the gradient of reconstruction losses, float32 ``()``."""
-        return self.colony.loss_scale(self.kasmina.loss_scale)
-
-    def bank_of(self, seed_id: int) -> tuple[Bank, int] | None:
-        """The bank and slot that hold a seed's blueprint, or None."""
-        blueprint_id = self.state.blueprint_ids[seed_id : seed_id + 1]
-        if not bool(holds_blueprint(self.state.stages[seed_id : seed_id + 1])):
-            return None
-        for bank in self._banks():
-            run = bank.run
-            if run.first_seed <= seed_id < run.first_seed + run.count:
-                slot = int(bank.slot_of(blueprint_id))
-                if slot >= 0:
-                    return bank, slot
-        return None
 
     def blueprint_parameters(self, trainable_only: bool = True) -> Iterator[nn.Parameter]:
         """The stacked parameters, for optimizers.
@@ -202,19 +169,19 @@ class KasminaLayer(SeedControl):
 
         Seeds over their error limit are culled. Figures: see :func:`kasmina_fx.health.per_seed`.
         """
-        (report,) = reports([self])
+        (report,) = reports([self.kasmina])
         return report
 
     def get_layer_stats(self) -> dict[str, Any]:
         """Counts for the layer as a whole, from the host's tables: no device copy."""
         banks = {
             name: {"slots": bank.capacity, "used": int((bank.held > 0).sum())}
-            for name, bank in zip(self.kasmina.banks, self._banks(), strict=True)
+            for name, bank in zip(self.kasmina.banks, self.kasmina.bank_list(), strict=True)
         }
         return {
             "layer_id": self.layer_id,
             "num_seeds": self.num_seeds,
-            "features": self._chunks.layer_dim,
+            "features": self.chunks.layer_dim,
             "layout": self._layout,
             "stages": self.state.get_state_distribution(),
             "blended": int(self.state.blended.sum()),
@@ -228,47 +195,20 @@ class KasminaLayer(SeedControl):
 
     # Keeping what forward reads in step with what is registered.
 
-    def publish(self, tables_changed: bool = True) -> None:
-        """Make the state that is on the host now what every later forward reads.
+    def _connect(self) -> None:
+        self.kasmina.on_publish = self._show
+        self.kasmina.publish()
 
-        Args:
-            tables_changed: False where only alphas did.
-        """
-        store = self.kasmina
-        if not tables_changed:
-            self._published = self._published.with_alpha(store.state.alpha)
-            return
-        self.state.on_publish = self.publish
-        self.colony.add(self)
-        store.publish()
-        self.publish_stacks()
+    def _show(self, published: Published) -> None:
+        self._published = published
 
-    def publish_stacks(self) -> None:
-        """Show forwards the banks and stacks that are registered, in the last published state."""
-        store = self.kasmina
-        for bank in self._banks():
-            bank.layer = weakref.ref(self)
-        scale = self.colony.loss_scale(store.loss_scale)
-        tables = store.layer_tables(store.telemetry.probe(), scale)
-        self._published = Published(self._banks(), tables)
-
-    def stacks_changed(self) -> bool:
-        """Do forwards read other stacks than those that are registered?"""
-        return not self._published.shows(self._banks())
-
-    def reload(self) -> None:
-        """Take the host's tables from the registered tensors: after these were loaded."""
-        self.state.refresh_mirror()
-        for bank in self._banks():
-            bank.held = bank.slots.detach().cpu().clone()
-            bank.forget()
-        if bool(self.state.holding.any()):
-            self.colony.find_scaler()
-        self.publish()
+    def publish(self) -> None:
+        """Make the state that is on the host now what every later forward reads."""
+        self.kasmina.publish()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated
-        self.publish()  # .to() replaced tensors
+        self.kasmina.publish()  # .to() replaced tensors
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -279,7 +219,7 @@ class KasminaLayer(SeedControl):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's, unannotated
-        self.publish()
+        self._connect()
 
     # The base's attributes: code that reads layer.weight goes on working.
 

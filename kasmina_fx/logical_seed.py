@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -18,11 +18,9 @@ from kasmina_fx.grafting.registry import strategies
 from kasmina_fx.health import look, per_seed
 from kasmina_fx.lifecycle import LEARNS_TASK, RECONSTRUCTS, RUNS, SeedLifecycle
 from kasmina_fx.physical import can_be_blended, difference_of
+from kasmina_fx.seed_control import SeedCommands
 from kasmina_fx.seed_ids import as_seed_ids
-
-if TYPE_CHECKING:
-    from kasmina_fx.layer import KasminaLayer
-    from kasmina_fx.snapshots import Snapshot
+from kasmina_fx.snapshots import Snapshot
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class SeedState:
 class LogicalSeed:
     """Seed ``seed_id`` of a layer: a view that holds no state of its own."""
 
-    def __init__(self, layer: KasminaLayer, seed_id: int) -> None:
+    def __init__(self, layer: SeedCommands, seed_id: int) -> None:
         self.layer, self.seed_id = layer, seed_id
 
     def __repr__(self) -> str:
@@ -100,18 +98,18 @@ class LogicalSeed:
     @property
     def health(self) -> float:
         """Its health score, see :func:`kasmina_fx.health.per_seed`; one device copy."""
-        (seen,) = look([self.layer])
+        (seen,) = look([self.layer.kasmina])
         return float(per_seed(seen.accumulated, seen.faults)["health"][self.seed_id])
 
     @property
     def error_count(self) -> int:
         """Steps in which its blueprint yielded NaN or Inf; one device copy."""
-        (seen,) = look([self.layer])
+        (seen,) = look([self.layer.kasmina])
         return int(seen.errors[self.seed_id])
 
     def get_state(self) -> SeedState:
         """A snapshot of all of the above at one moment; one device copy."""
-        (seen,) = look([self.layer])
+        (seen,) = look([self.layer.kasmina])
         row, chunk = self.seed_id, self.chunk
         stage, blueprint_id, epochs, strategy = seen.rows[row].tolist()
         return SeedState(
@@ -192,7 +190,7 @@ class LogicalSeed:
         with aside():  # its values don't matter
             module: Any = bank.blueprint.module(bank.run.size)
         module.to(chunk.device)
-        module.train(self.layer.training)
+        module.train(self.layer.kasmina.training)
         if isinstance(module, PerFeature):  # acts on features wherever they are
             module.dim = self.layer.chunks.feature_dim
         tensors = bank.slot_tensors(slot)
@@ -222,7 +220,7 @@ class WithLoss(torch.autograd.Function):
 class SeedSequence(Sequence[LogicalSeed]):
     """The seeds of a layer, made one by one when asked for."""
 
-    def __init__(self, layer: KasminaLayer) -> None:
+    def __init__(self, layer: SeedCommands) -> None:
         self._layer = layer
 
     def __len__(self) -> int:

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from kasmina_fx.bank import Bank
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.layout import BankSpec, format_banks
-from kasmina_fx.tables import LayerTables
+from kasmina_fx.tables import BankTables, LayerTables
 
 
 class Published:
@@ -21,23 +20,27 @@ class Published:
     a module's parameter or buffer to be static.
     """
 
-    def __init__(self, banks: Sequence[Bank], layer: LayerTables) -> None:
-        specs = [bank.spec for bank in banks]
+    def __init__(
+        self,
+        layer: LayerTables,
+        specs: Sequence[BankSpec],
+        tables: Sequence[BankTables],
+        params: Sequence[Tensor],
+    ) -> None:
         self.banks = format_banks(specs)
         # The same text where no blueprint cares: then nothing is compiled anew.
         self.banks_in_eval = format_banks([spec_in_eval(spec) for spec in specs])
-        self.layer = list(layer) if banks else []
-        self.seeds = [bank.seeds for bank in banks]
-        self.positions = [bank.positions for bank in banks]
-        self.modes = [bank.modes for bank in banks]
-        self.trainees = [bank.trainees for bank in banks]
-        self.params: list[Tensor] = [stack for bank in banks for stack in bank.tensors()]
+        self.layer = list(layer) if specs else []
+        self.seeds = [bank.seeds for bank in tables]
+        self.positions = [bank.positions for bank in tables]
+        self.modes = [bank.modes for bank in tables]
+        self.trainees = [bank.trainees for bank in tables]
+        self.params: list[Tensor] = list(params)
 
-    def shows(self, banks: Sequence[Bank]) -> bool:
+    def shows(self, params: Sequence[Tensor]) -> bool:
         """Are the stacks those that are registered now?"""
-        registered = [stack for bank in banks for stack in bank.tensors()]
-        same = map(operator.is_, self.params, registered)
-        return len(self.params) == len(registered) and all(same)
+        same = map(operator.is_, self.params, params)
+        return len(self.params) == len(params) and all(same)
 
     def with_alpha(self, alpha: Tensor) -> Published:
         """The same tables with other alphas."""
@@ -47,11 +50,11 @@ class Published:
             changed.layer = [alpha, *self.layer[1:]]
         return changed
 
-    def with_params(self, banks: Sequence[Bank]) -> Published:
+    def with_params(self, params: Sequence[Tensor]) -> Published:
         """The same tables with the parameters that are registered now."""
         changed = Published.__new__(Published)
         changed.__dict__.update(self.__dict__)
-        changed.params = [stack for bank in banks for stack in bank.tensors()]
+        changed.params = list(params)
         return changed
 
 

@@ -1,26 +1,157 @@
-"""What a controller calls: germinate, advance, blend, cancel.
+"""All that a controller may call: germinate, advance, blend, cancel, go back.
 
-All is checked on the host before anything changes.
+All is checked on the host before anything changes. What is needed of a layer is its seeds.
 """
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kasmina_fx import epochs, snapshots
-from kasmina_fx.blueprints.registry import lookup
-from kasmina_fx.blueprints.trial import why_unfit
-from kasmina_fx.errors import UnknownBlueprint
+from kasmina_fx.allocation import resolve, start_growing
+from kasmina_fx.bank import Bank
+from kasmina_fx.blueprints import Blueprint
+from kasmina_fx.blueprints.registry import DEFAULT, lookup
+from kasmina_fx.blueprints.trial import register_for, require_fit, why_unfit
+from kasmina_fx.chunk_manager import ChunkManager
+from kasmina_fx.colony import Colony
+from kasmina_fx.config import SeedConfig
+from kasmina_fx.errors import InvalidArgument, UnknownBlueprint
+from kasmina_fx.gate import GATE
 from kasmina_fx.grafting.registry import strategy_number
 from kasmina_fx.lifecycle import GraftingStrategy, SeedLifecycle
 from kasmina_fx.seed_ids import SeedIds, as_seed_ids
-from kasmina_fx.seed_room import SeedRoom
+from kasmina_fx.seed_store import SeedStore
 from kasmina_fx.snapshots import Snapshot
+from kasmina_fx.state_tensor import StateTensor
 
 
-class SeedControl(SeedRoom):
-    """The part of a :class:`~kasmina_fx.KasminaLayer` that changes seeds."""
+class SeedCommands:
+    """Views and commands of a layer's seeds, for whatever holds their store."""
+
+    kasmina: SeedStore
+
+    @property
+    def layer_id(self) -> str:
+        """Name in messages and reports."""
+        return self.kasmina.name
+
+    @property
+    def config(self) -> SeedConfig:
+        """Ramps, embargo and error limit."""
+        return self.kasmina.config
+
+    @property
+    def chunks(self) -> ChunkManager:
+        """The layer's chunks."""
+        return self.kasmina.chunks
+
+    @property
+    def state(self) -> StateTensor:
+        """The state of all seeds."""
+        return self.kasmina.state
+
+    @property
+    def colony(self) -> Colony[SeedStore]:
+        """The layers that start to grow together."""
+        return self.kasmina.colony
+
+    @colony.setter
+    def colony(self, colony: Colony[SeedStore]) -> None:
+        self.kasmina.colony = colony
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds of the layer."""
+        return self.kasmina.num_seeds
+
+    @property
+    def loss_scale(self) -> Tensor:
+        """What multiplies the gradient of reconstruction losses, float32 ``()``."""
+        return self.kasmina.scale()
+
+    def bank_of(self, seed_id: int) -> tuple[Bank, int] | None:
+        """The bank and slot that hold a seed's blueprint, or None."""
+        return self.kasmina.bank_of(seed_id)
+
+    def main_weight(self) -> Tensor | None:
+        """The base's weight; of a base without one, its first floating-point tensor."""
+        return self.kasmina.host.weight
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """All changes inside become visible at once, at the end; an exception undoes them all."""
+        return self.kasmina.transaction()
+
+    def accepts(self, seed_id: int, blueprint: str | None = None) -> bool:
+        """Does a blueprint, by name (None: the default), fit a seed's chunk?"""
+        seed = int(as_seed_ids(seed_id, self.num_seeds, self.layer_id))
+        chosen = lookup(DEFAULT if blueprint is None else blueprint)
+        like = self.kasmina.host.like
+        return (
+            why_unfit(chosen, self.kasmina.chunks.sizes[seed], self.kasmina.host.features, like)
+            is None
+        )
+
+    def register_blueprint(
+        self, blueprint: str | Blueprint | Any, *, name: str | None = None
+    ) -> int:
+        """An id for one set of parameters (a chunk size) that all seeds using it share.
+
+        Args:
+            blueprint: A registered name, a factory ``chunk_size -> nn.Module``, a
+                :class:`Blueprint`, or a module (then only for the chunks that it fits; its values
+                are copied). Supported are modules that keep a chunk's shape and dtype, with buffers
+                that forward only reads.
+            name: Register it under this name too, for germinations that give each seed its own
+                copy.
+
+        Returns:
+            The id, 1 or more. Allocation waits for the first germination.
+
+        Raises:
+            InvalidBlueprint: It changes the shape or dtype, or writes to a buffer.
+            UnknownBlueprint: No such name.
+        """
+        sizes = dict.fromkeys(self.kasmina.chunks.sizes)
+        kind = register_for(
+            blueprint, name, sizes, self.kasmina.host.features, self.kasmina.host.like
+        )
+        number = int(self.kasmina.take_ids(1))
+        self.kasmina.blueprints[number] = kind
+        return number
+
+    def reserve(self, slots: int, blueprint: str | None = None) -> None:
+        """Make room ahead of time, so that growth within it replaces no Parameter.
+
+        Args:
+            slots: Blueprints, each with parameters of its own, in every run of equal chunks.
+            blueprint: Its name; None is the default one.
+
+        Raises:
+            InvalidArgument, InvalidType, UnknownBlueprint: Nothing has changed.
+        """
+        given: Any = slots  # from callers without a type checker, anything
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise InvalidArgument(f"{self.layer_id}: reserve({slots!r}): give 1 slot or more")
+        kind = DEFAULT if blueprint is None else lookup(blueprint).kind
+        require_fit(
+            lookup(kind),
+            self.kasmina.chunks.sizes,
+            self.kasmina.host.features,
+            self.kasmina.host.like,
+        )
+        with self.transaction():
+            start_growing(self.kasmina, kind, shared=False)
+            with GATE.publication():
+                for bank in self.kasmina.bank_list():
+                    wanted = bank.spec.kind == kind and not bank.spec.shared
+                    if wanted and bank.capacity < slots:
+                        bank.grow(slots)
+                self.kasmina.publish_stacks()
 
     def request_germination(
         self,
@@ -47,9 +178,11 @@ class SeedControl(SeedRoom):
         """
         ids = as_seed_ids(seed_id, self.num_seeds, self.layer_id)
         strategy = strategy_number(grafting_strategy, self.layer_id)
-        shared, kind = self._resolve(blueprint_id)
-        for size in {self._chunks.sizes[seed] for seed in ids.tolist()}:
-            reason = why_unfit(lookup(kind), size, self._features, self.host_weight())
+        shared, kind = resolve(self.kasmina, blueprint_id)
+        for size in {self.kasmina.chunks.sizes[seed] for seed in ids.tolist()}:
+            reason = why_unfit(
+                lookup(kind), size, self.kasmina.host.features, self.kasmina.host.like
+            )
             if reason is not None:
                 raise UnknownBlueprint(
                     f"{self.layer_id}: blueprint {kind!r} does not fit seeds {ids.tolist()[:8]} "
@@ -60,10 +193,10 @@ class SeedControl(SeedRoom):
         with self.transaction():
             if bool((self.state.stages[ids] != SeedLifecycle.DORMANT).any()):
                 return False
-            self._start_growing(kind, shared is not None)
+            start_growing(self.kasmina, kind, shared is not None)
             own = self.kasmina.take_ids(len(ids)) if shared is None else None
             wanted = torch.tensor([shared], device="cpu") if own is None else own
-            for bank in self._banks():
+            for bank in self.kasmina.bank_list():
                 if bank.spec.kind != kind or bank.spec.shared != (shared is not None):
                     continue
                 local = ids - bank.run.first_seed
@@ -123,14 +256,14 @@ class SeedControl(SeedRoom):
         every optimizer step. On CUDA it waits for the work queued so far if a seed holds a
         blueprint and there is an error limit: for the error counts.
         """
-        epochs.step_epoch(self._as_layer())
+        epochs.step_epoch(self.kasmina)
 
     def snapshot(self, seed_ids: SeedIds | None = None) -> Snapshot:
         """Blueprints, alphas and states of some seeds, or all, to go back to.
 
         Optimizer state is not part of it.
         """
-        return snapshots.take(self._as_layer(), seed_ids)
+        return snapshots.take(self.kasmina, seed_ids)
 
     def rollback(
         self, snapshot: Snapshot, seed_ids: SeedIds | None = None, *, mark: bool | None = None
@@ -148,4 +281,4 @@ class SeedControl(SeedRoom):
             IllegalTransition: A seed to be marked is in a stage that ROLLED_BACK can't follow.
             InvalidArgument: The snapshot is of another layout or lacks a seed.
         """
-        snapshots.restore(self._as_layer(), snapshot, seed_ids, mark)
+        snapshots.restore(self.kasmina, snapshot, seed_ids, mark)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -9,10 +12,15 @@ from torch import Tensor, nn
 
 from kasmina_fx.bank import Bank
 from kasmina_fx.chunk_manager import ChunkManager
+from kasmina_fx.colony import Colony
 from kasmina_fx.config import SeedConfig
 from kasmina_fx.float32_module import Float32Module
+from kasmina_fx.gate import GATE
+from kasmina_fx.host import Host
 from kasmina_fx.layout import ChunkLayout
-from kasmina_fx.lifecycle import roles
+from kasmina_fx.lifecycle import holds_blueprint, roles
+from kasmina_fx.published import Published
+from kasmina_fx.stack import StackedParameter
 from kasmina_fx.state_tensor import StateTensor
 from kasmina_fx.tables import LayerTables
 from kasmina_fx.telemetry import Telemetry
@@ -30,10 +38,13 @@ class SeedStore(Float32Module):
     grad_norm: Tensor
     reference_weight: Tensor | None
 
-    def __init__(
-        self, chunks: ChunkManager, device: torch.device, name: str, config: SeedConfig
-    ) -> None:
+    def __init__(self, chunks: ChunkManager, host: Host, name: str, config: SeedConfig) -> None:
         super().__init__()
+        like = host.like
+        device = torch.device("cpu") if like is None else like.device
+        self.chunks, self.host, self.name, self.config = chunks, host, name, config
+        self.colony: Colony[SeedStore] = Colony()
+        self.on_publish: Callable[[Published], None] | None = None  # the layer that shows it
         self.state = StateTensor(
             chunks.num_chunks, device, name=name, embargo_epochs=config.embargo_epochs
         )
@@ -51,6 +62,43 @@ class SeedStore(Float32Module):
         self.highest_id = 0  # blueprint ids up to here were given out
         self.blueprints: dict[int, str] = {}  # ids whose parameters are shared, and their names
 
+    @property
+    def num_seeds(self) -> int:
+        """Seeds of the layer."""
+        return self.chunks.num_chunks
+
+    def stacks(self) -> list[StackedParameter]:
+        """The registered stacks of all banks, in order."""
+        return [stack for bank in self.bank_list() for stack in bank.tensors()]
+
+    def bank_of(self, seed_id: int) -> tuple[Bank, int] | None:
+        """The bank and slot that hold a seed's blueprint, or None."""
+        blueprint_id = self.state.blueprint_ids[seed_id : seed_id + 1]
+        if not bool(holds_blueprint(self.state.stages[seed_id : seed_id + 1])):
+            return None
+        for bank in self.bank_list():
+            run = bank.run
+            if run.first_seed <= seed_id < run.first_seed + run.count:
+                slot = int(bank.slot_of(blueprint_id))
+                if slot >= 0:
+                    return bank, slot
+        return None
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes inside become visible at once, at the end; an exception undoes them all."""
+        with self.state.transaction():
+            before = {bank: bank.held for bank in self.bank_list()}
+            try:
+                yield
+            except BaseException:
+                for bank in self.bank_list():  # some of them newer than the transaction
+                    bank.give_back(before.get(bank, bank.held[:0]))
+                if not self._published.shows(self.stacks()):  # they grew, and stay as large
+                    with GATE.publication():
+                        self.publish_stacks()
+                raise
+
     def bank_list(self) -> list[Bank]:
         """The banks in the order in which graphs name them."""
         return list(self.banks.values())  # type: ignore[arg-type]  # holds nothing but banks
@@ -66,12 +114,60 @@ class SeedStore(Float32Module):
         self.highest_id = max(used) + count
         return torch.arange(count, device="cpu") + max(used) + 1
 
-    def layer_tables(self, faults: Tensor, loss_scale: Tensor) -> LayerTables:
-        """What the graph reads of the layer as a whole."""
-        return LayerTables(self.state.alpha, self.roles, faults, loss_scale)
+    def publish(self, tables_changed: bool = True) -> None:
+        """Make the state that is on the host now what every later forward reads.
+
+        Args:
+            tables_changed: False where only alphas did.
+        """
+        if not tables_changed:
+            self._show(self._published.with_alpha(self.state.alpha))
+            return
+        self.state.on_publish = self.publish
+        self.colony.add(self)
+        self._derive()
+        self.publish_stacks()
+
+    def publish_stacks(self) -> None:
+        """Show forwards the banks and stacks that are registered, in the last published state."""
+        for bank in self.bank_list():
+            bank.owner, bank.training_loop = weakref.ref(self), self.colony.training
+        self._show(self.read_by_graph(self.telemetry.probe(), self.scale()))
+
+    def read_by_graph(self, faults: Tensor, loss_scale: Tensor) -> Published:
+        """What a graph reads of the layer now."""
+        banks = self.bank_list()
+        specs, tables = [bank.spec for bank in banks], [bank.tables() for bank in banks]
+        layer = LayerTables(self.state.alpha, self.roles, faults, loss_scale)
+        return Published(layer, specs, tables, self.stacks())
+
+    def _show(self, published: Published) -> None:
+        self._published = published
+        if self.on_publish is not None:
+            self.on_publish(published)
+
+    def scale(self) -> Tensor:
+        """What multiplies the gradient of reconstruction losses, float32 ``()``."""
+        return self.colony.loss_scale(self.loss_scale)
+
+    def reload(self) -> None:
+        """Take the host's tables from the registered tensors: after these were loaded."""
+        self.state.refresh_mirror()
+        for bank in self.bank_list():
+            bank.held = bank.slots.detach().cpu().clone()
+            bank.forget()
+        if bool(self.state.holding.any()):
+            self.colony.find_scaler()
+        self.publish()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was published, and to whom: derived, and connected again."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("_published", None)
+        return state | {"on_publish": None}
 
     @torch.inference_mode(False)
-    def publish(self) -> None:
+    def _derive(self) -> None:
         """Derive the layer's and every bank's tables from the state."""
         self.roles = to_device(roles(self.state.stages), self.roles.device)
         stages, ids = self.state.stages, self.state.blueprint_ids

@@ -29,7 +29,7 @@ def _check_all_first(root: nn.Module, state_dict: dict[str, Any], prefix: str, *
     # whether it is strict. checkpoint.load checks them before.
     layers = {prefix + host_state.saved_prefix(name): m for name, m in _layers(root).items()}
     for start, layer in layers.items():
-        host_state.check(layer, state_dict, start)
+        host_state.check(layer.kasmina, state_dict, start)
     for name, mine in _loaded_plainly(root, prefix):
         given = state_dict.get(name)
         if not isinstance(given, Tensor) or {mine.shape, given.shape} == {(), (1,)}:

@@ -117,12 +117,12 @@ def test_a_bare_compile_is_one_graph_and_does_not_know_the_gate() -> None:
     run: Any = torch.compile(model, backend=backend, fullgraph=True)
     run(x)
     colony = kasmina_layers(model)["a"].colony
-    assert colony.awaits_backward
-    colony.awaits_backward = False
+    assert colony.training.awaits_backward
+    colony.training.awaits_backward = False
     with assert_no_recompiles():
         kasmina_layers(model)["a"].set_alpha(0, 1.0)
         assert torch.equal(model(x)[0, :, :2], torch.zeros(2, 2))
-        assert not colony.awaits_backward
+        assert not colony.training.awaits_backward
         assert torch.equal(run(x)[0, :, :2], torch.zeros(2, 2))
     assert backend.compiles == 1
     outer = RecordingBackend("eager")

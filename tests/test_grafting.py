@@ -149,7 +149,7 @@ def test_grad_norm_gated_moves_within_its_bounds() -> None:
     assert alpha(layer) == 0  # unknown: it waits
     for norm, made in ((0.5, 1), (0.4, 0), (1.0, 1), (2.0, 1), (2.1, 0), (NAN, 0), (INF, 0)):
         set_weight_gradient(layer, norm)
-        time.record_grad_norm(layer)
+        time.record_grad_norm(layer.kasmina)
         layer.step_epoch()
         steps += made
         assert alpha(layer) == pytest.approx(steps / 10), norm
@@ -157,16 +157,16 @@ def test_grad_norm_gated_moves_within_its_bounds() -> None:
 
 def test_the_norm_recorded_is_the_one_of_the_weights_gradient() -> None:
     layer = grafting_layer(G.GRAD_NORM_GATED)
-    time.record_grad_norm(layer)  # there is none
+    time.record_grad_norm(layer.kasmina)  # there is none
     layer.step_epoch()
     assert alpha(layer) == 0
     layer(torch.randn(5, 4)).square().mean().backward()
-    time.record_grad_norm(layer)
+    time.record_grad_norm(layer.kasmina)
     grad = layer.base.get_parameter("weight").grad
     assert grad is not None
     assert float(layer.kasmina.grad_norm) == pytest.approx(float(grad.double().norm()))
     layer.zero_grad()
-    time.record_grad_norm(layer)
+    time.record_grad_norm(layer.kasmina)
     assert float(layer.kasmina.grad_norm) > 0  # the last one that was seen
 
 
@@ -205,7 +205,7 @@ def test_a_ramp_by_step_waits_for_the_optimizer() -> None:
         layer.step_epoch()
     assert alpha(layer) == 0
     assert layer.state.epochs.tolist() == [3, 0, 0]
-    time.step_ramp(layer)
+    time.step_ramp(layer.kasmina)
     assert alpha(layer) == pytest.approx(0.1)
 
 
@@ -234,7 +234,7 @@ def test_a_ramp_changes_alpha_and_nothing_else_that_forward_reads() -> None:
         layer.kasmina.banks["affine_run0"].get_parameter("shift").fill_(2.0)
     seen, rows = layer._published, layer.state.state_tensor
     x = torch.randn(3, 4)
-    time.step_ramp(layer)
+    time.step_ramp(layer.kasmina)
     after = layer._published
     assert layer.state.state_tensor is rows
     assert after.seeds == seen.seeds

@@ -78,7 +78,7 @@ def test_reports_of_several_layers_are_those_of_each() -> None:
     layers = [watched(name="a"), KasminaLayer(nn.Linear(4, 9), 5, layer_id="b"), watched(name="c")]
     for layer, width in zip(layers, (7, 4, 7), strict=True):
         layer(torch.randn(5, width))
-    for layer, report in zip(layers, reports(layers), strict=True):
+    for layer, report in zip(layers, reports([layer.kasmina for layer in layers]), strict=True):
         alone = layer.get_health_report()
         assert report.keys() == alone.keys()
         for name, value in report.items():

@@ -86,7 +86,7 @@ def test_the_layers_of_a_copied_model_start_growing_together(pickled: bool) -> N
     assert isinstance(twin[1], KasminaLayer)
     assert twin[0].colony is twin[1].colony
     assert twin[0].colony is not first.colony
-    assert set(twin[0].colony) == {twin[0], twin[1]}
+    assert set(twin[0].colony) == {twin[0].kasmina, twin[1].kasmina}
     twin[0].request_germination(0)
     assert list(twin[1].kasmina.banks) == ["mlp_run0"]
     assert len(first.kasmina.banks) == len(second.kasmina.banks) == 0

@@ -49,7 +49,7 @@ def test_a_ramp_loses_no_alpha_that_another_thread_sets(
     grown = layer(grafting=GraftingConfig(fixed_steps=10_000))
     graft(grown, [0, 1], alpha=0.0)
     graft(grown, [2, 3], alpha=0.0, stage=S.FINE_TUNING)
-    end = beside(lambda: ramp(grown))
+    end = beside(lambda: ramp(grown.kasmina))
     try:
         for i in range(300):
             grown.set_alpha(2, i / 512)

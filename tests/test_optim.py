@@ -74,10 +74,10 @@ def test_copies_and_pickles_have_links_of_their_own() -> None:
     loaded = torch.load(buffer, weights_only=False)
     for other, its in ((twin, theirs), (loaded, AdamW(loaded.parameters(), weight_decay=0.1))):
         bank = bank_of(other)
-        assert bank.layer is not None
-        assert bank.layer() is layer_of(other)
+        assert bank.owner is not None
+        assert bank.owner() is layer_of(other).kasmina
         stack = growth.stacks_of(its)[0]
-        assert stack.optimizers is None
+        assert stack.followers is None
         assert stack.bank is not None
         assert stack.bank() is bank
         frozen, free = rows(other, 0), rows(model, 1)
@@ -85,7 +85,7 @@ def test_copies_and_pickles_have_links_of_their_own() -> None:
         graft(layer_of(other), [2])
         assert same(rows(other, 0), frozen)
         assert same(rows(model, 1), free)
-    assert copy.deepcopy(bank_of(model)).layer is None
+    assert copy.deepcopy(bank_of(model)).owner is None
     assert bank_of(model).capacity == 2
 
 
@@ -125,7 +125,7 @@ def test_steps_and_growth_never_wait_for_the_device(fused: bool) -> None:
         for _ in range(3):
             optimizer.step()
         bank_of(model).grow(4)
-        growth.clear_slots(bank_of(model), torch.tensor([3]))
+        bank_of(model).restart(torch.tensor([3]))
         optim.sync(optimizer, model)
     finally:
         torch.cuda.set_sync_debug_mode("default")

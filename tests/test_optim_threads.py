@@ -193,13 +193,13 @@ def test_gradients_are_touched_by_the_thread_that_trains_alone(
     loss_of(model, 0).mul(100).backward()
 
     touched: list[StackedParameter] = []
-    drop = growth.drop_stale
+    drop = StackedParameter.drop_stale
 
     def watched(stack: StackedParameter) -> None:
         touched.append(stack)
         drop(stack)
 
-    monkeypatch.setattr(growth, "drop_stale", watched)
+    monkeypatch.setattr(StackedParameter, "drop_stale", watched)
 
     def reuse() -> None:
         layer.reset(0)

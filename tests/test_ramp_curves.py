@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ramp_cases import ALL, alpha, grafting_layer, signals_at
 from torch import Tensor, nn
 
-from kasmina_fx import GraftingStrategy, KasminaLayer, SeedLifecycle, epochs
+from kasmina_fx import GraftingStrategy, KasminaLayer, SeedLifecycle
 from kasmina_fx.grafting import (
     CURVES,
     GraftingConfig,
@@ -184,7 +184,7 @@ def test_the_drift_of_a_parametrized_host_is_its_weights() -> None:
     assert weight is not None
     assert weight.shape == (8, 4)
     layer(torch.randn(2, 4)).sum().backward()
-    norm = epochs._norm_of_gradient(layer)
+    norm = layer.kasmina.host.gradient_norm()
     grads = [p.grad for p in base.parameters() if p.grad is not None]
     assert norm is not None
     torch.testing.assert_close(norm, torch.cat([g.flatten() for g in grads]).norm())

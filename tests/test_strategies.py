@@ -81,7 +81,7 @@ def test_a_strategy_sees_what_it_asked_for() -> None:
     with torch.no_grad():
         layer.base.get_parameter("weight").mul_(1.5)
     set_weight_gradient(layer, 0.75)
-    time.record_grad_norm(layer)
+    time.record_grad_norm(layer.kasmina)
     layer.step_epoch()
     seen = Whole.seen
     assert seen is not None

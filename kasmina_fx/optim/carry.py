@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kasmina_fx._dynamo_compat import uncompiled
-from kasmina_fx.bank import StackedParameter
 from kasmina_fx.errors import InvalidType, NoTargets
 from kasmina_fx.kasminify import kasmina_layers
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.optim import state
 from kasmina_fx.optim.growth import CARRIED, meet, replace_grown, stacks_of
+from kasmina_fx.stack import StackedParameter
 from kasmina_fx.staging import LOCK
 
 

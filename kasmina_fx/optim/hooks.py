@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -23,25 +23,21 @@ from torch.optim.optimizer import (
 
 from kasmina_fx import epochs
 from kasmina_fx._torch_compat import live_grad_scalers
-from kasmina_fx.bank import Bank, StackedParameter
+from kasmina_fx.bank import Bank
 from kasmina_fx.lifecycle import Mode
 from kasmina_fx.optim import state
 from kasmina_fx.optim.compact import Compacted, compact, couples, put_back
 from kasmina_fx.optim.growth import (
     STEPPING,
-    drop_stale,
     holds_stacks,
     meet,
-    newest,
     replace_grown,
     stacks_of,
-    stepped_elsewhere,
 )
+from kasmina_fx.seed_store import SeedStore
+from kasmina_fx.stack import StackedParameter
 from kasmina_fx.staging import LOCK
 from kasmina_fx.transfer import to_device
-
-if TYPE_CHECKING:
-    from kasmina_fx.layer import KasminaLayer
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -62,7 +58,7 @@ class _Step:
     """A step under way: what it may not change, and the layers whose ramps follow it."""
 
     kept: list[_Kept]
-    ramps: dict[KasminaLayer, int]  # and how many ramp steps they had made
+    ramps: dict[SeedStore, int]  # and how many ramp steps they had made
     compacted: list[Compacted]
 
 
@@ -72,7 +68,7 @@ _STEPS: Final[weakref.WeakKeyDictionary[Optimizer, list[_Step]]] = weakref.WeakK
 _DEEPEST: Final = 4
 #: Ramp steps made after optimizer steps. An optimizer may wrap one that holds the same stacks: what
 #: the inner step ramped, the outer one does not.
-_RAMPED: Final[weakref.WeakKeyDictionary[KasminaLayer, int]] = weakref.WeakKeyDictionary()
+_RAMPED: Final[weakref.WeakKeyDictionary[SeedStore, int]] = weakref.WeakKeyDictionary()
 
 
 def register() -> None:
@@ -108,12 +104,12 @@ def _begin(optimizer: Optimizer, whole: bool) -> None:
         stacks = stacks_of(optimizer)
         for stack in stacks:
             meet(optimizer, stack)
-            drop_stale(stack)
+            stack.drop_stale()
             stack.fresh = frozenset()
-            if not stepped_elsewhere(stack):
+            if not stack.stepped_elsewhere():
                 stack.late = ()  # of a step that raised
         for layer in {layer for layer in map(_layer_of, stacks) if layer is not None}:
-            layer.colony.trainer = threading.get_ident()
+            layer.colony.training.thread = threading.get_ident()
         _check_scalers(optimizer, stacks)
         kept = [kept for stack in stacks if (kept := _keep(stack)) is not None]
         ramps = {layer: _RAMPED.get(layer, 0) for layer in _led(stacks)}
@@ -142,10 +138,10 @@ def _end(optimizer: Optimizer) -> None:
         replace_grown(optimizer)
         for stack in stacks_of(optimizer):
             _write_late(optimizer, stack)
-            drop_stale(stack)
+            stack.drop_stale()
             bank, layer = _bank_of(stack), _layer_of(stack)
             if bank is not None and layer is not None:
-                bank.left, layer.colony.awaits_backward = set(), False
+                bank.left, layer.colony.training.awaits_backward = set(), False
     for layer, made in step.ramps.items():
         if layer.config.ramp_every == "step" and _RAMPED.get(layer, 0) == made:
             epochs.step_ramp(layer)
@@ -167,7 +163,7 @@ def _keep(stack: StackedParameter) -> _Kept | None:
 def _write_back(kept: _Kept) -> None:
     if not len(kept.where):
         return
-    stack = newest(kept.stack)
+    stack = kept.stack.newest()
     bank, rows = _bank_of(stack), kept.rows
     if bank is not None and bank.slots is not kept.slots:
         # Seeds have changed meanwhile, in a closure or another thread: a slot that went to another
@@ -183,7 +179,7 @@ def _write_back(kept: _Kept) -> None:
 
 def _write_on(kept: _Kept) -> None:
     """The step went on with a stack after a larger one took its place: hand its rows on."""
-    stack = newest(kept.stack)
+    stack = kept.stack.newest()
     bank = _bank_of(stack)
     if bank is None:
         return
@@ -196,7 +192,7 @@ def _write_late(optimizer: Optimizer, stack: StackedParameter) -> None:
     """Seeds that germinated or went back during the step start from what they were given."""
     for slots, rows in stack.late:
         stack.data.index_copy_(0, to_device(slots, stack.device), rows)
-    if not stepped_elsewhere(stack):
+    if not stack.stepped_elsewhere():
         stack.late = ()
     state.clear(optimizer, stack, stack.fresh)
 
@@ -204,7 +200,7 @@ def _write_late(optimizer: Optimizer, stack: StackedParameter) -> None:
 # Layers.
 
 
-def _led(stacks: list[StackedParameter]) -> Iterator[KasminaLayer]:
+def _led(stacks: list[StackedParameter]) -> Iterator[SeedStore]:
     """The layers whose first stack is among these: one optimizer a layer has it."""
     held = {id(stack) for stack in stacks}
     for layer in dict.fromkeys(_layer_of(stack) for stack in stacks):
@@ -212,8 +208,8 @@ def _led(stacks: list[StackedParameter]) -> Iterator[KasminaLayer]:
             yield layer
 
 
-def _first_stack(layer: KasminaLayer) -> Tensor | None:
-    for bank in layer.kasmina.bank_list():
+def _first_stack(layer: SeedStore) -> Tensor | None:
+    for bank in layer.bank_list():
         for spec, stack in zip(bank.tensor_specs, bank.tensors(), strict=True):
             if spec.trainable:
                 return stack
@@ -224,15 +220,16 @@ def _bank_of(stack: StackedParameter) -> Bank | None:
     return None if stack.bank is None else stack.bank()
 
 
-def _layer_of(stack: StackedParameter) -> KasminaLayer | None:
+def _layer_of(stack: StackedParameter) -> SeedStore | None:
     bank = _bank_of(stack)
-    return None if bank is None or bank.layer is None else bank.layer()
+    owner = None if bank is None or bank.owner is None else bank.owner()
+    return owner if isinstance(owner, SeedStore) else None
 
 
-def _record_grad_norm(optimizer: Optimizer, layer: KasminaLayer) -> None:
-    store = layer.kasmina
+def _record_grad_norm(optimizer: Optimizer, layer: SeedStore) -> None:
+    store = layer
     before = store.grad_norm
-    epochs.record_grad_norm(layer)
+    epochs.record_grad_norm(store)
     # A GradScaler leaves it to a fused optimizer to divide the gradients, which comes later.
     scale = getattr(optimizer, "grad_scale", None)
     if scale is not None and store.grad_norm is not before:

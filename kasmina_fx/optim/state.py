@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kasmina_fx.stack import resized
 from kasmina_fx.transfer import to_device
 
 #: State that does not start from 0, and the option of the parameter group that it starts from:
@@ -29,15 +30,6 @@ def has_rows(name: str, value: object, stack: Tensor) -> bool:
     # transformers: exp_avg_sq_col). Shapes can't tell: one slot, or as many slots as columns.
     over_slots = stack.dim() == 2 and "col" in name
     return value.shape[0] == stack.shape[0] and not over_slots
-
-
-def resized(tensor: Tensor, rows: int, fill: float | Tensor = 0.0) -> Tensor:
-    """A copy with so many rows; those that are new hold ``fill``."""
-    kept = min(rows, len(tensor))
-    copy = tensor.new_zeros(rows, *tensor.shape[1:])
-    copy[:kept] = tensor.detach()[:kept]
-    copy[kept:] += fill
-    return copy
 
 
 def group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
