@@ -8,7 +8,7 @@ WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint ruff format-check types format test test-slow golden demo bench clean
+.PHONY: help install lint ruff format-check types layers format test test-slow golden demo bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,reports]'
 	@touch $@
 
-lint: ruff format-check types ## ruff check, ruff format --check, mypy
+lint: ruff format-check types layers ## ruff check, ruff format --check, mypy, import-linter
 
 ruff: $(STAMP) ## ruff check alone
 	@echo "== ruff check"
@@ -34,6 +34,10 @@ format-check: $(STAMP) ## ruff format --check alone
 types: $(STAMP) ## mypy alone
 	@echo "== mypy"
 	@$(BIN)/mypy
+
+layers: $(STAMP) ## who may import whom, alone
+	@echo "== import-linter"
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(STAMP) ## rewrite the files: ruff's safe fixes, then its format
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .

@@ -16,7 +16,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
 from kasmina_fx import kasminify
-from kasmina_fx.bank import Bank
+from kasmina_fx.banks.bank import Bank
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.testing import graft
 

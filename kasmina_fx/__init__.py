@@ -18,18 +18,8 @@ what hands it to Inductor.
 
 from kasmina_fx import checkpoint, controllers, optim, reference, testing
 from kasmina_fx.backend import kasmina
-from kasmina_fx.capture import KasminaTracer, capture
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.chunked_layer import ChunkedKasminaLayer
-from kasmina_fx.colony_control import (
-    HealthReport,
-    follow_scaler,
-    health_report,
-    hold_seeds,
-    host_parameters,
-    step_epoch,
-    transaction,
-)
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import (
     CheckpointError,
@@ -48,16 +38,27 @@ from kasmina_fx.errors import (
     UnknownBlueprint,
     UnknownOption,
 )
-from kasmina_fx.explain import Explanation, explain
 from kasmina_fx.grafting import GraftingConfig, register_strategy
-from kasmina_fx.graph_diff import GraphDiff, graph_diff
-from kasmina_fx.graph_text import graph_text, inserted_text, op_counts
-from kasmina_fx.kasminify import host_state_dict, kasmina_layers, kasminify, unkasminify
+from kasmina_fx.graphs.capture import KasminaTracer, capture
+from kasmina_fx.graphs.diff import GraphDiff, graph_diff
+from kasmina_fx.graphs.text import graph_text, inserted_text, op_counts
+from kasmina_fx.kasminify import kasminify, unkasminify
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import GraftingStrategy, SeedLifecycle
 from kasmina_fx.logical_seed import LogicalSeed, SeedState
+from kasmina_fx.model import (
+    follow_scaler,
+    hold_seeds,
+    host_parameters,
+    host_state_dict,
+    kasmina_layers,
+    step_epoch,
+    transaction,
+)
 from kasmina_fx.passes import DEFAULT_PASSES, find_matches, rewrite
-from kasmina_fx.snapshots import Snapshot
+from kasmina_fx.reports.explain import Explanation, explain
+from kasmina_fx.reports.health_report import HealthReport, health_report
+from kasmina_fx.seeds.snapshots import Snapshot
 from kasmina_fx.state_tensor import StateTensor
 
 __version__ = "0.1.0"

@@ -17,10 +17,10 @@ from typing import Any, Final
 
 from torch.fx import GraphModule
 
-from kasmina_fx._torch_compat import compile_with_inductor, inductor_option_names, mode_options
+from kasmina_fx._torch.inductor import compile_with_inductor, inductor_option_names, mode_options
 from kasmina_fx.errors import InvalidArgument, UnknownOption
-from kasmina_fx.moves import DECOMPOSITIONS
 from kasmina_fx.passes import GraphPass, passes_for, run_passes
+from kasmina_fx.physical.operators import DECOMPOSITIONS
 
 _LOG = logging.getLogger(__name__)
 _OWN: Final = ("lowering", "strict", "disabled_passes", "debug_dir")
@@ -85,7 +85,7 @@ def split_options(
     Raises:
         UnknownOption, InvalidArgument: Says what is allowed.
     """
-    asked: Any = {} if options is None else options  # from callers without a type checker, anything
+    asked: object = {} if options is None else options
     if not isinstance(asked, Mapping) or not all(isinstance(key, str) for key in asked):
         raise InvalidArgument(f"options={options!r}: give a dict of names and values")
     given = dict(asked)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kasmina_fx.errors import InvalidArgument, InvalidType
-from kasmina_fx.layout import ChunkLayout
+from kasmina_fx.physical.layout import ChunkLayout
 
 
 class ChunkManager:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
+from kasmina_fx.arguments import check_count
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.grafting.config import GraftingConfig
-from kasmina_fx.lifecycle import DEFAULT_EMBARGO, check_embargo
+from kasmina_fx.lifecycle import DEFAULT_EMBARGO, MOST_EPOCHS
 
 RAMP_EVERY: Final = ("epoch", "step")
 
@@ -81,11 +82,10 @@ class TelemetryPolicy:
         return max(1, round(1 / self.fraction))
 
 
-def check_count(name: str, given: Any, least: int = 0) -> None:
-    """Refuse what is no int, or too small.
+def check_embargo(epochs: object) -> None:
+    """An embargo that is no count, or that no seed's epochs reach, is refused.
 
     Raises:
         InvalidArgument: Says what is allowed.
     """
-    if isinstance(given, bool) or not isinstance(given, int) or given < least:
-        raise InvalidArgument(f"{name}={given!r}: give an int of at least {least}")
+    check_count("embargo_epochs", epochs, most=MOST_EPOCHS)

@@ -1,4 +1,4 @@
-"""Whole models: wrap every target, and take the wrapping off again."""
+"""Whole models: every target gets seeds, or loses them again."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch import nn
 
-from kasmina_fx import gated_call, host_state, whole_state
-from kasmina_fx._dynamo_compat import compile_whole, uncompiled
-from kasmina_fx._torch_compat import mode_options
+from kasmina_fx._torch.dynamo import compile_whole, static_below, uncompiled
+from kasmina_fx._torch.inductor import mode_options
+from kasmina_fx.arguments import check_count, check_instance, is_int
 from kasmina_fx.backend import kasmina, split_options
-from kasmina_fx.chunked_layer import ChunkedKasminaLayer
-from kasmina_fx.colony import Colony
+from kasmina_fx.bases.features import find_features
+from kasmina_fx.checkpoint import model_state_dict
+from kasmina_fx.class_swap import SwappedLayer, swap_in, swap_out, why_not
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidArgument, InvalidType, NoTargets, StillGrowing
-from kasmina_fx.features import find_features
 from kasmina_fx.layer import KasminaLayer
-from kasmina_fx.lifecycle import SeedLifecycle
-from kasmina_fx.seed_store import SeedStore
+from kasmina_fx.model import kasmina_layers
+from kasmina_fx.seeds import model_call
+from kasmina_fx.seeds.folding import fold_seeds, why_not_folded
+from kasmina_fx.seeds.siblings import Siblings
+from kasmina_fx.seeds.store import SeedStore
 
 M = TypeVar("M", bound=nn.Module)
 
-#: Settings that would let the owner of a wrapped layer go past the layer's forward, and what turns
-#: them off. In eval mode torch's fused encoder kernel reads linear1.weight and never calls linear1;
-#: an encoder hands its layers nested tensors, which only that kernel takes.
+#: Settings that would let the owner of a layer go past the layer's forward, and what turns them
+#: off. In eval mode torch's fused encoder kernel reads linear1.weight and never calls linear1; an
+#: encoder hands its layers nested tensors, which only that kernel takes.
 _FAST_PATHS: Final = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),
@@ -51,16 +52,17 @@ def kasminify(
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
 ) -> M:
-    """Let a model grow: wrap its targets in place, around the same parameters.
+    """Let a model grow: its targets become layers with seeds, in place.
 
-    Shared and tied modules stay shared; names in the state dict, hooks, device, dtype, training
-    flag and ``requires_grad`` stay as they are. Calling it again changes nothing.
+    Every target becomes a subclass of its own class that is a :class:`KasminaLayer` too. It stays
+    the same object: shared and tied modules stay shared; names in the state dict, hooks, device,
+    dtype, training flag and ``requires_grad`` stay as they are. Calling it again changes nothing.
 
     Args:
-        model: Any module. One that is itself a target is returned in a wrapper.
+        model: Any module; it may be a target itself.
         num_seeds: Seeds a layer, capped at the layer's features.
-        targets: Module types, or subclasses of them, to wrap.
-        filter_fn: ``(module, fqn) -> bool``; wraps only where it is true.
+        targets: Module types, or subclasses of them.
+        filter_fn: ``(module, fqn) -> bool``; takes only those where it is true.
         reserve: Slots a layer to allocate ahead for the default blueprint.
         telemetry: Keep statistics of every chunk; a :class:`TelemetryPolicy` says of how much.
         config: Ramps, embargo and error limit of every layer.
@@ -70,16 +72,17 @@ def kasminify(
         dynamic: Of ``torch.compile``.
 
     Returns:
-        The same model (a wrapper only if the model itself was a target).
+        The same model.
 
     Raises:
-        NoTargets: Nothing to wrap; lists the module types seen.
+        NoTargets: Nothing to take; lists the module types seen.
         InvalidArgument, InvalidType, UnknownOption: Before anything changed.
 
     >>> net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))
     >>> net = kasminify(net, num_seeds=16, compile=False)
     >>> list(kasmina_layers(net)), net[0].num_seeds, net[2].num_seeds
     (['0', '2'], 16, 4)
+    >>> from kasmina_fx import host_state_dict
     >>> list(host_state_dict(net))
     ['0.weight', '0.bias', '2.weight', '2.bias']
     """
@@ -92,20 +95,38 @@ def kasminify(
     if any(isinstance(module, KasminaLayer) for module in plain.modules()):
         return model
     found = _find(plain, wanted, filter_fn)
-    colony: Colony[SeedStore] = Colony()
-    wrapped = {}
+    check_count("reserve", reserve)
+    siblings: Siblings[SeedStore] = Siblings()
+    static = static_below(plain)
     for module, fqn in found.items():
         count = min(num_seeds, find_features(module, None, None).count)
-        layer = ChunkedKasminaLayer(
-            module, count, fqn or "model", telemetry, reserve=reserve, config=config
+        layer = swap_in(
+            module,
+            count,
+            layer_id=fqn or "model",
+            telemetry=telemetry,
+            reserve=reserve,
+            config=config,
         )
-        layer.colony = colony
-        colony.add(layer.kasmina)
-        wrapped[module] = layer
-    root = _replace(plain, wrapped)
-    whole_state.attach(root)
+        layer.kasmina.join(siblings)
+        if id(layer) in static:
+            layer.kasmina.show_by_key()
+    _finish(plain, siblings, compile, mode, options, dynamic)
+    return plain
+
+
+def _finish(
+    root: nn.Module,
+    siblings: Siblings[SeedStore],
+    compile: bool,
+    mode: str | None,
+    options: Mapping[str, Any] | None,
+    dynamic: bool | None,
+) -> None:
+    """What a model needs around its layers: hooks of its state dict, no fast paths, a call."""
+    model_state_dict.attach(root)
     for owner, name, off in _fast_paths(root):
-        if any(_is_layer(child) for child in owner.modules()):
+        if any(isinstance(child, KasminaLayer) for child in owner.modules()):
             setattr(owner, _KEPT, getattr(owner, name))
             setattr(owner, name, off)
     compiled = None
@@ -116,8 +137,7 @@ def kasminify(
         compiled = compile_whole(
             root, backend=kasmina, mode=mode, options=given or None, dynamic=dynamic
         )
-    gated_call.GatedCall(root, colony, compiled)
-    return root
+    model_call.ModelCall(root, siblings, compiled)
 
 
 def unkasminify(model: M, *, fold: bool = False) -> M:
@@ -129,7 +149,7 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
             ``affine``, the seed FOSSILIZED and the base a Linear or a convolution.
 
     Returns:
-        The same model, uncompiled (the base, if the model itself is a KasminaLayer).
+        The same model, uncompiled (the base, if the model itself is a KasminaLayer made by hand).
 
     Raises:
         StillGrowing: A blended seed that can't be folded; nothing has changed.
@@ -137,38 +157,31 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
     plain: M = uncompiled(model)
     layers = kasmina_layers(plain)
     uses = Counter(id(p) for owner in plain.modules() for p in owner._parameters.values())
-    uses.update(id(p) for layer in layers.values() for p in layer.base.parameters())
+    uses.update(id(p) for layer in layers.values() for p in layer.kasmina.host.parameters())
     for name, layer in layers.items():
         for seed_id in layer.state.blended.nonzero().flatten().tolist():
             why = (
-                _why_not_folded(layer, seed_id, uses) if fold else "pass fold=True if it is affine"
+                why_not_folded(layer.kasmina, seed_id, uses)
+                if fold
+                else "pass fold=True if it is affine"
             )
             if why is not None:
                 raise StillGrowing(f"{name or 'model'}: seed {seed_id} is blended: {why}")
+    by_hand: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
-        _fold(layer)
-        layer.colony.discard(layer.kasmina)
-    gated_call.remove(plain)
-    root = _replace(plain, {layer: layer.base for layer in layers.values()})
+        fold_seeds(layer.kasmina)
+        layer.siblings.discard(layer.kasmina)
+        if isinstance(layer, SwappedLayer):
+            swap_out(layer)
+        else:
+            by_hand[layer] = layer.base
+    model_call.remove(plain)
+    root = _replace(plain, by_hand)
     for owner, name, _ in _fast_paths(root):
         if hasattr(owner, _KEPT):
             setattr(owner, name, getattr(owner, _KEPT))
             delattr(owner, _KEPT)
     return root
-
-
-def kasmina_layers(model: nn.Module) -> dict[str, KasminaLayer]:
-    """The KasminaLayers of a model, compiled or not, by FQN; a shared layer by its first name."""
-    named = uncompiled(model).named_modules()
-    return {name: module for name, module in named if isinstance(module, KasminaLayer)}
-
-
-def host_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The plain model's state dict: its keys, and the host's current weights."""
-    model = uncompiled(model)
-    names = {name for name, m in model.named_modules(remove_duplicate=False) if _is_layer(m)}
-    own = tuple(f"{name}.{host_state.OWN}" if name else host_state.OWN for name in names)
-    return {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
 
 
 def skipped_targets(model: nn.Module, targets: Sequence[type[nn.Module]]) -> dict[str, str]:
@@ -182,21 +195,16 @@ def skipped_targets(model: nn.Module, targets: Sequence[type[nn.Module]]) -> dic
     }
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, KasminaLayer)
-
-
 def _check_arguments(model: Any, num_seeds: Any, filter_fn: Any, config: Any, dynamic: Any) -> None:
     if not isinstance(model, nn.Module):
         raise InvalidType(f"kasminify({model!r}): give an nn.Module")
-    if isinstance(num_seeds, bool) or not isinstance(num_seeds, int):
+    if not is_int(num_seeds):
         raise InvalidType(f"num_seeds={num_seeds!r}: give an int")
-    if num_seeds < 1:
-        raise InvalidArgument(f"num_seeds={num_seeds}: give at least 1")
+    check_count("num_seeds", num_seeds, least=1)
     if filter_fn is not None and not callable(filter_fn):
         raise InvalidType(f"filter_fn={filter_fn!r}: give a function (module, fqn) -> bool")
-    if not isinstance(config, SeedConfig | None):
-        raise InvalidType(f"config={config!r}: give a SeedConfig")
+    if config is not None:
+        check_instance("config", config, SeedConfig)
     if dynamic not in (None, True, False):
         raise InvalidType(f"dynamic={dynamic!r}: give True, False or None")
 
@@ -222,10 +230,13 @@ def _find(
             continue
         if filter_fn is None or filter_fn(module, name):
             found[module] = name
+            reason = why_not(module)
+            if reason is not None:
+                raise InvalidArgument(f"{name or 'model'}: {reason}; filter_fn can leave it out")
     if not found:
         seen = sorted({type(module).__name__ for module in model.modules()})
         raise NoTargets(
-            f"no module to wrap: targets are {', '.join(t.__name__ for t in targets)}"
+            f"no module to take: targets are {', '.join(t.__name__ for t in targets)}"
             f"{' that pass filter_fn' if filter_fn else ''}; the model holds {', '.join(seen)}"
             + "".join(f"; {name} is left alone: {why}" for name, why in skipped.items())
         )
@@ -233,12 +244,10 @@ def _find(
 
 
 def _replace(root: M, replacements: Mapping[nn.Module, nn.Module]) -> M:
-    """Put modules in place of others wherever they occur."""
+    """Put bases in place of the layers that were made by hand around them, wherever they occur."""
     if root in replacements:
-        return replacements[root]  # type: ignore[return-value]  # the wrapper stands for the model
+        return replacements[root]  # type: ignore[return-value]  # the base was the model
     for owner in list(root.modules()):
-        if owner in replacements.values() and isinstance(owner, KasminaLayer):
-            continue  # its base is what was replaced
         for name, child in owner._modules.items():
             if child is not None and child in replacements:
                 owner._modules[name] = replacements[child]
@@ -250,45 +259,3 @@ def _fast_paths(root: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
         for kind, name, off in _FAST_PATHS:
             if isinstance(owner, kind) and hasattr(owner, name):
                 yield owner, name, off
-
-
-def _why_not_folded(layer: KasminaLayer, seed_id: int, uses: Mapping[int, int]) -> str | None:
-    held = layer.bank_of(seed_id)
-    stage = SeedLifecycle(int(layer.state.stages[seed_id]))
-    if held is None or held[0].spec.kind != "affine":
-        return "only affine blueprints fold into a weight"
-    if stage is not SeedLifecycle.FOSSILIZED:
-        return f"it is in {stage.name}, and only FOSSILIZED seeds fold"
-    if not isinstance(layer.base, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return f"a {type(layer.base).__name__} has no weight to fold into"
-    if is_parametrized(layer.base):
-        return "its base's weight is computed by a parametrization"
-    if any(uses[id(p)] > 2 for p in layer.base.parameters()):  # its base's and its layer's
-        return "its base's weight is tied to another module's"
-    if not all(bool(t.isfinite().all()) for t in held[0].slot_tensors(held[1]).values()):
-        return "its blueprint holds NaN or Inf"
-    return None
-
-
-@torch.no_grad()
-def _fold(layer: KasminaLayer) -> None:
-    """Scale rows of the weight, shift the bias.
-
-    ``y + alpha (s y + t - y)`` is ``(1 + alpha (s - 1)) y + alpha t``.
-    """
-    for chunk, scale, shift in _affine_seeds(layer):
-        base: Any = layer.base  # a Linear or a convolution: _why_not_folded lets no other through
-        weight, bias = base.weight, base.bias
-        if bias is None:
-            bias = torch.zeros(layer.chunks.layer_dim, dtype=weight.dtype, device=weight.device)
-            base.bias = nn.Parameter(bias)
-        weight[chunk] *= scale.view(-1, *[1] * (weight.dim() - 1))
-        base.bias[chunk] = bias[chunk] * scale + shift
-
-
-def _affine_seeds(layer: KasminaLayer) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    for seed_id in layer.state.blended.nonzero().flatten().tolist():
-        held = layer.bank_of(seed_id)
-        if held is not None:
-            tensors, seed = held[0].slot_tensors(held[1]), layer.seeds[seed_id]
-            yield seed.chunk, 1 + seed.alpha * (tensors["scale"] - 1), seed.alpha * tensors["shift"]

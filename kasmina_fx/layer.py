@@ -1,38 +1,175 @@
-"""The logical layer: a base module, its chunks, and the seeds that watch them.
+"""Layers with seeds: a module's forward, then the two markers on what it returned.
 
-Forward computes the base and calls the two markers of :mod:`kasmina_fx.ops`. All else here is the
-host's side: checked changes of seed state, which forward sees as whole tables of tensors.
+:class:`SeededModule` is what all of them can do. :class:`KasminaLayer` does it around a base, for
+code that builds layers by hand; :mod:`kasmina_fx.class_swap` does it to a module that is there.
+Both hold one :class:`~kasmina_fx.seeds.store.SeedStore` under the name ``kasmina``.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kasmina_fx import host_state, ops
-from kasmina_fx._dynamo_compat import is_exporting
-from kasmina_fx.allocation import allocate
+from kasmina_fx._torch.dynamo import is_exporting
+from kasmina_fx.arguments import check_count, check_instance
+from kasmina_fx.banks.placement import SMALLEST
+from kasmina_fx.bases.features import find_features
+from kasmina_fx.bases.host import Host
 from kasmina_fx.blueprints.registry import DEFAULT
 from kasmina_fx.chunk_manager import ChunkManager, as_sizes
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
-from kasmina_fx.errors import InvalidArgument, InvalidType
-from kasmina_fx.features import find_features
-from kasmina_fx.health import reports
-from kasmina_fx.host import Host
 from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
-from kasmina_fx.published import Published
-from kasmina_fx.seating import SMALLEST
-from kasmina_fx.seed_control import SeedCommands
-from kasmina_fx.seed_store import SeedStore
+from kasmina_fx.physical import markers
+from kasmina_fx.physical.graph_inputs import SHOWN, GraphInputs
+from kasmina_fx.seeds import state_dict
+from kasmina_fx.seeds.allocation import allocate
+from kasmina_fx.seeds.commands import SeedCommands
+from kasmina_fx.seeds.health import reports
+from kasmina_fx.seeds.state_dict_checks import check
+from kasmina_fx.seeds.store import SeedStore
 
 _NUMBERS = itertools.count()
 
 
-class KasminaLayer(SeedCommands, nn.Module):
+def seeds_for(
+    base: nn.Module,
+    num_seeds: int,
+    *,
+    chunk_sizes: Sequence[int] | None = None,
+    feature_dim: int | None = None,
+    layer_id: str | None = None,
+    telemetry: bool | TelemetryPolicy = True,
+    reserve: int = 0,
+    config: SeedConfig | None = None,
+    without: str | None = None,
+) -> SeedStore:
+    """The seeds that watch a module, held by nothing yet; the module does not change.
+
+    Arguments are those of :class:`KasminaLayer`, and ``without`` that of
+    :class:`~kasmina_fx.bases.host.Host`.
+
+    Raises:
+        InvalidArgument, InvalidType: Seeds, sizes or a base that don't fit; says which.
+    """
+    total = None if chunk_sizes is None else sum(as_sizes(chunk_sizes))
+    features = find_features(base, feature_dim, total)
+    chunks = ChunkManager(
+        features.count, num_seeds, chunk_sizes=chunk_sizes, feature_dim=features.dim
+    )
+    check_count("reserve", reserve)
+    if config is not None:
+        check_instance("config", config, SeedConfig)
+    name = layer_id or f"kasmina_{next(_NUMBERS)}"
+    store = SeedStore(chunks, Host(base, features, without), name, config or SeedConfig())
+    store.observe(telemetry)
+    store.training = base.training
+    state_dict.attach(store)
+    if reserve:
+        allocate(store, DEFAULT, capacity=max(SMALLEST, reserve))
+    store.publish()
+    return store
+
+
+class SeededModule(SeedCommands, nn.Module):
+    """Any layer with seeds: views, reports, commands, and what forward does with an output."""
+
+    kasmina: SeedStore
+
+    @property
+    def base(self) -> nn.Module:
+        """The module that the seeds watch: what it returns is what they are given."""
+        raise NotImplementedError
+
+    def seeds_on(self, out: Any) -> Any:
+        """What blended seeds make of the base's output; the statistics see it."""
+        store: SeedStore = self._modules["kasmina"]  # type: ignore[assignment]  # not by __getattr__
+        y = out[0] if isinstance(out, tuple) else out
+        asked = self._read(store).blend_arguments(y, store.layout_text, self.training)
+        y, notes = markers.BLEND(*asked)
+        if store.observed:
+            accumulated: Any = store._modules["telemetry"]._buffers["accumulated"]  # type: ignore[union-attr]  # never None
+            markers.OBSERVE(y, notes, accumulated, store.layout_text, store.one_in)
+        return (y, *out[1:]) if isinstance(out, tuple) else y
+
+    def _read(self, store: SeedStore) -> GraphInputs:
+        if is_exporting():
+            # Export must see registered tensors.
+            return store.registered_inputs()
+        if torch.compiler.is_dynamo_compiling():
+            return store.shown if store.key is None else SHOWN[store.key]
+        store.siblings.training.seen()
+        # Eagerly, parameters are read where functional_call and parametrizations replace them.
+        return store.shown.with_params(store.stacks())
+
+    # Views.
+
+    @property
+    def seeds(self) -> Sequence[LogicalSeed]:
+        """The seeds one by one, made when asked for."""
+        return SeedSequence(self)
+
+    def blueprint_parameters(self, trainable_only: bool = True) -> Iterator[nn.Parameter]:
+        """The stacked parameters, for optimizers.
+
+        They are the same objects until a bank outgrows its capacity.
+        """
+        for parameter in self.kasmina.banks.parameters():
+            if parameter.requires_grad or not trainable_only:
+                yield parameter
+
+    # Reports.
+
+    def get_health_report(self) -> dict[str, Any]:
+        """Statistics of every seed as CPU tensors ``(S,)``; one device-to-host copy.
+
+        Seeds over their error limit are culled. Figures: see
+        :func:`kasmina_fx.seeds.health.per_seed`.
+        """
+        (report,) = reports([self.kasmina])
+        return report
+
+    def get_layer_stats(self) -> dict[str, Any]:
+        """Counts for the layer as a whole, from the host's tables: no device copy."""
+        banks = {
+            name: {"slots": bank.capacity, "used": int((bank.held > 0).sum())}
+            for name, bank in zip(self.kasmina.banks, self.kasmina.bank_list(), strict=True)
+        }
+        return {
+            "layer_id": self.layer_id,
+            "num_seeds": self.num_seeds,
+            "features": self.chunks.layer_dim,
+            "layout": self.kasmina.layout_text,
+            "stages": self.state.get_state_distribution(),
+            "blended": int(self.state.blended.sum()),
+            "banks": banks,
+            "telemetry_enabled": self.telemetry_enabled,
+        }
+
+    def publish(self) -> None:
+        """Make the state that is on the host now what every later forward reads."""
+        self.kasmina.publish()
+
+    def _described(self) -> str:
+        return f"{self.layer_id!r}, seeds={self.num_seeds}, {self.kasmina.layout_text}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        check(self.kasmina, state_dict, prefix)  # before the base takes anything
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's, unannotated
+        self._connect()
+
+    def _connect(self) -> None:
+        """The seeds of a copy watch the copied module."""
+        self.kasmina.host.connect(self.base)
+
+
+class KasminaLayer(SeededModule):
     """A module whose output features are cut into chunks, each watched by a seed.
 
     Args:
@@ -65,8 +202,6 @@ class KasminaLayer(SeedCommands, nn.Module):
     {'DORMANT': 2, 'GRAFTING': 2}
     """
 
-    _published: Published
-
     def __init__(
         self,
         base: nn.Module,
@@ -80,146 +215,34 @@ class KasminaLayer(SeedCommands, nn.Module):
         config: SeedConfig | None = None,
     ) -> None:
         super().__init__()
-        total = None if chunk_sizes is None else sum(as_sizes(chunk_sizes))
-        features = find_features(base, feature_dim, total)
-        chunks = ChunkManager(
-            features.count, num_seeds, chunk_sizes=chunk_sizes, feature_dim=features.dim
+        store = seeds_for(
+            base,
+            num_seeds,
+            chunk_sizes=chunk_sizes,
+            feature_dim=feature_dim,
+            layer_id=layer_id,
+            telemetry=telemetry,
+            reserve=reserve,
+            config=config,
         )
-        given: Any = reserve  # from callers without a type checker, anything
-        if isinstance(given, bool) or not isinstance(given, int) or given < 0:
-            raise InvalidArgument(f"reserve={reserve!r}: give a number of slots, 0 or more")
-        self._layout = str(chunks.layout)
-        if not isinstance(config, SeedConfig | None):
-            raise InvalidType(f"config={config!r}: give a SeedConfig")
-        self.base = base
-        name = layer_id or f"kasmina_{next(_NUMBERS)}"
-        self.kasmina = SeedStore(chunks, Host(base, features), name, config or SeedConfig())
-        self.set_telemetry(telemetry)
+        self._modules["base"] = base
+        self.kasmina = store
         self.training = base.training
-        host_state.attach(self)
-        if reserve:
-            allocate(self.kasmina, DEFAULT, capacity=max(SMALLEST, reserve))
-        self._connect()
+        state_dict.attach_names(self)
 
-    # Forward.
+    @property
+    def base(self) -> nn.Module:
+        """The module that is watched, a child of this one."""
+        return self._modules["base"]  # type: ignore[return-value]  # never None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output with the blended seeds' contributions."""
         # _modules, because __getattr__ below is ours and Dynamo would trace into it.
-        out = self._modules["base"](*args, **kwargs)  # type: ignore[misc]  # never None
-        y = out[0] if isinstance(out, tuple) else out
-        seen = self._tables()
-        banks = seen.banks if self.training else seen.banks_in_eval
-        y, notes = ops.BLEND(
-            y,
-            seen.layer,
-            seen.seeds,
-            seen.positions,
-            seen.modes,
-            seen.trainees,
-            seen.params,
-            self._layout,
-            banks,
-        )
-        if self.telemetry_enabled:
-            store: Any = self._modules["kasmina"]
-            ops.OBSERVE(y, notes, store.telemetry.accumulated, self._layout, self._one_in)
-        return (y, *out[1:]) if isinstance(out, tuple) else y
-
-    def _tables(self) -> Published:
-        if is_exporting():
-            # Export must see registered tensors.
-            store = self.kasmina
-            return store.read_by_graph(store.telemetry.faults, store.loss_scale)
-        if torch.compiler.is_dynamo_compiling():
-            return self._published
-        self.colony.training.seen()
-        # Eagerly, parameters are read where functional_call and parametrizations replace them.
-        return self._published.with_params(self.kasmina.stacks())
-
-    # Views.
-
-    @property
-    def seeds(self) -> Sequence[LogicalSeed]:
-        """The seeds one by one, made when asked for."""
-        return SeedSequence(self)
-
-    def blueprint_parameters(self, trainable_only: bool = True) -> Iterator[nn.Parameter]:
-        """The stacked parameters, for optimizers.
-
-        They are the same objects until a bank outgrows its capacity.
-        """
-        for parameter in self.kasmina.banks.parameters():
-            if parameter.requires_grad or not trainable_only:
-                yield parameter
-
-    # Reports.
-
-    def set_telemetry(self, policy: bool | TelemetryPolicy) -> None:
-        """Statistics of every step (True), none (False: another graph), or as a policy says."""
-        if not isinstance(policy, (bool, TelemetryPolicy)):
-            raise InvalidArgument(f"telemetry={policy!r}: give a bool or a TelemetryPolicy")
-        chosen = policy if isinstance(policy, TelemetryPolicy) else TelemetryPolicy()
-        self.telemetry_enabled = policy is not False
-        self._one_in = chosen.one_in
-        self.kasmina.telemetry.observe_every(chosen.every)
-
-    def get_health_report(self) -> dict[str, Any]:
-        """Statistics of every seed as CPU tensors ``(S,)``; one device-to-host copy.
-
-        Seeds over their error limit are culled. Figures: see :func:`kasmina_fx.health.per_seed`.
-        """
-        (report,) = reports([self.kasmina])
-        return report
-
-    def get_layer_stats(self) -> dict[str, Any]:
-        """Counts for the layer as a whole, from the host's tables: no device copy."""
-        banks = {
-            name: {"slots": bank.capacity, "used": int((bank.held > 0).sum())}
-            for name, bank in zip(self.kasmina.banks, self.kasmina.bank_list(), strict=True)
-        }
-        return {
-            "layer_id": self.layer_id,
-            "num_seeds": self.num_seeds,
-            "features": self.chunks.layer_dim,
-            "layout": self._layout,
-            "stages": self.state.get_state_distribution(),
-            "blended": int(self.state.blended.sum()),
-            "banks": banks,
-            "telemetry_enabled": self.telemetry_enabled,
-        }
+        return self.seeds_on(self._modules["base"](*args, **kwargs))  # type: ignore[misc]  # never None
 
     def extra_repr(self) -> str:
         """Name and layout."""
-        return f"{self.layer_id!r}, seeds={self.num_seeds}, {self._layout}"
-
-    # Keeping what forward reads in step with what is registered.
-
-    def _connect(self) -> None:
-        self.kasmina.on_publish = self._show
-        self.kasmina.publish()
-
-    def _show(self, published: Published) -> None:
-        self._published = published
-
-    def publish(self) -> None:
-        """Make the state that is on the host now what every later forward reads."""
-        self.kasmina.publish()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaLayer:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's, unannotated
-        self.kasmina.publish()  # .to() replaced tensors
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the published tables, which are derived."""
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's, unannotated
-        state.pop("_published", None)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's, unannotated
-        self._connect()
+        return self._described()
 
     # The base's attributes: code that reads layer.weight goes on working.
 

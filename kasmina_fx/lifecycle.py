@@ -10,12 +10,10 @@ everything that changes a stage asks it.
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
-
-from kasmina_fx.errors import InvalidArgument
 
 
 class SeedLifecycle(IntEnum):
@@ -150,13 +148,3 @@ def modes(stages: Tensor) -> Tensor:
 def roles(stages: Tensor) -> Tensor:
     """int64 ``(n,)``: the :class:`Role` of a seed in each of the ``stages`` (CPU)."""
     return _ROLE_TABLE[stages.long()]
-
-
-def check_embargo(epochs: Any) -> None:
-    """Refuse an embargo that is no count, or that no seed's epochs reach.
-
-    Raises:
-        InvalidArgument: Says what is allowed.
-    """
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or not 0 <= epochs <= MOST_EPOCHS:
-        raise InvalidArgument(f"embargo_epochs={epochs!r}: give an int from 0 to {MOST_EPOCHS}")

@@ -7,20 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
-import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from kasmina_fx.blueprints.base import aside
-from kasmina_fx.blueprints.builtin import PerFeature
-from kasmina_fx.features import require_features
+from kasmina_fx.arguments import as_seed_ids
 from kasmina_fx.grafting.registry import strategies
-from kasmina_fx.health import look, per_seed
-from kasmina_fx.lifecycle import LEARNS_TASK, RECONSTRUCTS, RUNS, SeedLifecycle
-from kasmina_fx.physical import can_be_blended, difference_of
-from kasmina_fx.seed_control import SeedCommands
-from kasmina_fx.seed_ids import as_seed_ids
-from kasmina_fx.snapshots import Snapshot
+from kasmina_fx.lifecycle import SeedLifecycle
+from kasmina_fx.seeds.commands import SeedCommands
+from kasmina_fx.seeds.definition import process_chunk
+from kasmina_fx.seeds.health import fetch, per_seed
+from kasmina_fx.seeds.snapshots import Snapshot
 
 
 @dataclass(frozen=True)
@@ -97,19 +92,19 @@ class LogicalSeed:
 
     @property
     def health(self) -> float:
-        """Its health score, see :func:`kasmina_fx.health.per_seed`; one device copy."""
-        (seen,) = look([self.layer.kasmina])
+        """Its health score, see :func:`kasmina_fx.seeds.health.per_seed`; one device copy."""
+        (seen,) = fetch([self.layer.kasmina])
         return float(per_seed(seen.accumulated, seen.faults)["health"][self.seed_id])
 
     @property
     def error_count(self) -> int:
         """Steps in which its blueprint yielded NaN or Inf; one device copy."""
-        (seen,) = look([self.layer.kasmina])
+        (seen,) = fetch([self.layer.kasmina])
         return int(seen.errors[self.seed_id])
 
     def get_state(self) -> SeedState:
         """A snapshot of all of the above at one moment; one device copy."""
-        (seen,) = look([self.layer.kasmina])
+        (seen,) = fetch([self.layer.kasmina])
         row, chunk = self.seed_id, self.chunk
         stage, blueprint_id, epochs, strategy = seen.rows[row].tolist()
         return SeedState(
@@ -164,57 +159,7 @@ class LogicalSeed:
         Raises:
             InvalidArgument: Not as many features as the chunk has.
         """
-        layout, size = self.layer.chunks, self.chunk.stop - self.chunk.start
-        require_features(chunk, layout.feature_dim, size)
-        held, stage = self.layer.bank_of(self.seed_id), self.stage
-        if held is None or stage not in RUNS:
-            return chunk
-        if stage in RECONSTRUCTS:
-            error = difference_of(self._apply_blueprint(chunk.detach()), chunk.detach())
-            if not bool(error.isfinite().all()):
-                return chunk
-            loss = error.square().mean()
-            out: Tensor = WithLoss.apply(chunk, loss, self.layer.loss_scale)  # type: ignore[no-untyped-call]  # torch's, unannotated
-            return out
-        made = self._apply_blueprint(chunk)
-        if not can_be_blended(made, chunk):
-            return chunk
-        wide = torch.promote_types(torch.promote_types(chunk.dtype, made.dtype), torch.float32)
-        exact = chunk.to(wide)
-        return (exact + self.alpha * (made.to(wide) - exact)).to(chunk.dtype)
-
-    def _apply_blueprint(self, chunk: Tensor) -> Tensor:
-        held = self.layer.bank_of(self.seed_id)
-        assert held is not None  # asked for by process_chunk alone
-        bank, slot = held
-        with aside():  # its values don't matter
-            module: Any = bank.blueprint.module(bank.run.size)
-        module.to(chunk.device)
-        module.train(self.layer.kasmina.training)
-        if isinstance(module, PerFeature):  # acts on features wherever they are
-            module.dim = self.layer.chunks.feature_dim
-        tensors = bank.slot_tensors(slot)
-        if self.stage not in LEARNS_TASK | RECONSTRUCTS:
-            tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        out: Tensor = functional_call(module, tensors, chunk)
-        return out
-
-
-class WithLoss(torch.autograd.Function):
-    """Hands a tensor on; backward also starts from a loss that nobody added to the model's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-        """``x``."""
-        ctx.save_for_backward(scale)
-        ctx.loss_dtype = loss.dtype
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The gradient of ``x``, and the loss's weight."""
-        (scale,) = ctx.saved_tensors
-        return grad, scale.to(ctx.loss_dtype), None
+        return process_chunk(self.layer.kasmina, self.seed_id, chunk)
 
 
 class SeedSequence(Sequence[LogicalSeed]):

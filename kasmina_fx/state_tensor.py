@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from kasmina_fx.arguments import SeedIds, as_seed_ids, check_count
+from kasmina_fx.config import check_embargo
 from kasmina_fx.errors import IllegalTransition, InvalidArgument, InvalidType, LayoutMismatch
 from kasmina_fx.grafting.registry import strategies
 from kasmina_fx.lifecycle import (
@@ -15,13 +17,11 @@ from kasmina_fx.lifecycle import (
     LETS_GO,
     MOST_EPOCHS,
     SeedLifecycle,
-    check_embargo,
     holds_blueprint,
     is_blended,
     is_legal,
 )
-from kasmina_fx.seed_ids import SeedIds, as_seed_ids
-from kasmina_fx.staging import StagedState
+from kasmina_fx.transactions.staged_state import StagedState
 
 COLUMN_NAMES: Final = ("lifecycle_state", "blueprint_id", "epochs_in_state", "grafting_strategy")
 
@@ -53,9 +53,7 @@ class StateTensor(StagedState):
         name: str = "state",
         embargo_epochs: int = DEFAULT_EMBARGO,
     ) -> None:
-        given: Any = num_seeds  # from callers without a type checker, anything
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            raise InvalidArgument(f"num_seeds={num_seeds!r}: give an int of at least 1")
+        check_count("num_seeds", num_seeds, least=1)
         check_embargo(embargo_epochs)
         super().__init__(num_seeds)
         self.num_seeds, self.name, self.embargo_epochs = num_seeds, name, embargo_epochs

@@ -11,15 +11,15 @@ from typing import Any, Final
 
 from torch.fx import GraphModule
 
-from kasmina_fx._dynamo_compat import compile_events, lookup_backend
+from kasmina_fx._torch.dynamo import compile_events, lookup_backend
+from kasmina_fx.arguments import SeedIds
 from kasmina_fx.backend import compile_rewritten, split_options
 from kasmina_fx.errors import GraphMismatch
-from kasmina_fx.graph_text import graph_text
+from kasmina_fx.graphs.text import graph_text
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.passes import run_passes
-from kasmina_fx.passes.copying import copy_graph_module
-from kasmina_fx.seed_ids import SeedIds
+from kasmina_fx.passes.infra.copying import copy_graph_module
 
 #: Golden files that this process has compared with, for a check that none is orphaned.
 USED_GOLDENS: Final[set[Path]] = set()

@@ -17,14 +17,14 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
-from kasmina_fx.passes.copying import copy_graph_module
 from kasmina_fx.passes.eliminate_dead_code import EliminateDeadCode
 from kasmina_fx.passes.eliminate_dormant import EliminateDormant
+from kasmina_fx.passes.infra.copying import copy_graph_module
+from kasmina_fx.passes.infra.matching import Match, find_matches, has_markers
+from kasmina_fx.passes.infra.metadata import propagate_if_missing
+from kasmina_fx.passes.infra.pass_base import GraphPass, PassRecord, records_of
 from kasmina_fx.passes.lower_blend import LowerBlend
-from kasmina_fx.passes.matching import Match, find_matches, has_markers
-from kasmina_fx.passes.metadata import propagate_if_missing
 from kasmina_fx.passes.normalize_markers import NormalizeMarkers
-from kasmina_fx.passes.pass_base import GraphPass
 from kasmina_fx.passes.place_telemetry import PlaceTelemetry
 from kasmina_fx.passes.unpin_tables import UnpinTables
 from kasmina_fx.passes.verify import Verify
@@ -33,8 +33,10 @@ __all__ = [
     "DEFAULT_PASSES",
     "GraphPass",
     "Match",
+    "PassRecord",
     "find_matches",
     "passes_for",
+    "records_of",
     "rewrite",
     "run_passes",
 ]

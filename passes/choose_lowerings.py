@@ -13,9 +13,9 @@ from typing import ClassVar, Final
 from torch.fx import GraphModule
 
 from kasmina_fx.errors import InvalidArgument
-from kasmina_fx.passes.matching import Match, find_matches
-from kasmina_fx.passes.metadata import Lowering, set_lowering
-from kasmina_fx.passes.pass_base import GraphPass
+from kasmina_fx.passes.infra.matching import Match, known_matches
+from kasmina_fx.passes.infra.metadata import Lowering, set_lowering
+from kasmina_fx.passes.infra.pass_base import GraphPass
 
 LOWERINGS: Final = ("auto", "matmul")
 
@@ -40,7 +40,7 @@ class ChooseLowerings(GraphPass):
 
     def call(self, gm: GraphModule) -> bool:
         """See :meth:`GraphPass.call`; annotations don't count as a change."""
-        for match in find_matches(gm):
+        for match in known_matches(gm):
             set_lowering(match.node, self.choose(match))
         return False
 

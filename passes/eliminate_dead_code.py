@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from kasmina_fx.passes.matching import graph_modules
-from kasmina_fx.passes.metadata import origin_of
-from kasmina_fx.passes.pass_base import GraphPass
+from kasmina_fx.passes.infra.matching import graph_modules
+from kasmina_fx.passes.infra.metadata import origin_of
+from kasmina_fx.passes.infra.pass_base import GraphPass
 
 
 @dataclass(frozen=True)

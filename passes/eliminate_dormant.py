@@ -15,8 +15,8 @@ from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from kasmina_fx.passes.matching import Match, argument, blend_matches
-from kasmina_fx.passes.pass_base import GraphPass
+from kasmina_fx.passes.infra.matching import Match, argument, blend_matches
+from kasmina_fx.passes.infra.pass_base import GraphPass
 
 
 @dataclass(frozen=True)

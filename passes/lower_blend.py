@@ -18,29 +18,47 @@ The number of nodes depends on runs and blueprint classes, never on the number o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.fx import GraphModule
 
-from kasmina_fx import physical
 from kasmina_fx.errors import RewriteError
 from kasmina_fx.passes.eliminate_dormant import outputs_of
-from kasmina_fx.passes.matching import Match, argument, blend_matches
-from kasmina_fx.passes.pass_base import GraphPass
-from kasmina_fx.passes.regions import autocast_at
-from kasmina_fx.passes.splicing import splice
-from kasmina_fx.passes.templates import Argument, tensor_argument, trace_template
-
-#: The marker's arguments that are lists of tensors, in the order of its schema.
-LISTS: Final = ("layer", "seeds", "positions", "modes", "trainees", "params")
+from kasmina_fx.passes.infra.matching import (
+    Match,
+    blend_arguments,
+    blend_matches,
+    find_matches,
+    graph_modules,
+    require_normal,
+)
+from kasmina_fx.passes.infra.metadata import has_value, set_value, value_of
+from kasmina_fx.passes.infra.pass_base import GraphPass
+from kasmina_fx.passes.infra.regions import autocast_at
+from kasmina_fx.passes.infra.splicing import splice
+from kasmina_fx.passes.infra.templates import (
+    Argument,
+    Meaning,
+    Size,
+    fixed_argument,
+    named_argument,
+    trace_template,
+)
+from kasmina_fx.physical.blend import blend
+from kasmina_fx.physical.graph_inputs import LISTS, BlendArguments
+from kasmina_fx.physical.markers import BLEND
 
 
 @dataclass(frozen=True)
 class LowerBlend(GraphPass):
-    """Blend markers with a bank become the traced graph of :func:`kasmina_fx.physical.blend`."""
+    """Blend markers with a bank become the traced graph of :mod:`kasmina_fx.physical.blend`."""
 
     name: ClassVar[str] = "lower_blend"
+
+    def requires(self, gm: GraphModule) -> None:
+        """See :meth:`GraphPass.requires`."""
+        require_normal(gm, self.name)
 
     def call(self, gm: GraphModule) -> bool:
         """See :meth:`GraphPass.call`."""
@@ -51,51 +69,63 @@ class LowerBlend(GraphPass):
 
     def _lower(self, match: Match) -> None:
         node, graph = match.node, match.graph_module.graph
-        lists = [argument(node, name) for name in LISTS]
-        inputs = [argument(node, "y"), *(n for nodes in lists for n in nodes)]
-        chunks, banks = argument(node, "chunks"), argument(node, "banks")
-        counts = [len(nodes) for nodes in lists]
-
-        def blend(y: Tensor, *flat: Tensor) -> tuple[Tensor, Tensor]:
-            rest, groups = list(flat), []
-            for count in counts:
-                groups.append([rest.pop(0) for _ in range(count)])
-            layer, seeds, positions, modes, trainees, params = groups
-            return physical.blend(
-                y, layer, seeds, positions, modes, trainees, params, chunks, banks
-            )
-
+        asked = blend_arguments(node)
+        counts = tuple(len(getattr(asked, name)) for name in LISTS)
+        inputs = asked.tensors()
         template = trace_template(
-            ("blend", chunks, banks),
-            blend,
-            self._arguments(match, lists),
+            _Blend(asked.chunks, asked.banks, counts),
+            _described(match, asked),
             inputs,
             autocast_at(node),
         )
         results = splice(match.graph_module, node, template, inputs, by=self.name)
         for nodes, result in zip(outputs_of(node), results, strict=True):
             for old in nodes:
+                if has_value(old):
+                    set_value(result, value_of(old), like=node)
                 old.replace_all_uses_with(result)
                 graph.erase_node(old)
         graph.erase_node(node)
 
-    def _arguments(self, match: Match, lists: list[Any]) -> list[Argument]:
-        layer, seeds, positions, modes, trainees, params = lists
-        y = argument(match.node, "y")
-        arguments = [tensor_argument(y, fixed={match.chunks.feature_dim})]
-        # Tables of one bank share their symbols; a stack's capacity is its own.
-        arguments += [tensor_argument(n, fixed={0}) for n in layer]
-        arguments += [tensor_argument(n, names=(f"k{i}", f"m{i}")) for i, n in enumerate(seeds)]
-        arguments += [tensor_argument(n, fixed={0}) for n in positions]
-        arguments += [tensor_argument(n, names=(f"k{i}", f"m{i}")) for i, n in enumerate(modes)]
-        arguments += [tensor_argument(n, names=(f"t{i}",)) for i, n in enumerate(trainees)]
-        owners = [i for i, bank in enumerate(match.banks) for _ in range(bank.num_params)]
-        for i, node in zip(owners, params, strict=True):
-            arguments.append(tensor_argument(node, names=(f"c{i}",)))
-        return arguments
-
     def ensures(self, gm: GraphModule) -> None:
         """See :meth:`GraphPass.ensures`."""
-        left = [match for match in blend_matches(gm) if match.banks]
-        if left:
-            raise RewriteError(f"{self.name} left {[match.node.name for match in left]}")
+        for module in graph_modules(gm):
+            left = [n.name for n in module.graph.find_nodes(op="call_function", target=BLEND)]
+            if left:
+                reasons = {
+                    m.node.name: m.reason for m in find_matches(gm) if m.is_blend and m.banks
+                }
+                unexplained = [name for name in left if reasons.get(name, "dormant") is None]
+                if unexplained:
+                    raise RewriteError(f"{self.name} left {unexplained}")
+
+
+@dataclass(frozen=True)
+class _Blend(Meaning):
+    """The meaning of a blend whose lists of tensors have so many."""
+
+    chunks: str
+    banks: str
+    counts: tuple[int, ...]
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        y, *flat = tensors
+        rest = iter(flat)
+        lists: list[Any] = [[next(rest) for _ in range(count)] for count in self.counts]
+        return blend(BlendArguments(*[y, *lists, self.chunks, self.banks]))
+
+
+def _described(match: Match, asked: Any) -> list[Argument]:
+    arguments = [fixed_argument(asked.y, {match.chunks.feature_dim})]
+    arguments += [fixed_argument(n, {0}) for n in asked.layer]
+    # Tables of one bank share their symbols; a stack's capacity is its own, and must not look
+    # smaller than the slots in use.
+    shapes = [(Size(f"k{i}"), Size(f"m{i}")) for i in range(len(match.banks))]
+    arguments += [named_argument(n, *s) for n, s in zip(asked.seeds, shapes, strict=True)]
+    arguments += [fixed_argument(n, {0}) for n in asked.positions]
+    arguments += [named_argument(n, *s) for n, s in zip(asked.modes, shapes, strict=True)]
+    arguments += [named_argument(n, Size(f"t{i}")) for i, n in enumerate(asked.trainees)]
+    owners = [i for i, bank in enumerate(match.banks) for _ in range(bank.num_params)]
+    for i, node in zip(owners, asked.params, strict=True):
+        arguments.append(named_argument(node, Size(f"c{i}", hint=101)))
+    return arguments

@@ -12,9 +12,9 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from kasmina_fx.errors import RewriteError
-from kasmina_fx.ops import MARKERS
-from kasmina_fx.passes.matching import argument, marker_nodes, overload_of
-from kasmina_fx.passes.pass_base import GraphPass
+from kasmina_fx.passes.infra.matching import argument, marker_nodes, overload_of
+from kasmina_fx.passes.infra.pass_base import GraphPass
+from kasmina_fx.physical.markers import MARKERS
 
 
 @dataclass(frozen=True)

@@ -16,23 +16,27 @@ from typing import ClassVar
 from torch import Tensor
 from torch.fx import GraphModule
 
-from kasmina_fx import physical
-from kasmina_fx.passes.matching import Match, argument, find_matches
-from kasmina_fx.passes.pass_base import GraphPass
-from kasmina_fx.passes.regions import autocast_at
-from kasmina_fx.passes.splicing import splice
-from kasmina_fx.passes.templates import tensor_argument, trace_template
+from kasmina_fx.passes.infra.matching import Match, argument, known_matches, require_normal
+from kasmina_fx.passes.infra.pass_base import GraphPass
+from kasmina_fx.passes.infra.regions import autocast_at
+from kasmina_fx.passes.infra.splicing import splice
+from kasmina_fx.passes.infra.templates import Meaning, fixed_argument, trace_template
+from kasmina_fx.physical import statistics
 
 
 @dataclass(frozen=True)
 class PlaceTelemetry(GraphPass):
-    """Every observe marker becomes the traced graph of :func:`kasmina_fx.physical.observe`."""
+    """Every observe marker becomes the traced graph of :mod:`kasmina_fx.physical.statistics`."""
 
     name: ClassVar[str] = "place_telemetry"
 
+    def requires(self, gm: GraphModule) -> None:
+        """See :meth:`GraphPass.requires`."""
+        require_normal(gm, self.name)
+
     def call(self, gm: GraphModule) -> bool:
         """See :meth:`GraphPass.call`."""
-        matches = [m for m in find_matches(gm) if not m.is_blend and m.reason is None]
+        matches = [m for m in known_matches(gm) if not m.is_blend and m.reason is None]
         for match in matches:
             self._lower(match)
         return bool(matches)
@@ -40,17 +44,23 @@ class PlaceTelemetry(GraphPass):
     def _lower(self, match: Match) -> None:
         node = match.node
         y, notes, telemetry = (argument(node, n) for n in ("y", "notes", "telemetry"))
-        chunks, one_in = argument(node, "chunks"), argument(node, "one_in") or 1
         inputs = [n for n in (y, notes, telemetry) if n is not None]
-        arguments = [tensor_argument(y, fixed={match.chunks.feature_dim})]
-        arguments += [tensor_argument(n, fixed={0, 1}) for n in inputs[1:]]
-
-        def observe(y: Tensor, *rest: Tensor) -> tuple[()]:
-            physical.observe(y, rest[0] if len(rest) > 1 else None, rest[-1], chunks, one_in)
-            return ()
-
-        template = trace_template(
-            ("observe", chunks, one_in, len(inputs)), observe, arguments, inputs, autocast_at(node)
-        )
+        arguments = [fixed_argument(y, {match.chunks.feature_dim})]
+        arguments += [fixed_argument(n, {0, 1}) for n in inputs[1:]]
+        meaning = _Observe(argument(node, "chunks"), argument(node, "one_in") or 1)
+        template = trace_template(meaning, arguments, inputs, autocast_at(node))
         splice(match.graph_module, node, template, inputs, by=self.name)
         match.graph_module.graph.erase_node(node)
+
+
+@dataclass(frozen=True)
+class _Observe(Meaning):
+    """The meaning of an observe marker."""
+
+    chunks: str
+    one_in: int
+
+    def __call__(self, *tensors: Tensor) -> tuple[()]:
+        y, *notes, telemetry = tensors  # notes may be missing
+        statistics.observe(y, notes[0] if notes else None, telemetry, self.chunks, self.one_in)
+        return ()

@@ -11,18 +11,16 @@ after   %seeds  tensor_dict={"_dynamo_static_input_type": None, ...}
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from torch.fx import GraphModule, Node
 
-from kasmina_fx._dynamo_compat import STATIC_INPUT, placeholder_source
+from kasmina_fx._torch.dynamo import STATIC_INPUT, placeholder_source
 from kasmina_fx.errors import RewriteError
-from kasmina_fx.passes.pass_base import GraphPass
-
-#: Where :class:`~kasmina_fx.published.Published` keeps tables, in a source's spelling.
-_TABLE: Final = re.compile(r"\._published\.(layer|seeds|positions|modes|trainees)\[")
+from kasmina_fx.passes.infra.matching import argument, known_matches
+from kasmina_fx.passes.infra.pass_base import GraphPass
+from kasmina_fx.physical.graph_inputs import TABLES, is_table_source
 
 
 @dataclass(frozen=True)
@@ -32,23 +30,27 @@ class UnpinTables(GraphPass):
     name: ClassVar[str] = "unpin_tables"
 
     def call(self, gm: GraphModule) -> bool:
-        """See :meth:`GraphPass.call`."""
-        for node in pinned_tables(gm):
-            node.meta["tensor_dict"] = {**node.meta["tensor_dict"], STATIC_INPUT: None}
+        """See :meth:`GraphPass.call`: finds tables by where Dynamo found them."""
+        for node in gm.graph.find_nodes(op="placeholder"):
+            if keeps_address(node) and is_table_source(placeholder_source(node)):
+                node.meta["tensor_dict"] = {**node.meta["tensor_dict"], STATIC_INPUT: None}
         return False
 
     def ensures(self, gm: GraphModule) -> None:
-        """See :meth:`GraphPass.ensures`."""
-        if pinned := pinned_tables(gm):
-            raise RewriteError(f"table {pinned[0].name} is taken for one whose address stays")
+        """See :meth:`GraphPass.ensures`: finds tables by what markers take."""
+        for match in known_matches(gm):
+            if not match.is_blend:
+                continue
+            for field in TABLES:
+                for node in argument(match.node, field):
+                    if node.op == "placeholder" and keeps_address(node):
+                        raise RewriteError(
+                            f"table {node.name} ({field} of {match.layer or match.node.name}), "
+                            f"found at {placeholder_source(node)!r}, is taken for one whose "
+                            "address stays"
+                        )
 
 
 def keeps_address(node: Node) -> bool:
-    """Does Dynamo say of an input that its address stays?"""
+    """Dynamo says of an input that its address stays."""
     return node.meta.get("tensor_dict", {}).get(STATIC_INPUT) is not None
-
-
-def pinned_tables(gm: GraphModule) -> list[Node]:
-    """Inputs that are tables, and that Dynamo takes for tensors whose address stays."""
-    inputs = gm.graph.find_nodes(op="placeholder")
-    return [n for n in inputs if keeps_address(n) and _TABLE.search(placeholder_source(n))]

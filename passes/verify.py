@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kasmina_fx.errors import RewriteError
-from kasmina_fx.passes.matching import find_matches, graph_modules
-from kasmina_fx.passes.metadata import lowering_of, origin_of, value_of
-from kasmina_fx.passes.pass_base import GraphPass
+from kasmina_fx.passes.infra.matching import find_matches, graph_modules
+from kasmina_fx.passes.infra.metadata import has_value, lowering_of, origin_of, value_of
+from kasmina_fx.passes.infra.pass_base import GraphPass
+from kasmina_fx.passes.lower_blend import LowerBlend
+from kasmina_fx.passes.place_telemetry import PlaceTelemetry
 
 
 @dataclass(frozen=True)
@@ -90,34 +92,33 @@ def _inserted_by(flow: nx.DiGraph, name: str) -> set[Node]:
 
 def _check_values(flow: nx.DiGraph) -> None:
     for node in flow:
-        if origin_of(node) is not None and value_of(node) is None and not writes_to(node):
+        if origin_of(node) is not None and not has_value(node) and not writes_to(node):
             raise RewriteError(f"inserted node {node.name} carries no value")
 
 
 def _check_writes(flow: nx.DiGraph) -> None:
-    for node in _inserted_by(flow, "lower_blend"):
+    for node in _inserted_by(flow, LowerBlend.name):
         if writes_to(node):
             raise RewriteError(f"{node.name} of a blend writes to {writes_to(node)}")
-    for node in _inserted_by(flow, "place_telemetry"):
+    for node in _inserted_by(flow, PlaceTelemetry.name):
         for target in writes_to(node):
             if target.op not in ("placeholder", "get_attr"):
                 raise RewriteError(f"telemetry's {node.name} writes to {target.name}, not a buffer")
 
 
 def _check_telemetry(flow: nx.DiGraph) -> None:
-    inserted = _inserted_by(flow, "place_telemetry")
-    for node in inserted:
-        strangers = [other for other in nx.descendants(flow, node) if other not in inserted]
-        if strangers:
-            raise RewriteError(
-                f"the host's {strangers[0].name} depends on telemetry's {node.name}: statistics "
-                "must not reach the model's output"
-            )
+    inserted = _inserted_by(flow, PlaceTelemetry.name)
+    # Whoever depends on an inserted node reads one, or reads one that does.
+    for node, reader in nx.edge_boundary(flow, inserted):
+        raise RewriteError(
+            f"the host's {reader.name} depends on telemetry's {node.name}: statistics must not "
+            "reach the model's output"
+        )
 
 
 def _check_blends(flow: nx.DiGraph) -> None:
     blends: dict[str, set[Node]] = {}
-    for node in _inserted_by(flow, "lower_blend"):
+    for node in _inserted_by(flow, LowerBlend.name):
         origin = origin_of(node)
         assert origin is not None  # an inserted node
         blends.setdefault(origin.marker, set()).add(node)

@@ -19,8 +19,8 @@ from kasmina_fx import (
     kasmina_layers,
     kasminify,
 )
+from kasmina_fx.checkpoint.sealed_file import Sealing
 from kasmina_fx.errors import CheckpointError
-from kasmina_fx.sealed_file import Sealing
 from kasmina_fx.testing import graft
 
 

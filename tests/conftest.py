@@ -59,12 +59,6 @@ def _own_registries() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_search_for_scalers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A seed that enters TRAINING looks through all objects there are: 0.1 s."""
-    monkeypatch.setattr("kasmina_fx.colony.live_grad_scalers", list)
-
-
-@pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Where a test may write a file of its own."""
     return tmp_path / "net.pt"

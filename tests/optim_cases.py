@@ -10,7 +10,7 @@ from graph_cases import OneLayer, layer_of, wrapped
 from torch import Tensor, nn
 from torch.optim import SGD, Adafactor, Adagrad, AdamW, Optimizer, RMSprop, Rprop
 
-from kasmina_fx.bank import Bank
+from kasmina_fx.banks.bank import Bank
 from kasmina_fx.testing import graft
 
 
@@ -27,7 +27,7 @@ def bank_of(model: nn.Module, name: str = "fc") -> Bank:
 
 
 def stacks(model: nn.Module, name: str = "fc") -> list[Tensor]:
-    return bank_of(model, name).tensors()
+    return list(bank_of(model, name).tensors())
 
 
 def rows(model: nn.Module, slot: int) -> list[Tensor]:

@@ -46,7 +46,7 @@ def graft(layer: KasminaLayer, strategy: int | str, seeds: Sequence[int]) -> Non
 
 def alpha(layer: KasminaLayer, seed: int = 0) -> float:
     assert layer.state.alpha.tolist() == layer.state.alphas.tolist()
-    assert layer._published.layer[0] is layer.state.alpha  # what forward reads
+    assert layer.kasmina.shown.layer[0] is layer.state.alpha  # what forward reads
     return float(layer.state.alpha[seed])
 
 

@@ -11,12 +11,9 @@ from torch import Tensor, nn
 
 from kasmina_fx import KasminaLayer
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
-from kasmina_fx.health import per_seed
-from kasmina_fx.layout import ChunkLayout
-from kasmina_fx.telemetry import (
-    ROWS,
-    merge_statistics,
-)
+from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.physical.statistics import ROWS, merge_statistics
+from kasmina_fx.seeds.health import per_seed
 
 
 def summary(telemetry: Tensor) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from torch import nn
 from kasmina_fx import (
     checkpoint,
 )
+from kasmina_fx.checkpoint.sealed_file import Sealing
 from kasmina_fx.errors import CheckpointError
-from kasmina_fx.sealed_file import Sealing
 
 
 @pytest.mark.parametrize("left", [0, 1, 20, 5000, -5000, -51, -50, -32, -1])

@@ -123,7 +123,7 @@ def _sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _host_only(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.Adam([p for n, p in model.named_parameters() if n.startswith("0.base")])
+    return torch.optim.Adam([p for n, p in model.named_parameters() if n in ("0.weight", "0.bias")])
 
 
 def _other_way_round(model: nn.Module) -> torch.optim.Optimizer:
@@ -154,7 +154,7 @@ OTHER_OPTIMIZERS: dict[str, tuple[Callable[[dict[str, Any]], None], Any, str]] =
     "fewer parameters": (
         _packed(lambda o: o.update(names=o["names"][1:], state=_one_group(o["state"]))),
         _host_only,
-        r"other parameters: \['0.base.bias'",
+        r"other parameters: \['0.bias'",
     ),
     "other groups": (lambda c: None, _other_way_round, "in another group"),
     "a bank that no layer has": (

@@ -24,7 +24,7 @@ from kasmina_fx import (
     SeedLifecycle,
     checkpoint,
 )
-from kasmina_fx.sealed_file import Sealing
+from kasmina_fx.checkpoint.sealed_file import Sealing
 from kasmina_fx.testing import graft
 
 

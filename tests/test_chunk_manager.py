@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kasmina_fx import ChunkManager, InvalidArgument, InvalidType, KasminaError
-from kasmina_fx.layout import BankSpec, ChunkLayout, Run, format_banks, parse_banks
+from kasmina_fx.physical.layout import BankSpec, ChunkLayout, Run, format_banks, parse_banks
 
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=12)
 

@@ -215,19 +215,3 @@ def test_a_rollback_takes_a_snapshot_of_its_own_layer_alone() -> None:
     with pytest.raises(InvalidArgument, match=r"no banks \['lora_run0'\] any more"):
         stranger.rollback(up.snapshot())
     assert stranger.kasmina.highest_id == other.kasmina.highest_id == 0
-
-
-@pytest.mark.parametrize("way", ["load", "rollback"])
-def test_seeds_that_come_back_in_training_follow_the_scaler(way: str) -> None:
-    source = layer_of(_model(), "up")
-    source.request_germination(0)
-    source.advance(0, S.TRAINING)
-    snapshot = source.snapshot()
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    if way == "load":
-        layer = layer_of(_model(), "up")
-        layer.load_state_dict(source.state_dict())
-    else:
-        layer = source
-        layer.rollback(snapshot)
-    assert float(layer.loss_scale) == scaler.get_scale() == 16.0

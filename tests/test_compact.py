@@ -17,7 +17,7 @@ from torch.optim import Adafactor, AdamW, Optimizer
 from kasmina_fx import KasminaLayer, checkpoint, optim
 from kasmina_fx.errors import CheckpointError
 from kasmina_fx.lifecycle import SeedLifecycle as S
-from kasmina_fx.optim import compact, growth
+from kasmina_fx.optim import compact, follower
 from kasmina_fx.testing import graft
 
 
@@ -196,7 +196,7 @@ def test_in_the_middle_of_a_step(tmp_path: object) -> None:
     optimizer.middle = None
     assert done == ["all"]
     assert bank_of(model).capacity == 8
-    now = growth.stacks_of(optimizer)
+    now = follower.stacks_of(optimizer)
     assert all(a is b for a, b in zip(now, stacks(model), strict=True))
     fresh = rows(model, 4)
     train(model, optimizer, 1)
@@ -214,4 +214,4 @@ def test_parameters_that_somebody_replaced_stay() -> None:
 
     optimizer.middle = replace
     train(model, optimizer, 1)
-    assert not growth.stacks_of(optimizer)
+    assert not follower.stacks_of(optimizer)

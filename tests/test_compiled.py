@@ -172,7 +172,7 @@ def test_a_rejected_blueprint_does_not_reach_the_host(compiler: str) -> None:
     got = outcome(model, run, x)
     layer.advance(0, SeedLifecycle.CULLED)
     expected = outcome(model, run, x)
-    for name in ("out", "x", "fc.base.weight", "fc.base.bias"):
+    for name in ("out", "x", "fc.weight", "fc.bias"):
         assert bool(got[name].isfinite().all())
         torch.testing.assert_close(got[name], expected[name])
     assert layer.get_health_report()["rejected"].tolist() == [1, 0, 0, 0]

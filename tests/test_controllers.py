@@ -20,9 +20,9 @@ from kasmina_fx import (
     kasminify,
 )
 from kasmina_fx.blueprints import register
-from kasmina_fx.colony_control import HealthReport
 from kasmina_fx.controllers import HealthController
 from kasmina_fx.lifecycle import SeedLifecycle as S
+from kasmina_fx.reports.health_report import HealthReport
 
 
 def _life(losses: list[float]) -> tuple[nn.Module, list[list[S]]]:
@@ -64,7 +64,7 @@ def test_the_sickest_germinate_first_and_no_more_than_the_pace() -> None:
 
 
 def test_seeds_that_another_thread_changed_since_the_report_are_left_alone(
-    monkeypatch: pytest.MonkeyPatch, no_search_for_scalers: None
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = wrapped(TwoLayers(), seeds=4, telemetry=True)
     first = next(iter(kasmina_layers(model).values()))

@@ -43,7 +43,7 @@ class Mine(nn.Module):
 KINDS = (None, "lora", "affine", "bottleneck")
 
 
-def test_a_whole_life(path: Path, no_search_for_scalers: None) -> None:
+def test_a_whole_life(path: Path) -> None:
     host = nn.Sequential(
         nn.Linear(8, 21, device="cpu", dtype=torch.float32), nn.GELU(),
         nn.Linear(21, 4, device="cpu", dtype=torch.float32),

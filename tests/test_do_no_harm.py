@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kasmina_fx import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle as S
-from kasmina_fx.telemetry import REJECTED
+from kasmina_fx.physical.statistics import REJECTED
 from kasmina_fx.testing import RecordingBackend, graft
 
 # Coverage doubles the time that torch takes to compile; the files beside this one cover the lines.

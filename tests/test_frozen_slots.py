@@ -16,7 +16,7 @@ from kasmina_fx import (
     SeedLifecycle,
     optim,
 )
-from kasmina_fx.optim import growth, hooks, state
+from kasmina_fx.optim import follower, hooks, state
 from kasmina_fx.testing import graft
 
 S = SeedLifecycle
@@ -81,7 +81,7 @@ def test_without_the_hooks_weight_decay_would_move_them(monkeypatch: pytest.Monk
     model = growing()
     layer_of(model).advance(0, S.STABILIZATION)
     frozen = rows(model, 0)
-    monkeypatch.setattr(hooks, "_keep", lambda stack: None)
+    monkeypatch.setattr(hooks, "put_back_frozen", lambda kept: None)
     train(model, AdamW(model.parameters(), weight_decay=0.1), 1)
     assert not same(rows(model, 0), frozen)
 
@@ -116,7 +116,7 @@ def test_a_step_that_raises_spoils_no_later_one() -> None:
     for _ in range(6):
         with pytest.raises(ValueError, match="no data"):
             optimizer.step(fail)
-    assert len(hooks._STEPS[optimizer]) == hooks._DEEPEST
+    assert len(follower.follower_of(optimizer).steps) == hooks._DEEPEST
     frozen = rows(model, 0)
     train(model, optimizer, 3)
     assert same(rows(model, 0), frozen)
@@ -170,4 +170,4 @@ def test_a_closure_may_grow_the_bank_or_put_the_first_stack_in() -> None:
     assert same(rows(model, 0), frozen)
     assert not same(rows(model, 1), before)
     host.step(first)
-    assert bool(growth.stacks_of(host))
+    assert bool(follower.stacks_of(host))

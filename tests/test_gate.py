@@ -15,8 +15,8 @@ from torch import nn
 
 from kasmina_fx import KasminaError, KasminaLayer, SeedLifecycle, kasminify
 from kasmina_fx.errors import InsideForward
-from kasmina_fx.gate import GATE, Gate
 from kasmina_fx.testing import graft
+from kasmina_fx.transactions.threads import _INSIDE, Forwards
 
 LONG, SHORT = 20.0, 0.1  # seconds: for what must happen, and for what must not
 P = ParamSpec("P")
@@ -85,12 +85,11 @@ def in_time(test: Callable[P, None]) -> Callable[P, None]:
 @pytest.fixture(autouse=True)
 def _gate_is_left_empty() -> Iterator[None]:
     yield
-    assert not GATE._inside
-    assert GATE._publisher is None
+    assert not _INSIDE
 
 
 def test_forwards_are_concurrent() -> None:
-    gate = Gate()
+    gate = Forwards()
     visits = [Visit(gate.forward) for _ in range(4)]
     assert all(visit.entered for visit in visits)
     for visit in visits:
@@ -98,7 +97,7 @@ def test_forwards_are_concurrent() -> None:
 
 
 def test_a_publication_waits_until_the_last_forward_is_out() -> None:
-    gate = Gate()
+    gate = Forwards()
     first, second = Visit(gate.forward), Visit(gate.forward)
     assert first.entered
     assert second.entered
@@ -112,7 +111,7 @@ def test_a_publication_waits_until_the_last_forward_is_out() -> None:
 
 
 def test_a_forward_waits_until_a_publication_is_over() -> None:
-    gate = Gate()
+    gate = Forwards()
     publication = Visit(gate.publication)
     assert publication.entered
     forward = Visit(gate.forward)
@@ -123,7 +122,7 @@ def test_a_forward_waits_until_a_publication_is_over() -> None:
 
 
 def test_one_publication_at_a_time() -> None:
-    gate = Gate()
+    gate = Forwards()
     first = Visit(gate.publication)
     assert first.entered
     second = Visit(gate.publication)
@@ -134,7 +133,7 @@ def test_one_publication_at_a_time() -> None:
 
 
 def test_a_publication_that_waits_goes_before_new_forwards() -> None:
-    gate = Gate()
+    gate = Forwards()
     early = Visit(gate.forward)
     assert early.entered
     publication = Visit(gate.publication)
@@ -151,7 +150,7 @@ def test_a_publication_that_waits_goes_before_new_forwards() -> None:
 
 @in_time
 def test_a_forward_inside_a_forward_does_not_wait_for_a_publication() -> None:
-    gate = Gate()
+    gate = Forwards()
     with gate.forward():
         publication = Visit(gate.publication)
         _until(lambda: gate._waiting == 1)
@@ -164,7 +163,7 @@ def test_a_forward_inside_a_forward_does_not_wait_for_a_publication() -> None:
 
 @in_time
 def test_a_publication_inside_a_publication_and_a_forward_inside_that() -> None:
-    gate = Gate()
+    gate = Forwards()
     with gate.publication():
         with gate.publication():
             pass
@@ -179,7 +178,7 @@ def test_a_publication_inside_a_publication_and_a_forward_inside_that() -> None:
 
 @pytest.mark.parametrize("way", ["forward", "publication"])
 def test_an_exception_opens_the_gate(way: str) -> None:
-    gate = Gate()
+    gate = Forwards()
     with pytest.raises(KeyError), getattr(gate, way)():
         raise KeyError
     for kind in (gate.publication, gate.forward):
@@ -189,7 +188,7 @@ def test_an_exception_opens_the_gate(way: str) -> None:
 
 
 def test_a_crowd_gets_through_and_none_sees_half_a_change() -> None:
-    gate, pair, torn = Gate(), [0, 0], list[list[int]]()
+    gate, pair, torn = Forwards(), [0, 0], list[list[int]]()
 
     def read() -> None:
         for _ in range(100):
@@ -217,7 +216,7 @@ def test_a_crowd_gets_through_and_none_sees_half_a_change() -> None:
 
 
 def test_an_interrupted_publication_lets_later_forwards_in() -> None:
-    gate = Gate()
+    gate = Forwards()
     early = Visit(gate.forward)
     assert early.entered
     main = threading.main_thread().ident
@@ -265,7 +264,7 @@ def test_seeds_do_not_change_inside_the_threads_own_forward(
 ) -> None:
     layer = _layer()
     rows, alpha = layer.state.rows, layer.state.alpha
-    with GATE.forward():
+    with layer.siblings.threads.forwards.forward():
         with pytest.raises(InsideForward, match="inside a model's forward") as caught:
             change(layer)
         assert layer.state.stages.tolist() == [3, 0, 0]  # reading is fine
@@ -278,28 +277,30 @@ def test_seeds_do_not_change_inside_the_threads_own_forward(
 
 def test_a_change_is_staged_at_once_and_published_when_no_forward_is_inside() -> None:
     layer = _layer()
-    forward = Visit(GATE.forward)
+    forwards = layer.siblings.threads.forwards
+    forward = Visit(forwards.forward)
     assert forward.entered
     old = layer.state.alpha
     change = threading.Thread(target=lambda: layer.set_alpha(0, 1.0), daemon=True)
     change.start()
-    _until(lambda: GATE._waiting == 1)
+    _until(lambda: forwards._waiting == 1)
     assert layer.state.alpha is old
-    assert layer._published.layer[0] is old
+    assert layer.kasmina.shown.layer[0] is old
     assert layer.state.alphas.tolist() == [0.5, 0, 0]
     forward.leave()
     change.join(LONG)
     assert layer.state.alpha.tolist() == [1, 0, 0]
-    assert layer._published.layer[0] is layer.state.alpha
+    assert layer.kasmina.shown.layer[0] is layer.state.alpha
 
 
 def test_a_ramp_waits_for_forwards_too() -> None:
     layer = _layer()
-    forward = Visit(GATE.forward)
+    forwards = layer.siblings.threads.forwards
+    forward = Visit(forwards.forward)
     assert forward.entered
     ramp = threading.Thread(target=layer.step_epoch, daemon=True)
     ramp.start()
-    _until(lambda: GATE._waiting == 1)
+    _until(lambda: forwards._waiting == 1)
     assert layer.state.alpha.tolist() == [0.5, 0, 0]
     forward.leave()
     ramp.join(LONG)
@@ -313,7 +314,7 @@ def test_a_compiled_model_passes_the_gate_and_is_refused_changes_inside() -> Non
     inside: list[bool] = []
 
     def meddle(*_: Any) -> None:
-        inside.append(threading.get_ident() in GATE._inside)
+        inside.append(threading.get_ident() in layer.siblings.threads.forwards._inside)
         layer.set_alpha(0, 1.0)
 
     # Before anything is computed: there is nothing for Inductor to compile.

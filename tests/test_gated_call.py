@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import kasmina_fx
 from kasmina_fx import InsideForward, hold_seeds, kasmina_layers, kasminify, unkasminify
-from kasmina_fx.gate import GATE
 from kasmina_fx.testing import RecordingBackend, assert_no_recompiles, graft
+from kasmina_fx.transactions.threads import _INSIDE
 
 LONG, SHORT = 20.0, 0.1  # seconds: for what must happen, and for what must not
 
@@ -100,7 +100,7 @@ def test_a_forward_run_eagerly_sees_one_state(copied: Callable[[Any], Any]) -> N
     model, x = copied(grown()), torch.randn(2, 4)
     assert torch.equal(in_the_middle(model, lambda: model(x)), torch.ones(2, 2, 6))
     assert torch.equal(kasmina_layers(model)["a"](x)[:, :2], torch.zeros(2, 2))
-    assert not GATE._inside
+    assert not _INSIDE
 
 
 def test_a_forward_under_a_bare_compile_sees_one_state() -> None:
@@ -109,20 +109,20 @@ def test_a_forward_under_a_bare_compile_sees_one_state() -> None:
     with torch.no_grad():  # Dynamo looks for the .grad of what crosses a break, and torch warns
         assert torch.equal(in_the_middle(model, lambda: run(x)), torch.ones(2, 2, 6))
     assert backend.compiles == 2  # the pause breaks the graph
-    assert not GATE._inside
+    assert not _INSIDE
 
 
 def test_a_bare_compile_is_one_graph_and_does_not_know_the_gate() -> None:
     model, x, backend = grown(), torch.randn(2, 4), RecordingBackend("eager")
     run: Any = torch.compile(model, backend=backend, fullgraph=True)
     run(x)
-    colony = kasmina_layers(model)["a"].colony
-    assert colony.training.awaits_backward
-    colony.training.awaits_backward = False
+    siblings = kasmina_layers(model)["a"].siblings
+    assert siblings.training.awaits_backward
+    siblings.training.awaits_backward = False
     with assert_no_recompiles():
         kasmina_layers(model)["a"].set_alpha(0, 1.0)
         assert torch.equal(model(x)[0, :, :2], torch.zeros(2, 2))
-        assert not colony.training.awaits_backward
+        assert not siblings.training.awaits_backward
         assert torch.equal(run(x)[0, :, :2], torch.zeros(2, 2))
     assert backend.compiles == 1
     outer = RecordingBackend("eager")
@@ -160,7 +160,7 @@ def test_an_exception_leaves_the_gate() -> None:
     model = grown()
     with pytest.raises(RuntimeError):
         model(torch.randn(2, 5))
-    assert not GATE._inside
+    assert not _INSIDE
 
 
 def test_a_model_is_freed_as_soon_as_it_is_let_go_of() -> None:
@@ -176,7 +176,7 @@ def test_a_model_is_freed_as_soon_as_it_is_let_go_of() -> None:
         gc.enable()
     with pytest.raises(ReferenceError, match="gone"):
         call(torch.randn(2, 4))
-    assert not GATE._inside
+    assert not _INSIDE
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -14,10 +14,10 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kasmina_fx import capture, find_matches, graph_diff, graph_text, inserted_text, rewrite
-from kasmina_fx.capture import FRONTENDS
+from kasmina_fx.graphs.capture import FRONTENDS
 from kasmina_fx.lifecycle import RUNS, SeedLifecycle
-from kasmina_fx.moves import GATHER, GUARD, PULL, RECONSTRUCT
 from kasmina_fx.passes import run_passes
+from kasmina_fx.physical.operators import GATHER, GUARD, PULL, RECONSTRUCT
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.testing import USED_GOLDENS, RecordingBackend, assert_golden, graft
 
@@ -187,9 +187,11 @@ def outcome(
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    # Exported programs and traced graphs name their parameters as the model does.
+    # Exported programs name their parameters as the model does; torch.fx calls a view of the base.
     return {
-        name.removeprefix("_orig_mod."): torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        name.removeprefix("_orig_mod.").replace(".base.", "."): torch.zeros_like(p)
+        if p.grad is None
+        else p.grad.clone()
         for name, p in module.named_parameters()
     }
 

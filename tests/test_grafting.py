@@ -11,17 +11,14 @@ from ramp_cases import ALL, alpha, graft, grafting_layer, set_weight_gradient, s
 from torch import nn
 
 from kasmina_fx import GraftingStrategy, InvalidArgument, KasminaLayer, SeedLifecycle
-from kasmina_fx import epochs as time
 from kasmina_fx.grafting import (
     GraftingConfig,
     strategies,
     strategy_number,
 )
 from kasmina_fx.grafting.ramp import next_alpha, relative_drift
-from kasmina_fx.telemetry import LOSS
-
-pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
-
+from kasmina_fx.physical.statistics import LOSS
+from kasmina_fx.seeds import epochs as time
 
 S, G = SeedLifecycle, GraftingStrategy
 S, G = SeedLifecycle, GraftingStrategy
@@ -232,10 +229,10 @@ def test_a_ramp_changes_alpha_and_nothing_else_that_forward_reads() -> None:
     layer = grafting_layer(fixed_steps=2)
     with torch.no_grad():
         layer.kasmina.banks["affine_run0"].get_parameter("shift").fill_(2.0)
-    seen, rows = layer._published, layer.state.state_tensor
+    seen, rows = layer.kasmina.shown, layer.state.state_tensor
     x = torch.randn(3, 4)
     time.step_ramp(layer.kasmina)
-    after = layer._published
+    after = layer.kasmina.shown
     assert layer.state.state_tensor is rows
     assert after.seeds == seen.seeds
     assert after.params == seen.params

@@ -12,9 +12,6 @@ from kasmina_fx.grafting import (
     GraftingConfig,
 )
 
-pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
-
-
 NAN, INF = float("nan"), float("inf")
 NAN, INF = float("nan"), float("inf")
 

@@ -19,8 +19,8 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from kasmina_fx import (
     optim,
 )
-from kasmina_fx.bank import StackedParameter
-from kasmina_fx.optim import growth, hooks, state
+from kasmina_fx.banks.stack import StackedParameter
+from kasmina_fx.optim import follower, hooks, state
 from kasmina_fx.testing import RecordingBackend, assert_no_recompiles, graft
 
 
@@ -188,12 +188,12 @@ def test_growth_in_another_threads_step_waits_for_its_end() -> None:
         grower = threading.Thread(target=graft, args=(layer_of(model), [2]))
         grower.start()
         grower.join()
-        held = growth.stacks_of(optimizer)
+        held = follower.stacks_of(optimizer)
         assert all(a is b for a, b in zip(held, old, strict=True))
         return 0.0
 
     optimizer.step(closure)
-    assert all(a is b for a, b in zip(growth.stacks_of(optimizer), stacks(model), strict=True))
+    assert all(a is b for a, b in zip(follower.stacks_of(optimizer), stacks(model), strict=True))
 
 
 def test_a_state_dict_with_more_slots_keeps_the_optimizer_on_the_model() -> None:
@@ -202,7 +202,7 @@ def test_a_state_dict_with_more_slots_keeps_the_optimizer_on_the_model() -> None
     train(model, optimizer, 2)
     model.load_state_dict(source.state_dict())
     assert bank_of(model).capacity == 8
-    assert all(a is b for a, b in zip(growth.stacks_of(optimizer), stacks(model), strict=True))
+    assert all(a is b for a, b in zip(follower.stacks_of(optimizer), stacks(model), strict=True))
     before = rows(model, 0)
     train(model, optimizer, 2)
     assert not same(rows(model, 0), before)
@@ -213,7 +213,7 @@ def test_a_stack_that_its_owner_has_put_in_is_not_there_twice() -> None:
     named = list(layer_of(model).named_parameters())
     optimizer = AdamW(named)
     loss_of(model, 0).backward()
-    for stack in growth.stacks_of(optimizer):
+    for stack in follower.stacks_of(optimizer):
         optimizer.state[stack]["exp_avg"] = torch.ones_like(stack)
     graft(layer_of(model), [2])  # it has not stepped: nothing is replaced yet
     more = [(n, p) for n, p in layer_of(model).named_parameters() if "banks" in n]

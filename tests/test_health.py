@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 from kasmina_fx import KasminaLayer, SeedLifecycle
 from kasmina_fx.config import SeedConfig
-from kasmina_fx.health import reports, to_json_values
+from kasmina_fx.reports.health_report import to_json_values
+from kasmina_fx.seeds.health import reports
 from kasmina_fx.testing import graft
-
-pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
-
 
 S = SeedLifecycle
 

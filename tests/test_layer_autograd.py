@@ -17,7 +17,7 @@ from kasmina_fx import (
     SeedLifecycle,
     reference,
 )
-from kasmina_fx.bank import StackedParameter
+from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.testing import graft
 
 

@@ -27,7 +27,7 @@ from kasmina_fx import (
     SeedLifecycle,
     reference,
 )
-from kasmina_fx.bank import StackedParameter
+from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.testing import graft
 
 
@@ -73,7 +73,7 @@ def test_a_copy_is_equal_and_independent(
 def test_the_layers_of_a_copied_model_start_growing_together(pickled: bool) -> None:
     first, second = KasminaLayer(nn.Linear(4, 8), 4), KasminaLayer(nn.Linear(8, 6), 3)
     model: Any = nn.Sequential(first, second)
-    second.colony = first.colony
+    second.siblings = first.siblings
     second.publish()
     if pickled:
         file = io.BytesIO()
@@ -84,9 +84,9 @@ def test_the_layers_of_a_copied_model_start_growing_together(pickled: bool) -> N
         twin = copy.deepcopy(model)
     assert isinstance(twin[0], KasminaLayer)
     assert isinstance(twin[1], KasminaLayer)
-    assert twin[0].colony is twin[1].colony
-    assert twin[0].colony is not first.colony
-    assert set(twin[0].colony) == {twin[0].kasmina, twin[1].kasmina}
+    assert twin[0].siblings is twin[1].siblings
+    assert twin[0].siblings is not first.siblings
+    assert set(twin[0].siblings) == {twin[0].kasmina, twin[1].kasmina}
     twin[0].request_germination(0)
     assert list(twin[1].kasmina.banks) == ["mlp_run0"]
     assert len(first.kasmina.banks) == len(second.kasmina.banks) == 0

@@ -71,9 +71,6 @@ PATHS[S.ROLLED_BACK] = (*WAY[:3], S.ROLLED_BACK)
 NO_EMBARGO: Final = SeedConfig(embargo_epochs=0)
 
 
-pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
-
-
 def _name(stage: SeedLifecycle) -> str:
     return stage.name
 
@@ -98,7 +95,7 @@ def _bring(layer: KasminaLayer, seeds: Sequence[int], stage: SeedLifecycle) -> N
 
 def _all(layer: KasminaLayer) -> list[Any]:
     """Everything that a refused change must leave alone."""
-    state, published = layer.state, layer._published
+    state, published = layer.state, layer.kasmina.shown
     tensors = [*layer.state_dict().values(), state.rows, state.alphas]
     tensors += [*published.layer, *published.seeds, *published.positions, *published.modes]
     held = [bank.held.tolist() for bank in layer.kasmina.bank_list()]
@@ -224,13 +221,13 @@ def test_one_illegal_of_many_changes_nothing(bad: int) -> None:
     layer = KasminaLayer(nn.Linear(4, 100), 100, layer_id="fc")
     others = [i for i in range(100) if i != bad]
     assert layer.request_germination(others, "affine")
-    before, tensor, published = _all(layer), layer.state.state_tensor, layer._published
+    before, tensor, published = _all(layer), layer.state.state_tensor, layer.kasmina.shown
     with pytest.raises(IllegalTransition, match=f"seed {bad} .*DORMANT to TRAINING") as caught:
         layer.advance(range(100), S.TRAINING)
     assert caught.value.seed == bad
     assert _all(layer) == before
     assert layer.state.state_tensor is tensor
-    assert layer._published is published
+    assert layer.kasmina.shown is published
     layer.advance(others, S.TRAINING)
 
 

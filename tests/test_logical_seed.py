@@ -30,9 +30,6 @@ S = SeedLifecycle
 stages = pytest.mark.parametrize("stage", SeedLifecycle, ids=lambda stage: stage.name)
 
 
-pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
-
-
 def _layer(base: nn.Module | None = None, **kwargs: Any) -> KasminaLayer:
     sizes = None if base else [3, 2, 2, 3]
     return KasminaLayer(base or nn.Linear(4, 10), 4, chunk_sizes=sizes, layer_id="fc", **kwargs)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kasmina_fx.lifecycle import Mode, Role
-from kasmina_fx.ops import BLEND, MARKERS, OBSERVE
-from kasmina_fx.telemetry import COUNT, LOSS, REJECTED, ROWS, RUNS
+from kasmina_fx.physical.markers import BLEND, MARKERS, OBSERVE
+from kasmina_fx.physical.statistics import COUNT, LOSS, REJECTED, ROWS, RUNS
 
 F, L, R = Mode.FROZEN, Mode.LEARNS, Mode.RECONSTRUCTS
 F, L, R = Mode.FROZEN, Mode.LEARNS, Mode.RECONSTRUCTS

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx import InvalidArgument, KasminaLayer, SeedConfig, epochs, health
+from kasmina_fx import InvalidArgument, KasminaLayer, SeedConfig
 from kasmina_fx.grafting import GraftingConfig, RampSignals, Strategy, register_strategy
 from kasmina_fx.lifecycle import SeedLifecycle as S
-from kasmina_fx.telemetry import REJECTED
+from kasmina_fx.physical.statistics import REJECTED
+from kasmina_fx.seeds import epochs, health
+from kasmina_fx.seeds.store import SeedStore
 from kasmina_fx.testing import graft
 
 
@@ -44,7 +46,7 @@ def beside(loop: Callable[[], object]) -> Callable[[], None]:
 
 @pytest.mark.parametrize("ramp", [epochs.step_epoch, epochs.step_ramp], ids=["epoch", "step"])
 def test_a_ramp_loses_no_alpha_that_another_thread_sets(
-    ramp: Callable[[KasminaLayer], None],
+    ramp: Callable[[SeedStore], None],
 ) -> None:
     grown = layer(grafting=GraftingConfig(fixed_steps=10_000))
     graft(grown, [0, 1], alpha=0.0)
@@ -94,16 +96,16 @@ def test_a_seed_is_not_culled_for_its_predecessor(
     grown = layer()
     graft(grown, [0, 1], stage=S.TRAINING)
     grown.kasmina.telemetry.accumulated[REJECTED, :2] = 99
-    look = health.look
+    fetch = health.fetch
 
-    def meanwhile(layers: list[KasminaLayer]) -> list[health.Seen]:
-        seen = look(layers)
+    def meanwhile(layers: list[SeedStore]) -> list[health.Moment]:
+        seen = fetch(layers)
         grown.reset(0)
         graft(grown, 0, stage=S.TRAINING)
         return seen
 
-    monkeypatch.setattr("kasmina_fx.health.look", meanwhile)
-    monkeypatch.setattr("kasmina_fx.epochs.look", meanwhile)
+    monkeypatch.setattr("kasmina_fx.seeds.health.fetch", meanwhile)
+    monkeypatch.setattr("kasmina_fx.seeds.epochs.fetch", meanwhile)
     getattr(grown, call)()
     assert grown.seeds[0].stage is S.TRAINING
     assert grown.seeds[1].stage is S.CULLED

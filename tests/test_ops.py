@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-from kasmina_fx import moves
 from kasmina_fx.lifecycle import Mode
-from kasmina_fx.moves import DECOMPOSITIONS, GATHER, GUARD, PULL, RECONSTRUCT
+from kasmina_fx.physical import moves, operators
+from kasmina_fx.physical.operators import DECOMPOSITIONS, GATHER, GUARD, PULL, RECONSTRUCT
 
 F, L, R = Mode.FROZEN, Mode.LEARNS, Mode.RECONSTRUCTS
 F, L, R = Mode.FROZEN, Mode.LEARNS, Mode.RECONSTRUCTS
@@ -97,7 +97,7 @@ def _guarded(
 
 def test_guard_is_the_identity_on_copies() -> None:
     tensors, faults = _bank(), torch.zeros(5, requires_grad=True)
-    for run in (GUARD, DECOMPOSITIONS[GUARD], moves._plain_guard):
+    for run in (GUARD, DECOMPOSITIONS[GUARD], operators._plain_guard):
         *same, alone = run(tensors, MODES, POSITIONS, faults, BLAMES)
         assert len(same) == len(tensors)
         assert all(torch.equal(a, b) for a, b in zip(same, tensors, strict=True))
@@ -240,7 +240,7 @@ def test_guard_without_its_operator_has_the_same_gradients_where_they_are_finite
     expected, _ = _guarded(tensors, grads)
     faults = torch.zeros(5, requires_grad=True)
     found = torch.autograd.grad(
-        moves._plain_guard(tensors, MODES, POSITIONS, faults, BLAMES)[:-1], tensors, grads
+        operators._plain_guard(tensors, MODES, POSITIONS, faults, BLAMES)[:-1], tensors, grads
     )
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
@@ -395,23 +395,23 @@ def test_all_four_moves_decompose() -> None:
     assert (
         set(DECOMPOSITIONS)
         == {PULL, GATHER, GUARD, RECONSTRUCT}
-        == set(moves.current()._asdict().values())
+        == set(operators.current()._asdict().values())
     )
 
 
 def test_inside_torch_func_plain_code_stands_for_the_moves() -> None:
     seeds, positions = maps()
-    inside: list[moves.Moves] = []
+    inside: list[operators.Moves] = []
 
     def total(f: Tensor) -> Tensor:
-        inside.append(moves.current())
-        return (moves.current().gather(f, seeds, positions) ** 2).sum()
+        inside.append(operators.current())
+        return (operators.current().gather(f, seeds, positions) ** 2).sum()
 
     f = torch.randn(5, 3)
     found = torch.func.grad(total)(f)
-    assert inside[0] is moves._PLAIN
+    assert inside[0] is operators._PLAIN
     leaf = f.clone().requires_grad_()
     (GATHER(leaf, seeds, positions) ** 2).sum().backward()
     assert leaf.grad is not None
     torch.testing.assert_close(found, leaf.grad)
-    assert moves.current() is moves._OPERATORS
+    assert operators.current() is operators._OPERATORS

@@ -22,7 +22,7 @@ from kasmina_fx import (
     kasmina_layers,
     optim,
 )
-from kasmina_fx.optim import growth
+from kasmina_fx.optim import follower
 from kasmina_fx.testing import graft
 
 S = SeedLifecycle
@@ -76,7 +76,7 @@ def test_copies_and_pickles_have_links_of_their_own() -> None:
         bank = bank_of(other)
         assert bank.owner is not None
         assert bank.owner() is layer_of(other).kasmina
-        stack = growth.stacks_of(its)[0]
+        stack = follower.stacks_of(its)[0]
         assert stack.followers is None
         assert stack.bank is not None
         assert stack.bank() is bank

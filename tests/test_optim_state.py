@@ -15,7 +15,7 @@ from kasmina_fx import (
     SeedLifecycle,
     optim,
 )
-from kasmina_fx.optim import growth, state
+from kasmina_fx.optim import follower, state
 from kasmina_fx.testing import graft
 
 S = SeedLifecycle
@@ -74,7 +74,7 @@ def test_a_bank_forgets_optimizers_that_are_gone() -> None:
     model = growing()
     optimizer = AdamW(model.parameters())
     train(model, optimizer, 1)
-    known = growth.stacks_of(optimizer)[0].followers
+    known = follower.stacks_of(optimizer)[0].followers
     assert known is not None
     assert len(known) == 1
     del optimizer

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from kasmina_fx import SeedLifecycle, optim
-from kasmina_fx.bank import StackedParameter
-from kasmina_fx.optim import growth
+from kasmina_fx.banks.stack import StackedParameter
+from kasmina_fx.optim import follower
 from kasmina_fx.testing import graft
 
 S = SeedLifecycle
@@ -55,7 +55,7 @@ def trained(model: nn.Module) -> Slow:
 
 
 def momenta(optimizer: Optimizer, slot: int) -> list[Tensor]:
-    return [optimizer.state[s]["momentum_buffer"][slot] for s in growth.stacks_of(optimizer)]
+    return [optimizer.state[s]["momentum_buffer"][slot] for s in follower.stacks_of(optimizer)]
 
 
 @pytest.mark.parametrize("reserve", [0, 8], ids=["growth", "room"])
@@ -66,7 +66,9 @@ def test_a_seed_that_germinates_starts_from_what_it_was_given(reserve: int) -> N
     given: list[Tensor] = []
 
     def germinate() -> None:
-        gradients.extend(s.grad.clone() for s in growth.stacks_of(optimizer) if s.grad is not None)
+        gradients.extend(
+            s.grad.clone() for s in follower.stacks_of(optimizer) if s.grad is not None
+        )
         graft(layer_of(model), [2])
         given.extend(rows(model, 2))
 
@@ -77,7 +79,7 @@ def test_a_seed_that_germinates_starts_from_what_it_was_given(reserve: int) -> N
     # And those that were there made their step.
     moved = [b - 0.125 * g[0] for b, g in zip(before, gradients, strict=True)]
     assert same(rows(model, 0), moved)
-    assert all(a is b for a, b in zip(growth.stacks_of(optimizer), stacks(model), strict=True))
+    assert all(a is b for a, b in zip(follower.stacks_of(optimizer), stacks(model), strict=True))
     assert all(not momentum.any() for momentum in momenta(optimizer, 2))
     assert all(bool(momentum.any()) for momentum in momenta(optimizer, 0))
     train(model, optimizer, 1)
@@ -140,7 +142,7 @@ def test_two_optimizers_in_a_step_both_leave_what_was_given() -> None:
 
     step(model, first, other_step)
     assert same(rows(model, 2), given)
-    assert all(not stack.late for stack in growth.stacks_of(first))
+    assert all(not stack.late for stack in follower.stacks_of(first))
     assert str(optim.sync(first, model)) == "nothing to carry or add"
 
 
@@ -151,12 +153,12 @@ def test_growth_in_the_middle_leaves_frozen_slots_to_the_bit(stage: S) -> None:
     layer.reset(1)
     graft(layer, [1], stage=stage)
     optimizer = trained(model)
-    for stack in growth.stacks_of(optimizer):  # as weight decay would
+    for stack in follower.stacks_of(optimizer):  # as weight decay would
         optimizer.state[stack]["momentum_buffer"] = torch.ones_like(stack)
     kept = rows(model, 1)
     optimizer.zero_grad()
     loss_of(model, 3).backward()
-    for stack in growth.stacks_of(optimizer):
+    for stack in follower.stacks_of(optimizer):
         stack.grad = torch.ones_like(stack)
     optimizer.meanwhile = lambda: layer.reserve(8)
     optimizer.step()
@@ -180,7 +182,7 @@ def test_a_step_that_raised_leaves_nothing_to_write_later() -> None:
     before = rows(model, 2)
     train(model, optimizer, 2)
     assert not same(rows(model, 2), before)
-    assert all(not stack.late for stack in growth.stacks_of(optimizer))
+    assert all(not stack.late for stack in follower.stacks_of(optimizer))
 
 
 def test_gradients_are_touched_by_the_thread_that_trains_alone(

@@ -13,7 +13,7 @@ from torch._inductor.cudagraph_trees import CUDAGraphNode
 
 from kasmina_fx import InvalidArgument, KasminaLayer, SeedConfig, explain, kasmina_layers, kasminify
 from kasmina_fx import SeedLifecycle as S
-from kasmina_fx.bank import Bank
+from kasmina_fx.banks.bank import Bank
 from kasmina_fx.testing import graft
 
 SEEDS = 40

@@ -12,16 +12,16 @@ from torch.fx import GraphModule
 
 from kasmina_fx import capture, find_matches, graph_text, op_counts, rewrite
 from kasmina_fx.errors import RewriteError
-from kasmina_fx.ops import BLEND, OBSERVE
 from kasmina_fx.passes import DEFAULT_PASSES, GraphPass, passes_for, run_passes
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.eliminate_dead_code import EliminateDeadCode
 from kasmina_fx.passes.eliminate_dormant import EliminateDormant
+from kasmina_fx.passes.infra.metadata import lowering_of, origin_of, value_of
 from kasmina_fx.passes.lower_blend import LowerBlend
-from kasmina_fx.passes.metadata import lowering_of, origin_of, value_of
 from kasmina_fx.passes.normalize_markers import NormalizeMarkers
 from kasmina_fx.passes.place_telemetry import PlaceTelemetry
 from kasmina_fx.passes.verify import Verify, writes_to
+from kasmina_fx.physical.markers import BLEND, OBSERVE
 from kasmina_fx.testing import graft
 
 each_pass = pytest.mark.parametrize("step", DEFAULT_PASSES, ids=lambda step: step.name)
@@ -202,8 +202,9 @@ def test_verify_refuses_a_blend_that_leaks_and_one_that_spies() -> None:
 def test_verify_refuses_an_inserted_node_without_a_value() -> None:
     gm = rewrite(growing()).graph_module
     node = next(n for n in gm.graph.nodes if origin_of(n) is not None)
-    node.meta.pop("val")
-    node.meta.pop("example_value", None)
+    assert value_of(node) is not None
+    for key in ("val", "example_value"):
+        node.meta.pop(key, None)
     with pytest.raises(RewriteError, match="carries no value"):
         Verify()(gm)
 

@@ -20,7 +20,7 @@ S = SeedLifecycle
 def test_a_transaction_publishes_once_and_at_its_end() -> None:
     state = StateTensor(3)
     published: list[list[int]] = []
-    state.on_publish = lambda moved: published.append(state.state_tensor[:, 0].tolist())
+    state.on_publish = lambda: lambda moved: published.append(state.state_tensor[:, 0].tolist())
     old = state.state_tensor
     with state.transaction():
         state.advance(0, S.GERMINATED)
@@ -39,7 +39,7 @@ def test_an_exception_undoes_a_transaction(error: type[BaseException]) -> None:
     state.set_rows(1, lifecycle_state=S.GRAFTING, blueprint_id=2)
     state.set_alpha(1, 0.5)
     published: list[bool] = []
-    state.on_publish = published.append
+    state.on_publish = lambda: published.append
     before, tensor = frozen(state), state.state_tensor
 
     def fail() -> None:
@@ -101,7 +101,7 @@ def test_an_outer_transaction_that_fails_undoes_what_inner_ones_did() -> None:
 def test_a_listener_hears_whether_rows_changed() -> None:
     state = StateTensor(2)
     heard: list[bool] = []
-    state.on_publish = heard.append
+    state.on_publish = lambda: heard.append
     state.set_alpha(0, 0.5)
     state.advance(0, S.GERMINATED)
     with state.transaction():
@@ -114,7 +114,7 @@ def test_a_listener_hears_whether_rows_changed() -> None:
 def test_a_transaction_that_changes_nothing_publishes_nothing() -> None:
     state = StateTensor(2)
     heard: list[bool] = []
-    state.on_publish = heard.append
+    state.on_publish = lambda: heard.append
     tensor, alpha = state.state_tensor, state.alpha
     with state.transaction(), state.transaction():
         assert state.stages.tolist() == [0, 0]

@@ -24,9 +24,6 @@ from kasmina_fx.grafting import (
 )
 from kasmina_fx.grafting.ramp import next_alpha, relative_drift, step_along
 
-pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
-
-
 S, G = SeedLifecycle, GraftingStrategy
 NAN, INF = float("nan"), float("inf")
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kasmina_fx import InvalidArgument, InvalidType, KasminaError, SeedIndexError
-from kasmina_fx.seed_ids import as_seed_ids
+from kasmina_fx.arguments import as_seed_ids
 
 GOOD: dict[str, tuple[Any, list[int]]] = {
     "int": (3, [3]),

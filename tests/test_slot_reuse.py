@@ -106,7 +106,7 @@ def test_slots_are_used_again_once_no_backward_may_read_them() -> None:
     layer, bank = layer_of(model), bank_of(model)
     optimizer = SGD(model.parameters(), lr=0.1)
     held = stacks(model)
-    layer.colony.training.awaits_backward = True  # as a compiled forward leaves it
+    layer.siblings.training.awaits_backward = True  # as a compiled forward leaves it
     layer.reset(0)
     graft(layer, 2)
     assert int(bank.slot_of(layer.state.blueprint_ids[2:3])) == 2  # not 0
@@ -118,7 +118,7 @@ def test_slots_are_used_again_once_no_backward_may_read_them() -> None:
     assert int(bank.slot_of(layer.state.blueprint_ids[4:5])) == 0
     layer.reset(1)
     train(model, optimizer, 1)  # a step: no backward of before is to come
-    assert not layer.colony.training.awaits_backward
+    assert not layer.siblings.training.awaits_backward
     held = stacks(model)
     graft(layer, 5)
     assert all(a is b for a, b in zip(stacks(model), held, strict=True))

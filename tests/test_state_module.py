@@ -45,7 +45,7 @@ def test_state_dict_round_trip_and_refresh() -> None:
 
 def test_a_copy_has_a_state_of_its_own() -> None:
     state = StateTensor(3)
-    state.on_publish = lambda moved: None
+    state.on_publish = lambda: lambda moved: None
     for twin in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
         assert twin.on_publish is None
         assert state.on_publish is not None

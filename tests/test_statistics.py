@@ -9,12 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from telemetry_cases import chunks_of, expected_of, merged, summary, watched
 
-from kasmina_fx.layout import ChunkLayout
-from kasmina_fx.telemetry import (
-    NON_FINITE,
-    ROWS,
-    merge_statistics,
-)
+from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.physical.statistics import NON_FINITE, ROWS, merge_statistics
 
 LAYOUTS = {
     "equal": (ChunkLayout.of([3] * 4, -1), ()),

@@ -10,7 +10,6 @@ from ramp_cases import alpha, grafting_layer, set_weight_gradient
 from torch import Tensor
 
 from kasmina_fx import InvalidArgument
-from kasmina_fx import epochs as time
 from kasmina_fx.grafting import (
     RampSignals,
     Strategy,
@@ -18,10 +17,8 @@ from kasmina_fx.grafting import (
     strategies,
     strategy_number,
 )
-from kasmina_fx.telemetry import LOSS
-
-pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
-
+from kasmina_fx.physical.statistics import LOSS
+from kasmina_fx.seeds import epochs as time
 
 NAN, INF = float("nan"), float("inf")
 NAN, INF = float("nan"), float("inf")

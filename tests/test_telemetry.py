@@ -11,20 +11,10 @@ from torch import Tensor
 
 from kasmina_fx import SeedLifecycle
 from kasmina_fx.config import SeedConfig
-from kasmina_fx.layout import ChunkLayout
-from kasmina_fx.tables import NO_LOSS
-from kasmina_fx.telemetry import (
-    DELTA,
-    LOSS,
-    REJECTED,
-    ROWS,
-    RUNS,
-    merge_statistics,
-)
+from kasmina_fx.physical.graph_inputs import NO_LOSS
+from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.physical.statistics import DELTA, LOSS, REJECTED, ROWS, RUNS, merge_statistics
 from kasmina_fx.testing import graft
-
-pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
-
 
 S = SeedLifecycle
 

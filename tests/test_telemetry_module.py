@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from telemetry_cases import spoil, watched
 from torch import nn
 
 from kasmina_fx import KasminaLayer
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
-from kasmina_fx.telemetry import (
-    DELTA,
-    EVERY,
-    LOSS,
-    REJECTED,
-    ROWS,
-    RUNS,
-    Telemetry,
-)
+from kasmina_fx.physical.statistics import DELTA, EVERY, LOSS, REJECTED, ROWS, RUNS
+from kasmina_fx.seeds.telemetry import Telemetry
 from kasmina_fx.testing import graft
-
-pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
 
 
 def test_without_telemetry_nothing_is_kept() -> None:

@@ -11,13 +11,9 @@ from telemetry_cases import expected_of, merged, spoil, watched
 
 from kasmina_fx import InvalidArgument
 from kasmina_fx.config import TelemetryPolicy
-from kasmina_fx.layout import ChunkLayout
-from kasmina_fx.telemetry import (
-    PHASE,
-)
+from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.physical.statistics import PHASE
 from kasmina_fx.testing import graft
-
-pytestmark = pytest.mark.usefixtures("no_search_for_scalers")
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7])

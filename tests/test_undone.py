@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import kasmina_fx
 from kasmina_fx import KasminaLayer, kasmina_layers
 from kasmina_fx.lifecycle import SeedLifecycle as S
-from kasmina_fx.telemetry import REJECTED
+from kasmina_fx.physical.statistics import REJECTED
 from kasmina_fx.testing import RecordingBackend, graft
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kasmina_fx.bases.features import Features, example_chunk
 from kasmina_fx.blueprints.base import Blueprint, aside
 from kasmina_fx.blueprints.builtin import BUILTINS
 from kasmina_fx.blueprints.from_module import ModuleBlueprint
 from kasmina_fx.blueprints.registry import lookup, register
 from kasmina_fx.errors import InvalidArgument, InvalidBlueprint, InvalidType
-from kasmina_fx.features import Features, example_chunk
 
 _TRIED: dict[tuple[Any, ...], str | None] = {}
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kasmina_fx.arguments import check_count, check_number
 from kasmina_fx.blueprints.registry import DEFAULT, lookup
-from kasmina_fx.colony_control import health_report, step_epoch, transaction
-from kasmina_fx.config import check_count
 from kasmina_fx.controllers.base import Controller, Decision
 from kasmina_fx.errors import InvalidArgument, NoTargets
 from kasmina_fx.grafting.registry import strategy_number
-from kasmina_fx.kasminify import kasmina_layers
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle as S
+from kasmina_fx.model import kasmina_layers, step_epoch, transaction
+from kasmina_fx.reports.health_report import health_report
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,7 @@ class HealthController(Controller):
         check_count("settle_epochs", settle_epochs)
         check_count("evaluate_epochs", evaluate_epochs)
         check_count("tune_epochs", tune_epochs)
-        given: Any = tolerance  # from callers without a type checker, anything
-        if not isinstance(given, (int, float)) or not 0 <= given < math.inf:
-            raise InvalidArgument(f"tolerance={tolerance!r}: give a number, 0 or more")
+        check_number("tolerance", tolerance, least=0)
         if not kasmina_layers(model):
             raise NoTargets(f"{type(model).__name__} has no KasminaLayer: call kasminify first")
         lookup(DEFAULT if blueprint is None else blueprint)

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from kasmina_fx.arguments import check_count
 from kasmina_fx.errors import InvalidArgument
 
 #: Steepness of the sigmoid: it runs from -STEEPNESS/2 to STEEPNESS/2.
@@ -69,12 +70,10 @@ class GraftingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that make no ramp."""
-        steps: Any = self.fixed_steps  # from callers without a type checker, anything
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise InvalidArgument(f"fixed_steps={steps!r}: give an int of at least 1")
+        check_count("fixed_steps", self.fixed_steps, least=1)
         for name in ("high_drift_threshold", "grad_norm_lower", "grad_norm_upper"):
-            number: Any = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, (int, float)):
+            number = getattr(self, name)
+            if not isinstance(number, (int, float)) or isinstance(number, bool):
                 raise InvalidArgument(f"{name}={number!r}: give a number")
         curve: Any = self.curve
         if not isinstance(curve, str) or curve not in CURVES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.grafting.strategies import (
@@ -40,7 +40,7 @@ def register_strategy(strategy: Strategy) -> int:
     Raises:
         InvalidArgument: Not a Strategy, a name that is taken, or 128 of them already.
     """
-    given: Any = strategy  # from callers without a type checker, anything
+    given: object = strategy
     if not isinstance(given, Strategy):
         raise InvalidArgument(f"{strategy!r} is no grafting Strategy; subclass it")
     name = getattr(given, "name", None)

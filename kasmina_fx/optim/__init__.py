@@ -27,7 +27,7 @@ blueprint's first germination. :func:`sync` adds them:
 """
 
 from kasmina_fx.optim import hooks
-from kasmina_fx.optim.carry import Added, Carried, SyncReport, sync
+from kasmina_fx.optim.sync import Added, Carried, SyncReport, sync
 
 hooks.register()
 

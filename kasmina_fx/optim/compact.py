@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.optim import state
-from kasmina_fx.stack import StackedParameter
-from kasmina_fx.transfer import to_device
+from kasmina_fx.transactions.buffers import to_device
 
 #: Parts of the names of such optimizers, or of their base classes, in lower case.
 _COUPLED: Final = ("adafactor", "lamb", "lars", "muon")

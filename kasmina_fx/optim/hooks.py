@@ -1,15 +1,22 @@
 """What happens around every ``step()`` of an optimizer that holds stacks.
 
 Torch's hooks for all optimizers, registered once. They look at one that holds no stack and let it
-be. Nothing waits for the device.
+be. Nothing waits for the device. Before a step, in this order:
+
+1. put back what a step that raised, or that calls this one, has compacted;
+2. take the larger stacks in the places of outgrown ones;
+3. drop gradients of seeds that are gone, and of reconstruction losses under another scale;
+4. keep what is frozen, and compact where one number's step depends on the others.
+
+After it: put back what was compacted, then what is frozen, then what other threads wrote meanwhile;
+then let ramps make their step.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import weakref
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,54 +28,36 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from kasmina_fx import epochs
-from kasmina_fx._torch_compat import live_grad_scalers
-from kasmina_fx.bank import Bank
+from kasmina_fx._torch.amp import stepping_scaler
+from kasmina_fx.banks.bank import Bank
+from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.lifecycle import Mode
 from kasmina_fx.optim import state
 from kasmina_fx.optim.compact import Compacted, compact, couples, put_back
-from kasmina_fx.optim.growth import (
-    STEPPING,
+from kasmina_fx.optim.follower import (
+    Held,
+    OptimizerFollower,
+    follower_of,
     holds_stacks,
-    meet,
-    replace_grown,
-    stacks_of,
+    stepping_here,
 )
-from kasmina_fx.seed_store import SeedStore
-from kasmina_fx.stack import StackedParameter
-from kasmina_fx.staging import LOCK
-from kasmina_fx.transfer import to_device
+from kasmina_fx.optim.frozen import Kept, keep, put_back_frozen, write_on
+from kasmina_fx.seeds import epochs
+from kasmina_fx.seeds.loss_scale import Change
+from kasmina_fx.seeds.store import SeedStore
+from kasmina_fx.transactions.buffers import to_device
 
 _LOG: Final = logging.getLogger(__name__)
+_DEEPEST: Final = 4
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """A stack before a step: who sat where, and the rows that nothing may change."""
-
-    stack: StackedParameter
-    where: Tensor  # int64 (n,)
-    rows: Tensor  # (n, ...)
-    slots: Tensor  # the bank's table
-    held: Tensor  # the same on the CPU
-
-
-@dataclass(frozen=True)
-class _Step:
+class Step:
     """A step under way: what it may not change, and the layers whose ramps follow it."""
 
-    kept: list[_Kept]
+    kept: list[Kept]
     ramps: dict[SeedStore, int]  # and how many ramp steps they had made
     compacted: list[Compacted]
-
-
-#: Steps under way, the last one last: step() of a subclass may call its base's, which runs the
-#: hooks again. One that raised stays until it is pushed out.
-_STEPS: Final[weakref.WeakKeyDictionary[Optimizer, list[_Step]]] = weakref.WeakKeyDictionary()
-_DEEPEST: Final = 4
-#: Ramp steps made after optimizer steps. An optimizer may wrap one that holds the same stacks: what
-#: the inner step ramped, the outer one does not.
-_RAMPED: Final[weakref.WeakKeyDictionary[SeedStore, int]] = weakref.WeakKeyDictionary()
 
 
 def register() -> None:
@@ -81,153 +70,100 @@ def register() -> None:
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if holds_stacks(optimizer):
+    if _may_hold_stacks() and holds_stacks(optimizer):
         # A closure's gradients are those of the stacks; and a compiled step would meet new ones.
         whole = len(args) > 1 or bool(kwargs) or torch.compiler.is_dynamo_compiling()
         _begin(optimizer, whole)
 
 
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if holds_stacks(optimizer):
+    if _may_hold_stacks() and holds_stacks(optimizer):
         _end(optimizer)
+
+
+def _may_hold_stacks() -> bool:
+    # Dynamo would guard on what changes with the first stack.
+    return torch.compiler.is_dynamo_compiling() or StackedParameter.exists
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's, unannotated
 @torch.no_grad()
 def _begin(optimizer: Optimizer, whole: bool) -> None:
-    with LOCK:
-        for step in _STEPS.get(optimizer, ()):
-            put_back(optimizer, step.compacted)  # of a step that raised, or that calls this one
-        replaced = replace_grown(optimizer)
+    follower = follower_of(optimizer)
+    with follower.alone():
+        for step in follower.steps:
+            put_back(optimizer, step.compacted)
+        replaced = follower.replace_grown() if follower.held().outgrown() else []
+        held = follower.held()
         if replaced:
-            _drop_scaled_gradients(optimizer, replaced)
-        stacks = stacks_of(optimizer)
-        for stack in stacks:
-            meet(optimizer, stack)
-            stack.drop_stale()
-            stack.fresh = frozenset()
-            if not stack.stepped_elsewhere():
-                stack.late = ()  # of a step that raised
-        for layer in {layer for layer in map(_layer_of, stacks) if layer is not None}:
-            layer.colony.training.thread = threading.get_ident()
-        _check_scalers(optimizer, stacks)
-        kept = [kept for stack in stacks if (kept := _keep(stack)) is not None]
-        ramps = {layer: _RAMPED.get(layer, 0) for layer in _led(stacks)}
+            _drop_scaled_gradients(replaced)
+        _forget_before(held)
+        follower.thread = threading.get_ident()
+        _check_scales(held)
+        kept = [keep(bank, stacks) for bank, stacks in held.banks()]
+        ramps = {store: store.ramp_steps for store in held.led()}
         compacted = list(compact(optimizer)) if couples(optimizer) and not whole else []
-        under_way = _STEPS.get(optimizer, [])[1 - _DEEPEST :]
-        _STEPS[optimizer] = [*under_way, _Step(kept, ramps, compacted)]
-        STEPPING[optimizer] = threading.get_ident()
-    for layer in ramps:
-        if epochs.in_use(layer, "needs_grad_norm"):
-            _record_grad_norm(optimizer, layer)
+        follower.steps = [*follower.steps[1 - _DEEPEST :], Step(kept, ramps, compacted)]
+    for store in ramps:
+        if epochs.in_use(store, "needs_grad_norm"):
+            _record_grad_norm(optimizer, store)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's, unannotated
 @torch.no_grad()
 def _end(optimizer: Optimizer) -> None:
-    with LOCK:
-        steps = _STEPS.get(optimizer)
-        step = steps.pop() if steps else _Step([], {}, [])  # none: a closure put its first stack in
+    follower = follower_of(optimizer)
+    with follower.alone():
+        # None: a closure put its first stack in.
+        step = follower.steps.pop() if follower.steps else Step([], {}, [])
         put_back(optimizer, step.compacted)
-        STEPPING.pop(optimizer, None)
-        outgrown = {id(p) for p in stacks_of(optimizer) if p.successor is not None}
+        follower.thread = None
+        outgrown = follower.held().outgrown()
         for kept in step.kept:
-            if id(kept.stack) in outgrown:
-                _write_on(kept)
-            _write_back(kept)  # after that: what is frozen moved in the outgrown one
-        replace_grown(optimizer)
-        for stack in stacks_of(optimizer):
-            _write_late(optimizer, stack)
+            if outgrown:
+                write_on(kept)
+            put_back_frozen(kept)  # after that: what is frozen moved in the outgrown one
+        if outgrown:
+            follower.replace_grown()
+        held = follower.held()
+        for stack in held.stacks:
+            _write_late(follower, stack)
             stack.drop_stale()
-            bank, layer = _bank_of(stack), _layer_of(stack)
-            if bank is not None and layer is not None:
-                bank.left, layer.colony.training.awaits_backward = set(), False
-    for layer, made in step.ramps.items():
-        if layer.config.ramp_every == "step" and _RAMPED.get(layer, 0) == made:
-            epochs.step_ramp(layer)
-            _RAMPED[layer] = made + 1
+        for bank, _ in held.banks():
+            bank.left = set()
+        for siblings in held.siblings:
+            siblings.training.awaits_backward = False
+    for store, made in step.ramps.items():
+        # An optimizer may wrap one that holds the same stacks: what the inner step ramped, the
+        # outer one does not.
+        if store.config.ramp_every == "step" and store.ramp_steps == made:
+            epochs.step_ramp(store)
+            store.ramp_steps = made + 1
 
 
-# Frozen slots.
+def _forget_before(held: Held) -> None:
+    """What was given away before this step starts with it; this thread trains these models."""
+    for stack in held.stacks:
+        stack.drop_stale()
+        stack.fresh = frozenset()
+        if stack.late and not stack.stepped_elsewhere():
+            stack.late = ()  # of a step that raised
+    for siblings in held.siblings:
+        siblings.training.thread = threading.get_ident()
 
 
-def _keep(stack: StackedParameter) -> _Kept | None:
-    bank = _bank_of(stack)
-    if bank is None:
-        return None
-    where, rows = bank.frozen_slots, stack.detach()
-    rows = rows.index_select(0, where) if len(where) else rows[:0]
-    return _Kept(stack, where, rows, bank.slots, bank.held)
-
-
-def _write_back(kept: _Kept) -> None:
-    if not len(kept.where):
-        return
-    stack = kept.stack.newest()
-    bank, rows = _bank_of(stack), kept.rows
-    if bank is not None and bank.slots is not kept.slots:
-        # Seeds have changed meanwhile, in a closure or another thread: a slot that went to another
-        # seed keeps what that has put there.
-        same = bank.slots[kept.where] == kept.slots[kept.where]
-        now = stack.detach().index_select(0, kept.where)
-        rows = torch.where(same.view(-1, *[1] * (rows.dim() - 1)), rows, now)
-    stack.data.index_copy_(0, kept.where, rows)
-
-
-# What another thread did meanwhile.
-
-
-def _write_on(kept: _Kept) -> None:
-    """The step went on with a stack after a larger one took its place: hand its rows on."""
-    stack = kept.stack.newest()
-    bank = _bank_of(stack)
-    if bank is None:
-        return
-    same = (kept.held > 0) & (bank.held[: len(kept.held)] == kept.held)
-    where = to_device(same.nonzero().flatten(), stack.device)
-    stack.data.index_copy_(0, where, kept.stack.detach().index_select(0, where))
-
-
-def _write_late(optimizer: Optimizer, stack: StackedParameter) -> None:
+def _write_late(follower: OptimizerFollower, stack: StackedParameter) -> None:
     """Seeds that germinated or went back during the step start from what they were given."""
-    for slots, rows in stack.late:
-        stack.data.index_copy_(0, to_device(slots, stack.device), rows)
-    if not stack.stepped_elsewhere():
-        stack.late = ()
-    state.clear(optimizer, stack, stack.fresh)
+    if stack.late:
+        for slots, rows in stack.late:
+            stack.data.index_copy_(0, to_device(slots, stack.device), rows)
+        if not stack.stepped_elsewhere():
+            stack.late = ()
+    if stack.fresh:
+        state.clear(follower.optimizer, stack, stack.fresh)
 
 
-# Layers.
-
-
-def _led(stacks: list[StackedParameter]) -> Iterator[SeedStore]:
-    """The layers whose first stack is among these: one optimizer a layer has it."""
-    held = {id(stack) for stack in stacks}
-    for layer in dict.fromkeys(_layer_of(stack) for stack in stacks):
-        if layer is not None and id(_first_stack(layer)) in held:
-            yield layer
-
-
-def _first_stack(layer: SeedStore) -> Tensor | None:
-    for bank in layer.bank_list():
-        for spec, stack in zip(bank.tensor_specs, bank.tensors(), strict=True):
-            if spec.trainable:
-                return stack
-    return None
-
-
-def _bank_of(stack: StackedParameter) -> Bank | None:
-    return None if stack.bank is None else stack.bank()
-
-
-def _layer_of(stack: StackedParameter) -> SeedStore | None:
-    bank = _bank_of(stack)
-    owner = None if bank is None or bank.owner is None else bank.owner()
-    return owner if isinstance(owner, SeedStore) else None
-
-
-def _record_grad_norm(optimizer: Optimizer, layer: SeedStore) -> None:
-    store = layer
+def _record_grad_norm(optimizer: Optimizer, store: SeedStore) -> None:
     before = store.grad_norm
     epochs.record_grad_norm(store)
     # A GradScaler leaves it to a fused optimizer to divide the gradients, which comes later.
@@ -236,31 +172,44 @@ def _record_grad_norm(optimizer: Optimizer, layer: SeedStore) -> None:
         store.grad_norm = store.grad_norm / scale
 
 
-def _check_scalers(optimizer: Optimizer, stacks: list[StackedParameter]) -> None:
-    """Drop gradients of reconstruction losses that were scaled, and that nobody divides."""
-    layers = {layer for layer in map(_layer_of, stacks) if layer is not None}
-    me = threading.get_ident()  # an outer optimizer's step may call this one's
-    stepping = [optimizer, *(other for other, thread in STEPPING.items() if thread == me)]
-    strange = {
-        colony for colony in {layer.colony for layer in layers} if not colony.check_scaler(stepping)
-    }
-    for stack in stacks if strange else ():
-        layer, bank = _layer_of(stack), _bank_of(stack)
-        if layer is None or bank is None or layer.colony not in strange or stack.grad is None:
+def _check_scales(held: Held) -> None:
+    """Mend gradients of reconstruction losses that another scale divides than multiplied them.
+
+    If none multiplied them, the scale does so now; else they are dropped, and so are those of slots
+    that learn from the model's loss as well.
+    """
+    stepping = stepping_here()
+    for siblings in held.siblings:
+        change = siblings.loss_scale.check(stepping)
+        if change is Change.NONE:
             continue
-        trains = (bank.modes == Mode.RECONSTRUCTS).any(1)
-        rows = stack.grad[: len(trains)]
-        rows.masked_fill_(trains.view(-1, *[1] * (rows.dim() - 1)), 0.0)
+        siblings.publish_stacks()
+        for bank, stacks in held.banks():
+            if bank.training_loop is siblings.training:
+                found = change is Change.FOUND
+                _rescale(bank, stacks, siblings.loss_scale.tensor(stacks[0]) if found else None)
 
 
-def _drop_scaled_gradients(optimizer: Optimizer, replaced: list[StackedParameter]) -> None:
+def _rescale(bank: Bank, stacks: Sequence[StackedParameter], scale: Tensor | None) -> None:
+    trains = bank.modes == Mode.RECONSTRUCTS
+    alone = trains.all(1) if scale is not None else torch.zeros_like(trains[:, 0])
+    for stack in stacks:
+        if stack.grad is not None:
+            rows = stack.grad[: len(trains)]
+            shape = (-1, *[1] * (rows.dim() - 1))
+            rows.masked_fill_((trains.any(1) & ~alone).view(shape), 0.0)
+            if scale is not None:
+                rows.copy_(torch.where(alone.view(shape), rows * scale, rows))
+
+
+def _drop_scaled_gradients(replaced: list[StackedParameter]) -> None:
     """Drop gradients of stacks that a GradScaler did not find in the optimizer.
 
     It divided and checked those of the outgrown ones. Only an optimizer that has neither stepped
     nor been synced gets here: all others had the new stacks at once.
     """
     unchecked = [stack for stack in replaced if stack.grad is not None]
-    if unchecked and live_grad_scalers():
+    if unchecked and stepping_scaler() is not None:
         _LOG.warning(
             "%d stacks grew before their optimizer's first step: that step leaves them out, since "
             "a GradScaler did not see their gradients. kasmina_fx.optim.sync(optimizer, model) "

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kasmina_fx.stack import resized
-from kasmina_fx.transfer import to_device
+from kasmina_fx.banks.stack import resized
+from kasmina_fx.transactions.buffers import to_device
 
 #: State that does not start from 0, and the option of the parameter group that it starts from:
 #: of Adagrad and of Rprop.

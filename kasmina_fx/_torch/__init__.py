@@ -1,0 +1,1 @@
+"""Every private name of torch that the package needs, each with its reason."""

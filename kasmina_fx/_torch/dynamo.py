@@ -1,0 +1,144 @@
+"""Every private name of Dynamo that the package needs, and why; see also :mod:`_torch_compat`."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.callback import CallbackTrigger
+from torch._dynamo.decorators import skip
+
+
+def is_exporting() -> bool:
+    """Is ``torch.export`` tracing?
+
+    Dynamo of torch 2.11 takes the public function for a constant, True, in every compile; the flag
+    behind it is read as it is.
+    """
+    return bool(torch.compiler._is_exporting_flag)
+
+
+def mark_dynamic(t: torch.Tensor, dim: int) -> None:
+    """Let Dynamo make a dimension symbolic from the first compile on, without insisting on it."""
+    torch._dynamo.maybe_mark_dynamic(t, dim)
+
+
+def uncompiled(model: Any) -> Any:
+    """The module behind ``torch.compile(model)``; any other module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def placeholder_source(node: torch.fx.Node) -> str:
+    """Where Dynamo found an input, "" if it doesn't say.
+
+    For example ``L['self']._modules['fc']._parameters['weight']``.
+    """
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)  # a method up to torch 2.11, an attribute since
+
+
+#: Of an input's ``tensor_dict``: not None if Dynamo takes its address for one that stays.
+STATIC_INPUT = "_dynamo_static_input_type"
+
+
+def resolve_source(source: str, root: Any) -> Any:
+    """The object that a source names, if ``root`` is what its path starts from; else None.
+
+    A path starts with ``L['self']``, whatever ``forward`` calls its first argument.
+    """
+    value: Any = root
+    parts = re.findall(r"\.(\w+)|\[(?:'([^']*)'|(\d+))\]", source.partition("]")[2])
+    for attribute, key, index in parts:
+        try:
+            if attribute:
+                value = getattr(value, attribute)
+            else:
+                value = value[key] if not index else value[int(index)]
+        except (AttributeError, KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """A Dynamo backend by name."""
+    found: Callable[..., Any] = torch._dynamo.lookup_backend(name)
+    return found
+
+
+@contextlib.contextmanager
+def compile_events() -> Iterator[list[str]]:
+    """Graphs that Dynamo compiles inside, with Dynamo's reasons once the block has ended."""
+    compiled: list[str] = []
+    events: list[str] = []
+
+    def started(args: Any) -> None:
+        if args.callback_trigger is CallbackTrigger.DYNAMO:
+            compiled.append(str(args.compile_id))
+
+    callback = torch._dynamo.callback.on_compile_start(started)
+    try:
+        yield events
+    finally:
+        torch._dynamo.callback.callback_handler.remove_start_callback(callback)
+        metrics = torch._dynamo.utils.get_compilation_metrics()
+        reasons = {m.compile_id: m.recompile_reason for m in metrics}
+        events += [f"[{i}] {reasons.get(i) or 'the first compile of its code'}" for i in compiled]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def not_traced(fn: F, *, below: bool = True) -> F:
+    """``torch.compiler.disable``, typed; with ``below=False`` Dynamo sees the functions it calls.
+
+    The public spelling of that, ``recursive=False``, refuses ``torch.export`` (torch 2.13).
+    """
+    return cast("F", torch.compiler.disable(fn) if below else skip(fn))
+
+
+def dynamo_is_on() -> bool:
+    """May Dynamo compile the functions called next, as below ``torch.compile(...)``?"""
+    return get_eval_frame_callback() is not None
+
+
+def compile_whole(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
+    """``torch.compile`` of a module with its hooks, as one frame of its own.
+
+    ``Module.compile`` starts from a frame of torch's that Dynamo skips: of an ``nn.Sequential`` it
+    compiles nothing but what lies below its children (torch 2.13), and instances of one class share
+    one cache with one limit of recompiles. A frame of ours, with its own code object, has neither.
+    """
+
+    def whole_model(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    call: Callable[..., Any] = model._call_impl
+    own = types.FunctionType(
+        whole_model.__code__.replace(co_name=f"{type(model).__name__}_whole_model"),
+        globals(),
+        closure=whole_model.__closure__,
+    )
+    compiled: Callable[..., Any] = torch.compile(own, **options)
+    return compiled
+
+
+def static_below(root: torch.nn.Module) -> set[int]:
+    """The ``id`` of every module that Dynamo reaches through a module of torch's own.
+
+    Its containers apart, the shapes of all that Dynamo finds there are static (torch 2.11 to 2.13).
+    """
+    found: set[int] = set()
+    for owner in root.modules():
+        where = type(owner).__module__
+        own = where.startswith(("torch.nn.modules", "torch.ao."))
+        if own and not where.startswith("torch.nn.modules.container"):
+            found |= {id(child) for child in owner.modules() if child is not owner}
+    return found

@@ -1,0 +1,89 @@
+"""Every private name of torch that the package needs, and why; nothing else imports one.
+
+Those of Dynamo are in :mod:`_dynamo_compat`. Checked on torch 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch._inductor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
+from torch.utils import _pytree as pytree
+
+
+def in_backward() -> bool:
+    """Is this thread running inside ``backward()`` (as a recomputed forward does)?"""
+    # -1 outside the autograd engine; there is no public way to ask.
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def asks_for_shapes(t: torch.Tensor) -> bool:
+    """Is ``t`` a fake tensor of which nobody records what is done with it (Dynamo's own)?"""
+    return isinstance(t, FakeTensor) and get_proxy_mode() is None
+
+
+def known_empty(t: torch.Tensor) -> bool:
+    """Has a tensor no elements? False where only a symbol says how many it has."""
+    return statically_known_true(t.numel() == 0)
+
+
+def in_functorch() -> bool:
+    """Is a transform of ``torch.func`` (grad, vmap, jvp) active?"""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+class SymbolicSizes:
+    """Sizes that are symbols in a shape environment of its own, and a mode for fakes of them."""
+
+    def __init__(self) -> None:
+        # Without duck shaping: two sizes that are equal by chance stay two symbols.
+        self.shape_env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self.shape_env)
+        self._symbols: dict[str, torch.SymInt] = {}
+
+    def symbol(self, name: str, hint: int) -> torch.SymInt:
+        """The size of that name; a new one looks like ``hint`` or a little more, all different."""
+        if name not in self._symbols:
+            hint += 2 * len(self._symbols)
+            source = ConstantSource(f"kasmina_{name}")
+            symbol = self.shape_env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+            made = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+            self._symbols[name] = cast("torch.SymInt", made)  # an int for a constant alone
+        return self._symbols[name]
+
+    def specialized(self) -> bool:
+        """Did tracing turn one of the symbols into a number, or two into one?"""
+        # An expression reads as what replaced it.
+        expressions = [size.node.expr for size in self._symbols.values()]
+        known = [e for e in expressions if not e.is_number]
+        return len(known) < len(expressions) or len(set(known)) < len(known)
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """For ``make_fx`` on fake tensors with such sizes."""
+        # Without the dispatcher: "SymIntArrayRef expected to contain only concrete integers".
+        with self.mode, enable_python_dispatcher():
+            yield
+
+
+def fake_call(
+    target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], like: Any
+) -> Any:
+    """Call an operator on fake tensors in the mode of ``like``: nothing is computed."""
+    mode = like.fake_mode
+
+    def fake(value: Any) -> Any:
+        is_real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+        return mode.from_tensor(value) if is_real else value
+
+    args, kwargs = pytree.tree_map(fake, (tuple(args), dict(kwargs)))
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        return target(*args, **kwargs)

@@ -1,0 +1,1 @@
+"""Blueprints of one class, stacked."""

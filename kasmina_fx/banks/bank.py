@@ -1,0 +1,273 @@
+"""A bank: all blueprints of one class for the chunks of one run, stacked.
+
+Each *slot* of a bank holds one set of blueprint parameters; the table ``slots`` says whose, by
+blueprint id. What the graph reads (``BankTables``) is derived from that
+table and the state tensor, on the host, and published as new tensors.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kasmina_fx._torch.dynamo import mark_dynamic
+from kasmina_fx.banks.placement import SMALLEST, power_of_two, seat
+from kasmina_fx.banks.stack import StackedParameter
+from kasmina_fx.blueprints import Blueprint, lookup
+from kasmina_fx.lifecycle import Mode, holds_blueprint, modes, runs
+from kasmina_fx.physical.graph_inputs import BankTables
+from kasmina_fx.physical.layout import BankSpec, Run
+from kasmina_fx.transactions.buffers import to_device
+from kasmina_fx.transactions.threads import Training
+
+
+class Bank(nn.Module):
+    """Stacked parameters of one blueprint class, and who sits in which slot.
+
+    Args:
+        kind: Name of the blueprint.
+        run_index: Which run of the layer, and ``run`` itself.
+        shared: One set of parameters for all seeds with the same id (else every id has one seed).
+        capacity: Slots to start with.
+        dtype: Of the parameters.
+        device: Of all tensors.
+    """
+
+    slots: Tensor
+    seeds: Tensor
+    positions: Tensor
+    modes: Tensor
+    trainees: Tensor
+
+    def __init__(
+        self,
+        kind: str,
+        run_index: int,
+        run: Run,
+        *,
+        shared: bool,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.blueprint: Blueprint = lookup(kind)
+        self.run, self._dtype = run, dtype
+        self.tensor_specs = self.blueprint.specs(run.size)
+        self.spec = BankSpec(kind, run_index, shared, len(self.tensor_specs))
+        self.held = torch.zeros(0, dtype=torch.int64, device="cpu")  # the host's copy of ``slots``
+        self.register_buffer("slots", torch.zeros(0, dtype=torch.int64, device=device))
+        for name in BankTables._fields:
+            empty = torch.empty(0, dtype=torch.int64, device=device)
+            self.register_buffer(name, empty, persistent=False)
+        self.frozen_slots = empty  # slots whose parameters nothing may change
+        self._froze = self.held  # ids of blueprints that nothing might change, when last published
+        self.left: set[int] = set()  # slots that seeds let go of since an optimizer's last step
+        self.owner: weakref.ref[nn.Module] | None = None  # whose it is; set by its publish()
+        self.training_loop = Training()  # the owner's, likewise
+        self.grow(capacity)
+        self.publish(*torch.zeros(2, run.count, dtype=torch.int64, device="cpu"))
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated."""
+        return len(self.held)
+
+    @property
+    def key(self) -> str:
+        """Name in its layer: ``mlp_run0``, ``mlp_shared_run0``."""
+        return bank_key(self.spec)
+
+    def tensors(self) -> list[StackedParameter]:
+        """The registered stacks, in the order of the blueprint's specs."""
+        return list(self._parameters.values())  # type: ignore[arg-type]  # grow() sets no None
+
+    @torch.inference_mode(False)  # or what an evaluation grows could never train
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` slots; old slots keep their values, new ones are zero.
+
+        The stacks become new Parameter objects, to which optimizers are carried over. A backward
+        still to run keeps the old ones.
+        """
+        device, used = self.slots.device, self.capacity
+        for spec in self.tensor_specs:
+            name = registered_name(spec.name)
+            old = self._parameters.get(name)
+            dtype = spec.dtype or (self._dtype if old is None else old.dtype)
+            fresh = torch.zeros(capacity, *spec.shape, dtype=dtype, device=device)
+            if old is not None:
+                fresh[:used] = old.detach()
+            trains = spec.trainable if old is None else old.requires_grad
+            stack = StackedParameter(fresh, requires_grad=trains)
+            if isinstance(old, StackedParameter):
+                old.hand_over(stack, self.trained_elsewhere)
+            self.register_parameter(name, stack)
+        held = torch.zeros(capacity, dtype=torch.int64, device="cpu")
+        slots = torch.zeros(capacity, dtype=torch.int64, device=device)
+        held[:used], slots[:used] = self.held, self.slots[:used]
+        self.held, self.slots, self.left = held, slots, set()
+        self.mark()
+
+    @torch.inference_mode(False)
+    def acquire(self, ids: Tensor) -> None:
+        """Give each blueprint id (int64 ``(n,)``) a free slot with fresh parameters."""
+        if not len(ids):
+            return
+        free = self._free()
+        if len(free) < len(ids):
+            room = self.capacity
+            while room < int((self.held > 0).sum()) + len(ids):
+                room *= 2
+            self.grow(room)
+            free = self._free()
+        taken = free[: len(ids)]
+        self.held = self.held.index_put((taken,), ids)  # a transaction may need the old table
+        with torch.device("cpu"):  # whatever the default is: drawn from one generator everywhere
+            fresh = self.blueprint.initial(self.run.size, len(ids))
+        for stack, values in zip(self.tensors(), fresh, strict=True):
+            stack.write_rows(taken, to_device(values.to(stack.dtype), stack.device))
+        self.restart(taken)
+
+    def restart(self, slots: Tensor) -> None:
+        """Slots (int64 on the CPU) start anew: no gradient, and no state in optimizers."""
+        given = frozenset(slots.tolist())
+        for stack in self.tensors():
+            stack.restart(given, self.trained_elsewhere)
+
+    def forget(self) -> None:
+        """What was frozen before says nothing of what was loaded."""
+        self._froze = self.held[:0]
+
+    def _free(self) -> Tensor:
+        """Slots to give away, int64 ``(n,)``: no backward still to run reads them."""
+        free = self.held == 0
+        if self.awaits_backward:
+            free[list(self.left)] = False
+        return free.nonzero().flatten()
+
+    @property
+    def awaits_backward(self) -> bool:
+        """May there be a backward still to run, of a forward that was compiled?"""
+        return self.training_loop.awaits_backward
+
+    @property
+    def trained_elsewhere(self) -> bool:
+        """Does another thread train the layer?"""
+        return self.training_loop.elsewhere()
+
+    def give_back(self, held: Tensor) -> None:
+        """Undo what was acquired since the table was ``held``; the stacks stay as large."""
+        self.held = nn.functional.pad(held, (0, self.capacity - len(held)))
+
+    def slot_of(self, blueprint_ids: Tensor) -> Tensor:
+        """Slot of each blueprint id, -1 where the bank holds none: int64 ``(n,)`` on the CPU."""
+        order = self.held.argsort()
+        ids = blueprint_ids.long()
+        found = torch.searchsorted(self.held[order], ids).clamp_max(self.capacity - 1)
+        slots = order[found]
+        return torch.where((self.held[slots] == ids) & (ids > 0), slots, -1)
+
+    @torch.inference_mode(False)
+    def publish(self, blueprint_ids: Tensor, stages: Tensor, pad: bool = False) -> None:
+        """Derive what the graph reads from the run's seeds, ``(n,)``; free what they let go.
+
+        ``pad``: as of :class:`~kasmina_fx.SeedConfig`.
+        """
+        round_up = power_of_two if pad else int
+        slot = self.slot_of(torch.where(holds_blueprint(stages), blueprint_ids, 0))
+        if not self.spec.shared:
+            kept = torch.zeros(self.capacity, dtype=torch.bool, device="cpu")
+            kept[slot[slot >= 0]] = True
+            self.left |= set(((self.held > 0) & ~kept).nonzero().flatten().tolist())
+            self.held = torch.where(kept, self.held, 0)
+        sitting = torch.where(runs(stages), slot, -1)
+        seeds, positions = seat(sitting, self.held, self.spec.shared, round_up)
+        does = torch.where(seeds >= 0, modes(stages)[seeds.clamp_min(0)], Mode.FROZEN)
+        trainees = (does.view(-1) == Mode.RECONSTRUCTS).nonzero().flatten()
+        places = round_up(max(SMALLEST, len(trainees)))
+        trainees = nn.functional.pad(trainees, (0, places - len(trainees)), value=-1)
+        frozen = self.held > 0
+        frozen[: len(does)] &= (does == Mode.FROZEN).all(1)
+        froze = torch.isin(self.held[: len(does)], self._froze)
+        starts = (does == Mode.RECONSTRUCTS).any(1) & froze
+        if bool(starts.any()):  # momentum and weight decay went on while it waited to train
+            self.restart(starts.nonzero().flatten())
+        self._froze = self.held[frozen]
+        self.trained = ((self.held > 0) & ~frozen).nonzero().flatten()  # slots, on the CPU
+        device = self.slots.device
+        self.slots = to_device(self.held, device)
+        self.frozen_slots = to_device(frozen.nonzero().flatten(), device)
+        tables = BankTables(seeds, positions, does, trainees)
+        for name, table in tables._asdict().items():
+            setattr(self, name, to_device(table, device))
+        self.mark()
+
+    def tables(self) -> BankTables:
+        """What the graph reads."""
+        return BankTables(self.seeds, self.positions, self.modes, self.trainees)
+
+    def mark(self) -> None:
+        """Tell Dynamo which dimensions change as a layer grows."""
+        if self.capacity >= SMALLEST:
+            for stack in self.tensors():
+                mark_dynamic(stack, 0)
+        for stack in self.tensors():
+            if isinstance(stack, StackedParameter):
+                stack.bank = weakref.ref(self)
+        for table in (self.seeds, self.modes, self.trainees):
+            for dim, size in enumerate(table.shape):
+                if size >= SMALLEST:
+                    mark_dynamic(table, dim)
+
+    def extra_repr(self) -> str:
+        """Class, run and slots in use."""
+        return f"{self.spec}, {int((self.held > 0).sum())} of {self.capacity} slots in use"
+
+    def slot_tensors(self, slot: int) -> dict[str, Tensor]:
+        """Views of one slot's parameters and buffers, named as in ``blueprint.module(size)``."""
+        return {
+            spec.name: stack[slot]
+            for spec, stack in zip(self.tensor_specs, self.tensors(), strict=True)
+        }
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint may hold more or fewer slots than are allocated here: take its capacity.
+        before = dict(self._parameters)
+        slots = state_dict.get(prefix + "slots")
+        if slots is not None and len(slots) != self.capacity:
+            self.held = self.held[:0]
+            for stack in self.tensors():
+                if stack.is_floating_point():
+                    self._dtype = stack.dtype  # .to() may have changed it since
+            for name in list(self._parameters):
+                del self._parameters[name]
+            self.grow(len(slots))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name, loaded in list(self._parameters.items()):
+            if loaded is not None and not isinstance(loaded, StackedParameter):  # assign=True
+                self._parameters[name] = StackedParameter(loaded.detach(), loaded.requires_grad)
+        for name, now in self._parameters.items():
+            old = before.get(name)
+            if isinstance(now, StackedParameter):
+                if isinstance(old, StackedParameter) and old is not now:
+                    old.hand_over(now)
+                now.fresh, now.late = frozenset(), ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its owner, which connects again."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's, unannotated
+        return state | {"owner": None, "training_loop": Training()}
+
+
+def bank_key(spec: BankSpec) -> str:
+    """Name of a bank in its layer."""
+    return f"{spec.kind}{'_shared' if spec.shared else ''}_run{spec.run}"
+
+
+def registered_name(name: str) -> str:
+    """Of a stack in its bank, from the tensor's name in the blueprint's module."""
+    # A parameter's name can't contain a dot; '/' reads the same and can't occur in one.
+    return name.replace(".", "/")

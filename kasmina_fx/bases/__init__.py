@@ -1,0 +1,1 @@
+"""What seeds watch: modules whose output has features."""

@@ -1,0 +1,1 @@
+"""Look at graphs: capture them, write them as text, compare them."""

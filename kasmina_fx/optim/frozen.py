@@ -1,0 +1,61 @@
+"""Frozen slots stay as they are to the bit, whatever momentum and weight decay would do to them.
+
+Their rows are kept before a step and put back after it, bank by bank; nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kasmina_fx.banks.bank import Bank
+from kasmina_fx.banks.stack import StackedParameter
+from kasmina_fx.optim.follower import bank_of
+from kasmina_fx.transactions.buffers import to_device
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Stacks of one bank before a step: who sat where, and the rows that nothing may change."""
+
+    stacks: Sequence[StackedParameter]
+    where: Tensor  # int64 (n,): the frozen slots
+    rows: Sequence[Tensor]  # (n, ...) of each stack
+    slots: Tensor  # the bank's table
+    held: Tensor  # the same on the CPU
+
+
+def keep(bank: Bank, stacks: Sequence[StackedParameter]) -> Kept:
+    """What a step may not change of some stacks of a bank, before the step."""
+    where = bank.frozen_slots
+    rows = [s.detach().index_select(0, where) for s in stacks] if len(where) else ()
+    return Kept(stacks, where, rows, bank.slots, bank.held)
+
+
+def put_back_frozen(kept: Kept) -> None:
+    """The rows of frozen slots are put back after a step."""
+    for stack, rows in zip(kept.stacks, kept.rows, strict=False):  # of nothing frozen no rows
+        newest = stack.newest()
+        bank = bank_of(newest)
+        if bank is not None and bank.slots is not kept.slots:
+            # Seeds have changed meanwhile, in a closure or another thread: a slot that went to
+            # another seed keeps what that has put there.
+            same = bank.slots[kept.where] == kept.slots[kept.where]
+            now = newest.detach().index_select(0, kept.where)
+            rows = torch.where(same.view(-1, *[1] * (rows.dim() - 1)), rows, now)
+        newest.data.index_copy_(0, kept.where, rows)
+
+
+def write_on(kept: Kept) -> None:
+    """The step went on with stacks after larger ones took their places: hand their rows on."""
+    for stack in kept.stacks:
+        newest = stack.newest()
+        bank = bank_of(newest)
+        if bank is None or newest is stack:
+            continue
+        same = (kept.held > 0) & (bank.held[: len(kept.held)] == kept.held)
+        where = to_device(same.nonzero().flatten(), newest.device)
+        newest.data.index_copy_(0, where, stack.detach().index_select(0, where))

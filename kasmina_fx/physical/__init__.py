@@ -1,0 +1,1 @@
+"""What a graph reads, and what it computes."""

@@ -1,0 +1,141 @@
+"""Operators that decide which gradients leave a blueprint.
+
+``guard(tensors, modes, positions, faults, blames)``
+    The identity on a bank's rows ``(K, M, ...)`` and parameters ``(K, ...)``. Backward lets a
+    slot's gradients through if all of them are finite (0 x NaN is NaN: a blueprint rejected in
+    forward could still poison the host's gradient) and its mode allows: frozen parameters get none,
+    and no chunk gets any from a seed in TRAINING. What was refused is counted in the gradient of
+    ``faults`` ``(n,)``, where it can be nothing but the blueprint's fault (``blames``, bool
+    ``(K, M)``). One more output, float32 ``(K,)``, is 1 for slots that do not learn from the
+    model's loss: their gradients may be scaled down on the way here.
+``reconstruct(f, rows, trainees, loss_scale, alone)``
+    The identity on ``f`` ``(P, ...)``. Backward adds the gradient of ``loss_scale`` times the mean
+    squared difference of ``f`` from ``rows``, a sum over the places in ``trainees``: an auxiliary
+    loss that needs no change of the training loop, as mixture-of-experts layers inject theirs.
+    In float16 a GradScaler's scale is for the model's loss, and would overflow this one: slots that
+    are ``alone`` get a power of two less, and guard multiplies it in again. How much comes there as
+    the gradient of ``alone``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from kasmina_fx.lifecycle import Mode
+from kasmina_fx.physical.moves import take
+from kasmina_fx.physical.rows import column, finite_rows, inside
+
+
+@torch.library.custom_op(
+    "kasmina::guard",
+    mutates_args=(),
+    schema="(Tensor[] tensors, Tensor modes, Tensor positions, Tensor faults, Tensor blames) "
+    "-> Tensor[]",
+)
+def _guard(
+    tensors: Sequence[Tensor], modes: Tensor, positions: Tensor, faults: Tensor, blames: Tensor
+) -> list[Tensor]:
+    return [*(t.clone() for t in tensors), alone_slots(modes)]
+
+
+@_guard.register_fake
+def _(
+    tensors: Sequence[Tensor], modes: Tensor, positions: Tensor, faults: Tensor, blames: Tensor
+) -> list[Tensor]:
+    return [*(torch.empty_like(t) for t in tensors), alone_slots(modes)]
+
+
+def alone_slots(modes: Tensor) -> Tensor:
+    """float32 ``(K,)``: 1 for slots that don't learn from the model's loss."""
+    return (modes != Mode.LEARNS).all(1).to(torch.float32)
+
+
+def _save_modes(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(inputs[1], inputs[2], inputs[4])
+
+
+def _guard_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    modes, positions, blames = ctx.saved_tensors
+    rows, *params, less = grads
+    # Floating-point outputs: autograd makes zeros where no gradient comes.
+    assert rows is not None
+    assert less is not None
+    # Values that are no parameters (counters of a user's module) have no gradient to check.
+    params = [g if g is None else g * (1 + less).to(g.dtype).view(column(g)) for g in params]
+    faulty = ~reduce(torch.logical_and, [finite_rows(g) for g in (rows, *params) if g is not None])
+    detached = (modes == Mode.RECONSTRUCTS) | faulty.unsqueeze(1)
+    frozen = (modes == Mode.FROZEN).all(1) | faulty
+    places = (*modes.shape, *[1] * (rows.dim() - 2))
+    passed: list[Any] = [rows.masked_fill(detached.view(places), 0.0)]
+    passed += [g if g is None else g.masked_fill(frozen.view(column(g)), 0.0) for g in params]
+    blamed = (faulty & blames.all(1)).float().unsqueeze(1).expand(modes.shape).reshape(-1)
+    return passed, None, None, torch.ops.kasmina.pull.default(blamed, positions, positions), None
+
+
+_guard.register_autograd(_guard_backward, setup_context=_save_modes)
+
+
+# reconstruct
+
+
+@torch.library.custom_op(
+    "kasmina::reconstruct",
+    mutates_args=(),
+    schema="(Tensor f, Tensor rows, Tensor trainees, Tensor loss_scale, Tensor alone) -> Tensor",
+)
+def _reconstruct(
+    f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor
+) -> Tensor:
+    return f.clone()
+
+
+@_reconstruct.register_fake
+def _(f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor) -> Tensor:
+    return torch.empty_like(f)
+
+
+def _as(dtype: torch.dtype, values: Tensor) -> Tensor:
+    # Called for, .to() of the same dtype gives its input, which a schema may not say.
+    return values if values.dtype == dtype else values.to(dtype)
+
+
+def _save_errors(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    f, rows, trainees, loss_scale, alone = inputs
+    wide = torch.promote_types(torch.promote_types(f.dtype, rows.dtype), torch.float32)
+    error = _as(wide, take(f, trainees, trainees)) - _as(wide, take(rows, trainees, trainees))
+    ctx.save_for_backward(error, trainees, loss_scale, alone)
+
+
+#: Of a slot in float16: the sum of the magnitudes of the gradient that enters it, and so about the
+#: largest that a weight's gradient is for inputs of 1; float16 ends at 65,504.
+_ENTERS_AT_MOST: Final = 64.0
+
+
+def _scaled_down(added: Tensor, slots: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
+    """``added`` ``(T, ...)`` divided by a power of two each slot, and these, ``(K,)``."""
+    totals = torch.zeros_like(alone).index_add(0, slots, added.abs().sum(inside(added)).float())
+    excess = (totals / _ENTERS_AT_MOST).log2().ceil().clamp_min(0.0) * alone
+    by = excess.exp2()
+    return added / by.index_select(0, slots).view(column(added)), by
+
+
+def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, Tensor | None]:
+    error, trainees, loss_scale, alone = ctx.saved_tensors
+    # A gradient that comes in as NaN or Inf (an overflow of a scaled loss) is not the blueprint's
+    # fault: it goes no further, and the host's own gradient shows it anyway.
+    grad = grad.masked_fill(~finite_rows(grad).view(column(grad)), 0.0)
+    added = error * (2.0 / error[0].numel()) * loss_scale
+    places, less = trainees.clamp_min(0), None
+    if grad.dtype == torch.float16:
+        added, by = _scaled_down(added, places // (grad.shape[0] // alone.shape[0]), alone)
+        less = by - 1
+    # Padding adds 0 to place 0; every other place occurs once, so the order does not matter.
+    return grad.index_add(0, places, added.to(grad.dtype)), None, None, None, less
+
+
+_reconstruct.register_autograd(_reconstruct_backward, setup_context=_save_errors)

@@ -1,0 +1,67 @@
+"""The four operators together: their overloads, decompositions, and plain code in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kasmina_fx._torch.tracing import in_functorch
+from kasmina_fx.lifecycle import Mode
+from kasmina_fx.physical.gradients import alone_slots
+from kasmina_fx.physical.moves import decomposed_move, take
+from kasmina_fx.physical.rows import column
+
+PULL: Final = torch.ops.kasmina.pull.default
+GATHER: Final = torch.ops.kasmina.gather.default
+GUARD: Final = torch.ops.kasmina.guard.default
+RECONSTRUCT: Final = torch.ops.kasmina.reconstruct.default
+
+#: For ``compile_fx(decompositions=...)``.
+DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
+    PULL: decomposed_move,
+    GATHER: decomposed_move,
+    GUARD: lambda tensors, modes, positions, faults, blames: [*tensors, alone_slots(modes)],
+    RECONSTRUCT: lambda f, rows, trainees, loss_scale, alone: f,
+}
+
+
+class Moves(NamedTuple):
+    """The four operators, or what stands for them."""
+
+    gather: Callable[[Tensor, Tensor, Tensor], Tensor]
+    pull: Callable[[Tensor, Tensor, Tensor], Tensor]
+    guard: Callable[[list[Tensor], Tensor, Tensor, Tensor, Tensor], list[Tensor]]
+    reconstruct: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _plain_guard(
+    tensors: list[Tensor], modes: Tensor, positions: Tensor, faults: Tensor, blames: Tensor
+) -> list[Tensor]:
+    rows, *params = tensors
+    frozen = ~(modes != Mode.FROZEN).any(1)
+    trains = (modes == Mode.RECONSTRUCTS).view(*modes.shape, *[1] * (rows.dim() - 2))
+    return [
+        torch.where(trains, rows.detach(), rows),
+        *(torch.where(frozen.view(column(p)), p.detach(), p) for p in params),
+        alone_slots(modes),
+    ]
+
+
+def _no_reconstruction(
+    f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor
+) -> Tensor:
+    return f
+
+
+_OPERATORS: Final = Moves(GATHER, PULL, GUARD, RECONSTRUCT)
+_PLAIN: Final = Moves(take, take, _plain_guard, _no_reconstruction)
+
+
+def current() -> Moves:
+    """The operators; under ``torch.func`` transforms plain code with the same values."""
+    # torch.func does not take operators with a registered backward (torch 2.13). Plain code has the
+    # same gradients too, but for the guard against NaN and the reconstruction loss.
+    return _PLAIN if in_functorch() else _OPERATORS

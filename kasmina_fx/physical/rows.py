@@ -1,0 +1,24 @@
+"""Helpers on stacks of rows: tensors ``(K, ...)`` with a row a slot or a seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    """Bool ``(K,)``: are all values of ``values[k]`` finite? ``values`` is ``(K, ...)``."""
+    # The largest magnitude is finite exactly if all are (amax hands NaN on, which is not below
+    # Inf): one reduction, vectorised. Inductor folds the sum of ``values * 0`` to 0.
+    sizes = values.detach().abs()
+    return (sizes.amax(inside(sizes)) if sizes.dim() > 1 else sizes) < torch.inf
+
+
+def inside(values: Tensor) -> list[int]:
+    """All dims but the first: reduced at once, with no copy of what is not contiguous."""
+    return list(range(1, values.dim()))
+
+
+def column(like: Tensor) -> tuple[int, ...]:
+    """The shape in which ``(K,)`` values stand beside the rows of ``like``."""
+    return (-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,184 @@
+"""Running statistics of every seed, kept on the device.
+
+The buffer is float32 ``(ROWS, S)``; all zero is empty. Each step contributes the count, the mean
+and the sum of squared deviations of its chunk, merged by the pairwise update of Chan, Golub and
+LeVeque ("Updating formulae and a pairwise algorithm for computing sample variances", 1979). Sums
+are taken around the first element of each feature, and means are kept as a difference from the
+first element ever seen, so that float32 keeps its digits when the mean is far from zero. A chunk
+with a NaN or Inf in it counts as such and leaves the other statistics as they were.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kasmina_fx._torch.tracing import known_empty
+from kasmina_fx.physical.graph_inputs import NOTE_LOSS, NOTE_REJECTED
+from kasmina_fx.physical.layout import ChunkLayout, Run
+
+# Of the elements seen, changed by every step that is finite:
+COUNT: Final = 0
+MEAN: Final = 1  # relative to ORIGIN
+SQUARED_DEVIATIONS: Final = 2
+ORIGIN: Final = 3
+MINIMUM: Final = 4
+MAXIMUM: Final = 5
+NEAR_ZERO: Final = 6  # elements of magnitude below DEAD_BELOW
+# Of the steps:
+NON_FINITE: Final = 7  # steps in which the chunk itself held NaN or Inf
+PHASE: Final = 8  # steps since the last one observed
+EVERY: Final = 9  # observe one step in so many; 0 and 1 are every step
+# Of the blueprint:
+REJECTED: Final = 10  # steps in which it yielded NaN or Inf
+RUNS: Final = 11  # steps in which it ran and was finite
+LOSS: Final = 12  # moving average of its mean squared difference from the chunk
+DELTA: Final = 13  # moving average of the mean square of what was added to the output
+ROWS: Final = 14
+
+DEAD_BELOW: Final = 1e-6
+#: Weight of the newest step in the moving averages.
+NEWEST: Final = 0.1
+
+
+class _Step(NamedTuple):
+    """One step's statistics of some seeds, each ``(n,)``; the mean is relative to the start."""
+
+    elements: Tensor
+    start: Tensor
+    mean: Tensor
+    deviations: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    near_zero: Tensor
+
+
+class _Features(NamedTuple):
+    """One step's sums over each feature, each ``(D,)``, and its number of elements."""
+
+    origin: Tensor  # the first element
+    total: Tensor  # of the differences from it
+    squares: Tensor  # of their squares
+    minimum: Tensor
+    maximum: Tensor
+    near_zero: Tensor
+
+
+def merge_statistics(
+    y: Tensor, notes: Tensor | None, telemetry: Tensor, layout: ChunkLayout, one_in: int = 1
+) -> Tensor:
+    """The telemetry after a step whose output is ``y``; pure.
+
+    Args:
+        y: Output, features along the layout's feature dim, any floating dtype.
+        notes: float32 ``(3, S)``, what the blueprints did, or None.
+        telemetry: float32 ``(ROWS, S)`` before the step.
+        layout: The layer's chunks.
+        one_in: Look at the first of so many equal parts of the batch (dim 0).
+    """
+    dim = layout.feature_dim % y.dim()
+    if one_in > 1 and dim > 0:
+        y = y.narrow(0, 0, (y.shape[0] + one_in - 1) // one_in)
+    features, rows = _sums(y, dim)
+    runs = [_of_run(features, rows, run) for run in layout.runs]
+    step = _Step(*(torch.cat(t) if len(t) > 1 else t[0] for t in zip(*runs, strict=True)))
+    finite = (step.start + step.deviations).abs() < torch.inf
+    phase, every = telemetry[PHASE], telemetry[EVERY]
+    due, seen, later = phase == 0, telemetry[: NEAR_ZERO + 1], phase + 1
+    steps = [
+        telemetry[NON_FINITE] + (due & ~finite),
+        later.masked_fill(later >= every, 0.0),
+        every,
+    ]
+    return torch.cat(
+        [
+            torch.where(finite & due, _merged(seen, step), seen),
+            torch.stack(steps),
+            telemetry[REJECTED:] if notes is None else _averages(telemetry[REJECTED:], notes),
+        ]
+    )
+
+
+def _sums(y: Tensor, dim: int) -> tuple[_Features, int]:
+    """Sums over each feature, in one pass over ``y``, and the elements of a feature."""
+    others = [d for d in range(y.dim()) if d != dim]
+    origin, rows = y, 1
+    for d in reversed(others):
+        origin, rows = origin.select(d, 0), rows * y.shape[d]
+    # The float32 origin makes the difference float32. A y.to(float32) would be the same number, but
+    # one node with the upcast inside a GELU, and partitioners save a node used far apart: in
+    # bfloat16 that kept a float32 copy of the output for backward.
+    wide = torch.promote_types(y.dtype, torch.float32)
+    offset = y - origin.to(wide).view(-1, *[1] * (y.dim() - 1 - dim))
+    dead = (y.abs() < DEAD_BELOW).to(torch.float32)
+    sums = (offset, offset * offset, dead)
+    total, squares, near_zero = (t.sum(others) if others else t for t in sums)
+    low, high = (y.amin(others), y.amax(others)) if others else (y, y)
+    parts = (origin, total, squares, low, high, near_zero)
+    return _Features(*(t.to(torch.float32) for t in parts)), rows
+
+
+def _of_run(features: _Features, rows: int, run: Run) -> _Step:
+    """Statistics of a run's chunks, each ``(n,)``."""
+    shape = (run.count, run.size)
+    if run.width < len(features.origin):
+        features = _Features(*(t.narrow(0, run.offset, run.width) for t in features))
+    mine = _Features(*(t.unflatten(0, shape) for t in features))
+    start = mine.origin[:, 0]
+    means = mine.total / rows
+    within = (mine.squares - mine.total * means).clamp_min(0.0).sum(1)
+    centred = (mine.origin - start.unsqueeze(1)) + means  # means of the features, from the start
+    mean = centred.mean(1)
+    between = (centred - mean.unsqueeze(1)).square().sum(1) * rows
+    return _Step(
+        torch.full_like(start, run.size) * rows,
+        start,
+        mean,
+        within + between,
+        mine.minimum.amin(1),
+        mine.maximum.amax(1),
+        mine.near_zero.sum(1),
+    )
+
+
+def _merged(seen: Tensor, step: _Step) -> Tensor:
+    """What the elements of a finite step make of the rows up to NEAR_ZERO."""
+    before, mean, deviations, origin, minimum, maximum, near_zero = seen.unbind(0)
+    first = before == 0
+    start = torch.where(first, step.start, origin)
+    count = before + step.elements
+    delta = (step.start - start) + step.mean - mean
+    shift = delta * (step.elements / count)
+    return torch.stack(
+        [
+            count,
+            mean + shift,
+            deviations + step.deviations + delta * shift * before,
+            start,
+            torch.where(first, step.minimum, torch.minimum(minimum, step.minimum)),
+            torch.where(first, step.maximum, torch.maximum(maximum, step.maximum)),
+            near_zero + step.near_zero,
+        ]
+    )
+
+
+def _averages(old: Tensor, notes: Tensor) -> Tensor:
+    """The rows from REJECTED on; moving averages start at the first value."""
+    rejected, ran_before, averages = old[0], old[1], old[2:]
+    # A chunk with Inf in it has no finite loss, and an average would never get rid of it.
+    ran = (notes[NOTE_LOSS] >= 0) & (notes[NOTE_LOSS] < torch.inf)
+    weight = (ran_before == 0) * (1.0 - NEWEST) + NEWEST
+    newer = averages + weight * (notes[NOTE_LOSS:] - averages)
+    counts = torch.stack([rejected + notes[NOTE_REJECTED], ran_before + ran])
+    return torch.cat([counts, torch.where(ran, newer, averages)])
+
+
+def observe(y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int) -> None:
+    """``kasmina::observe``; shapes in :mod:`kasmina_fx.physical.markers`."""
+    if known_empty(y):
+        return
+    layout = ChunkLayout.parse(chunks)
+    with torch.no_grad():
+        telemetry.copy_(merge_statistics(y.detach(), notes, telemetry, layout, one_in))

@@ -1,0 +1,1 @@
+"""What people and controllers read about a model."""

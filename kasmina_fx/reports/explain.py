@@ -1,0 +1,171 @@
+"""Say what the compiler makes of a model, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any, Final
+
+from torch import nn
+from torch.fx import GraphModule
+
+from kasmina_fx._torch.dynamo import uncompiled
+from kasmina_fx.banks.bank import Bank
+from kasmina_fx.graphs.capture import capture
+from kasmina_fx.graphs.text import op_counts
+from kasmina_fx.kasminify import skipped_targets
+from kasmina_fx.layer import KasminaLayer
+from kasmina_fx.model import kasmina_layers
+from kasmina_fx.passes import DEFAULT_PASSES, GraphPass, find_matches, run_passes
+from kasmina_fx.passes.choose_lowerings import ChooseLowerings
+from kasmina_fx.passes.infra.matching import Match, argument
+from kasmina_fx.passes.infra.metadata import value_of
+
+#: What a call costs on a compiled model.
+CALLS: Final = {
+    "request_germination": (
+        "data, but for a blueprint's first germination in the model: one compile"
+    ),
+    "advance": "data",
+    "set_alpha": "data",
+    "cancel_germination": "data",
+    "step_epoch": "data",
+    "transaction": "data",
+    "register_blueprint": (
+        "nothing now; one compile at its first germination, for all registered so far"
+    ),
+    "load_state_dict": "data, but for banks that the model does not have yet: one compile",
+}
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer, or one target that was left alone."""
+
+    layer: str
+    matched: bool
+    reason: str | None
+    lowering: str
+    why: str
+    seeds: int = 0
+    blended: int = 0
+    layout: str = ""
+    slots: dict[str, str] = field(default_factory=dict)
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The report of :func:`explain`; ``str()`` is a table."""
+
+    layers: tuple[LayerReport, ...]
+    calls: dict[str, str]
+    nodes_before: int
+    nodes_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """A table of the layers, then what calls cost."""
+        head = ("layer", "lowering", "seeds", "blended", "slots", "bytes", "MFLOP", "why")
+        rows = [head, *(_row(report) for report in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row[:-1], widths, strict=True)), row[-1]])
+            for row in rows
+        ]
+        lines.append(f"nodes: {self.nodes_before} before the passes, {self.nodes_after} after")
+        lines += [f"{call}: {cost}" for call, cost in self.calls.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    model: nn.Module,
+    *args: Any,
+    passes: Sequence[GraphPass] = DEFAULT_PASSES,
+    **kwargs: Any,
+) -> Explanation:
+    """Which layers the passes find, what they choose and why, and what that costs.
+
+    The model isn't run.
+
+    Args:
+        model: Compiled or not.
+        *args: Example inputs of its forward; only their shapes matter.
+        passes: The pipeline.
+        **kwargs: More example inputs.
+
+    Bytes count the parameters and tables of a layer's banks; FLOPs those of one forward on such
+    inputs, two a multiply-add, for the slots in use.
+    """
+    plain: nn.Module = uncompiled(model)
+    gm = capture(plain, *args, **kwargs)
+    before = sum(op_counts(gm).values())
+    chooser = next((p for p in passes if isinstance(p, ChooseLowerings)), ChooseLowerings())
+    matches = {match.layer: match for match in find_matches(gm) if match.is_blend}
+    reports = [
+        _report(name, layer, matches.get(name), chooser)
+        for name, layer in kasmina_layers(plain).items()
+    ]
+    reports += [
+        LayerReport(name, False, why, "none", why)
+        for name, why in skipped_targets(plain, (nn.Linear,)).items()
+    ]
+    return Explanation(tuple(reports), dict(CALLS), before, _nodes_after(gm, passes))
+
+
+def _nodes_after(gm: GraphModule, passes: Sequence[GraphPass]) -> int:
+    return sum(op_counts(run_passes(gm, passes).graph_module).values())
+
+
+def _report(
+    name: str, layer: KasminaLayer, match: Match | None, chooser: ChooseLowerings
+) -> LayerReport:
+    if match is None:
+        why = "the model does not call it on these inputs"
+        return LayerReport(name, False, why, "none", why, layer.num_seeds)
+    lowering = chooser.choose(match)
+    banks: list[Bank] = layer.kasmina.bank_list()
+    value = value_of(argument(match.node, "y"))
+    rows = prod(int(size) for size in value.shape) // layer.chunks.layer_dim
+    return LayerReport(
+        layer=name,
+        matched=match.reason is None,
+        reason=match.reason,
+        lowering=lowering.name,
+        why=lowering.why,
+        seeds=layer.num_seeds,
+        blended=int(layer.state.blended.sum()),
+        layout=str(layer.chunks.layout),
+        slots={b.key: _slots(b, layer) for b in banks},
+        bytes=sum(t.nbytes for b in banks for t in (*b.tensors(), *b.tables())),
+        flops=sum(2 * rows * b.seeds.numel() * _multiplies(b) for b in banks),
+    )
+
+
+def _slots(bank: Bank, layer: KasminaLayer) -> str:
+    """In use / allocated; and how many run, where tables are padded for CUDA graphs."""
+    running = f" (padded to {len(bank.seeds)})" if layer.config.pad else ""
+    return f"{int((bank.held > 0).sum())}/{bank.capacity}{running}"
+
+
+def _multiplies(bank: Bank) -> int:
+    return sum(prod(spec.shape) for spec in bank.tensor_specs if len(spec.shape) > 1)
+
+
+def _row(report: LayerReport) -> tuple[str, ...]:
+    slots = " ".join(f"{key} {used}" for key, used in report.slots.items())
+    return (
+        report.layer or "(model)",
+        report.lowering,
+        str(report.seeds),
+        str(report.blended),
+        slots or "-",
+        str(report.bytes),
+        f"{report.flops / 1e6:.3g}",
+        report.why,
+    )

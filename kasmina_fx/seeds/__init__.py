@@ -1,0 +1,1 @@
+"""The seeds of one layer, on the host."""

@@ -1,0 +1,70 @@
+"""Room for blueprints: allocated once for all layers of a model, and shown at once, empty."""
+
+from __future__ import annotations
+
+import torch
+
+from kasmina_fx.arguments import is_int
+from kasmina_fx.banks.bank import Bank
+from kasmina_fx.banks.placement import SMALLEST
+from kasmina_fx.blueprints.registry import DEFAULT, lookup
+from kasmina_fx.blueprints.trial import why_unfit
+from kasmina_fx.errors import InvalidType, UnknownBlueprint
+from kasmina_fx.seeds.store import SeedStore
+
+
+def resolve(store: SeedStore, blueprint_id: int | str | None) -> tuple[int | None, str]:
+    """Id of a shared blueprint (None: a copy for each seed), and its name."""
+    if blueprint_id is None:
+        return None, DEFAULT
+    if isinstance(blueprint_id, str):
+        return None, lookup(blueprint_id).kind
+    if not is_int(blueprint_id):
+        raise InvalidType(f"{store.name}: blueprint {blueprint_id!r}; give an id, a name or None")
+    kind = store.blueprints.get(blueprint_id)
+    if kind is None:
+        known = sorted(store.blueprints) or "none: call register_blueprint first"
+        raise UnknownBlueprint(
+            f"{store.name}: no blueprint has the id {blueprint_id}; registered: {known}"
+        )
+    return blueprint_id, kind
+
+
+def start_growing(store: SeedStore, kind: str, shared: bool) -> None:
+    """Allocate the smallest banks for a blueprint that has none yet: once for the whole model.
+
+    Blueprints registered before are allocated with it, so that they cost no compile of their own.
+    """
+    if store.has_bank(kind, shared):
+        return
+    store.siblings.add(store)
+    threads = store.siblings.threads
+    for member in store.siblings:
+        wanted = {(name, True) for name in member.blueprints.values()}
+        if not shared:
+            wanted.add((kind, False))
+        with threads.commands, threads.forwards.publication():
+            for name, is_shared in sorted(wanted):
+                allocate(member, name, shared=is_shared)
+            member.publish_stacks()
+
+
+def allocate(
+    store: SeedStore, kind: str, *, shared: bool = False, capacity: int = SMALLEST
+) -> None:
+    """Banks for one blueprint in every run that it fits; those that exist are left alone."""
+    like, blueprint = store.host.like, lookup(kind)
+    for index, run in enumerate(store.layout.runs):
+        if why_unfit(blueprint, run.size, store.host.features, like) is not None:
+            continue
+        bank = Bank(
+            kind,
+            index,
+            run,
+            shared=shared,
+            capacity=1 if shared else capacity,
+            dtype=torch.get_default_dtype() if like is None else like.dtype,
+            device=torch.device("cpu") if like is None else like.device,
+        )
+        if bank.key not in store.banks:
+            store.banks[bank.key] = bank

@@ -1,0 +1,70 @@
+"""What calling a kasminified model runs: its forward, in which no seed changes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from torch import nn
+
+from kasmina_fx._torch.dynamo import dynamo_is_on, not_traced
+from kasmina_fx.seeds.siblings import Siblings
+
+#: Where a model keeps its own. The name under which torch looks for it is dropped by copies.
+KEPT: Final = "_kasmina_call"
+
+
+class ModelCall:
+    """A model's forward, inside the gate of its layers' siblings.
+
+    It takes the place that ``Module.compile`` fills. Hooks of the model would serve an eager call,
+    but Dynamo would trace them; this it never sees: what it inlines is ``_call_impl``.
+
+    Args:
+        model: Held weakly: it holds this.
+        siblings: Of its layers.
+        compiled: Run instead of the model's hooks and forward.
+    """
+
+    def __init__(
+        self, model: nn.Module, siblings: Siblings[Any], compiled: Callable[..., Any] | None = None
+    ) -> None:
+        self._model, self._siblings, self._compiled = weakref.ref(model), siblings, compiled
+        self._attach(model)
+
+    # Dynamo may compile what it calls: torch.compile(model) calls the model.
+    @partial(not_traced, below=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output."""
+        self._siblings.enter()
+        try:
+            if self._compiled is not None:
+                return self._compiled(*args, **kwargs)
+            return self._owner()._call_impl(*args, **kwargs)
+        finally:
+            self._siblings.leave(self._compiled is not None or dynamo_is_on())
+
+    def _owner(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model that this call was made for is gone")
+        return model
+
+    def _attach(self, model: nn.Module) -> None:
+        model.__dict__[KEPT] = model.__dict__["_compiled_call_impl"] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied and pickled with the model, but for what was compiled, as torch does."""
+        return {"model": self._owner(), "siblings": self._siblings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Guard the copy."""
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def remove(model: nn.Module) -> None:
+    """Let a model be called as any other."""
+    model.__dict__.pop(KEPT, None)
+    model.__dict__.pop("_compiled_call_impl", None)

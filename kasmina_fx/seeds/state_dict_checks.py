@@ -1,0 +1,213 @@
+"""Entries of a state dict that could not be a layer's are refused before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from kasmina_fx.banks.bank import Bank, bank_key, registered_name
+from kasmina_fx.banks.placement import SMALLEST
+from kasmina_fx.blueprints.registry import lookup
+from kasmina_fx.blueprints.trial import why_unfit
+from kasmina_fx.errors import LayoutMismatch, UnknownBlueprint
+from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
+from kasmina_fx.physical.layout import ChunkLayout, parse_banks
+from kasmina_fx.seeds.entry_names import ALPHA, BANKS, EXTRA, OWN, REFERENCE, STATE, TELEMETRY
+from kasmina_fx.seeds.store import LAYOUT_VERSION, SeedStore
+from kasmina_fx.seeds.telemetry import check_statistics
+from kasmina_fx.state_tensor import StateTensor
+
+#: Ids are int32 in the state tensor.
+_LAST_ID: Final = torch.iinfo(torch.int32).max
+
+
+def check(store: SeedStore, state_dict: dict[str, Any], prefix: str) -> None:
+    """Refuse entries that could not be this layer's; changes nothing.
+
+    A state dict with no entry of the layer's seeds is a plain checkpoint, which fits.
+
+    Args:
+        store: Whose entries they are to be.
+        state_dict: Of a whole model, or of a part of it.
+        prefix: Of the layer in it.
+
+    Raises:
+        LayoutMismatch: Says which entry, what it holds and what this layer takes.
+    """
+    name, own = store.name, prefix + OWN
+    entries = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(own)}
+    if not entries:
+        return
+    try:
+        extra = _checked_extra(store, entries)
+        for key, value in entries.items():
+            if key != EXTRA and not isinstance(value, Tensor):
+                raise TypeError(f"{key} is a {type(value).__name__}; this layer takes a tensor")
+        banks = [_bank_of(store, key, text, entries) for key, text in extra["banks"].items()]
+        _check_tensors(store, banks, entries)
+        store.state.check_values(entries[STATE], entries[ALPHA])
+        check_statistics(
+            *(entries[TELEMETRY + n] for n in ("accumulated", "faults", "previous_loss"))
+        )
+        _check_slots(extra["blueprints"], banks, entries)
+        _check_rows(banks, entries)
+    except UnknownBlueprint as error:
+        raise LayoutMismatch(
+            f"{name}: the state dict needs a blueprint that is not registered here: {error}"
+        ) from error
+    except KeyError as error:
+        raise LayoutMismatch(
+            f"{name}: the state dict lacks {error}: it was cut off or edited; give it whole"
+        ) from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise LayoutMismatch(f"{name}: a malformed state dict: {error}") from error
+
+
+def _checked_extra(store: SeedStore, entries: Mapping[str, Any]) -> dict[str, Any]:
+    extra, name = entries[EXTRA], store.name
+    version = extra.get("version") if isinstance(extra, dict) else extra
+    if not isinstance(extra, dict) or version != LAYOUT_VERSION:
+        raise LayoutMismatch(
+            f"{name}: the state dict's kasmina entries have version {version!r}; "
+            f"this release reads version {LAYOUT_VERSION}"
+        )
+    if extra["layout"] != str(store.layout):
+        raise LayoutMismatch(
+            f"{name}: the state dict was written for chunks [{extra['layout']}]; this "
+            f"layer has [{store.layout}]. Give kasminify the same num_seeds"
+        )
+    highest = extra["highest_id"]
+    if type(highest) is not int or not 0 <= highest <= _LAST_ID:
+        raise ValueError(f"{EXTRA}: highest_id {highest!r}; allowed are 0 to {_LAST_ID}")
+    for number, kind in extra["blueprints"].items():
+        if type(number) is not int or not 0 < number <= _LAST_ID:
+            raise ValueError(f"{EXTRA}: blueprint id {number!r}; allowed are 1 to {_LAST_ID}")
+        lookup(kind)
+    return extra
+
+
+def _bank_of(store: SeedStore, key: str, text: str, entries: Mapping[str, Any]) -> Bank:
+    """The bank whose entries are under ``key``: the layer's, or one without data."""
+    layout, prefix = store.layout, f"{BANKS}{key}."
+    _check_bank(key, text, layout, entries, prefix)
+    (spec,) = parse_banks(text)
+    run, capacity = layout.runs[spec.run], len(entries[prefix + "slots"])
+    least = 1 if spec.shared else SMALLEST
+    if capacity < least:
+        raise ValueError(f"{prefix}slots has {capacity} rows; this layer takes {least} or more")
+    if not spec.training:
+        raise ValueError(f"{EXTRA}: {text} is a bank as evaluation runs it, not as it is held")
+    for bank in store.bank_list():
+        if bank.key == key and bank.capacity == capacity:
+            return bank
+    reason = why_unfit(lookup(spec.kind), run.size, store.host.features, store.host.like)
+    if reason is not None:
+        raise ValueError(f"{EXTRA}: {text} in chunks of {run.size} features: {reason}")
+    return Bank(
+        spec.kind,
+        spec.run,
+        run,
+        shared=spec.shared,
+        capacity=capacity,
+        dtype=torch.get_default_dtype(),
+        device=torch.device("meta"),
+    )
+
+
+def _check_bank(
+    key: str, text: str, layout: ChunkLayout, entries: Mapping[str, Any], prefix: str
+) -> None:
+    """Refuse entries of a state dict, under ``prefix``, that could not be a bank of a layer.
+
+    Raises:
+        ValueError, KeyError, UnknownBlueprint: Says what does not fit.
+    """
+    (spec,) = parse_banks(text)
+    blueprint = lookup(spec.kind)
+    if spec.run >= len(layout.runs):
+        raise ValueError(f"{text} names run {spec.run}; the layer has {len(layout.runs)}")
+    slots, tensors = entries[prefix + "slots"], blueprint.specs(layout.runs[spec.run].size)
+    if key != bank_key(spec) or spec.num_params != len(tensors):
+        raise ValueError(f"{text} under {key!r}, of a blueprint with {len(tensors)} tensors")
+    for tensor in tensors:
+        shape = tuple(entries[prefix + registered_name(tensor.name)].shape)
+        if shape != (len(slots), *tensor.shape):
+            raise ValueError(f"{prefix}{tensor.name} has shape {shape}, {len(slots)} slots")
+
+
+def _check_tensors(store: SeedStore, banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
+    """Names, shapes and dtypes; what follows the host's dtype may have any floating one."""
+    own = store.state_dict(prefix=OWN)
+    wanted = {k: v for k, v in own.items() if k != EXTRA and not k.startswith(BANKS)}
+    for bank in banks:
+        wanted |= bank.state_dict(prefix=f"{BANKS}{bank.key}.")
+    wanted.pop(REFERENCE, None)
+    weight = store.host.weight
+    if REFERENCE in entries and weight is not None:  # while a ramp follows the host's drift
+        wanted[REFERENCE] = weight
+    unknown = sorted(entries.keys() - wanted.keys() - {EXTRA})
+    if unknown:
+        raise ValueError(f"the layer has no {', '.join(unknown)}")
+    for name, like in wanted.items():
+        given = entries[name]
+        follows_host = name.startswith((BANKS, REFERENCE)) and like.is_floating_point()
+        fits = given.is_floating_point() if follows_host else given.dtype == like.dtype
+        if not fits or given.shape != like.shape:
+            raise ValueError(
+                f"{name} is {given.dtype} {tuple(given.shape)}; this layer takes {like.dtype} "
+                f"{tuple(like.shape)}"
+            )
+
+
+def _check_slots(
+    blueprints: Mapping[int, str], banks: Sequence[Bank], entries: Mapping[str, Any]
+) -> None:
+    """Every id is in a bank of its blueprint, once; a private one in one bank alone."""
+    private = set(blueprints)
+    for bank in banks:
+        name = f"{BANKS}{bank.key}.slots"
+        slots = entries[name].tolist()
+        held = [number for number in slots if number]
+        if any(not 0 <= number <= _LAST_ID for number in slots) or len(set(held)) < len(held):
+            raise ValueError(f"{name} holds {slots[:8]}; ids are 1 to {_LAST_ID}, each once, or 0")
+        if bank.spec.shared:
+            strange = {n for n in held if blueprints.get(n) != bank.spec.kind}
+        else:
+            strange = private.intersection(held)
+            private.update(held)
+        if strange:
+            raise ValueError(f"{name} holds ids {sorted(strange)[:8]} of another blueprint")
+
+
+def _check_rows(banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
+    """Every seed that holds a blueprint has a slot, private ones for itself; dormant ones none.
+
+    A seed advanced by hand has none: its id is 0.
+    """
+    state = entries[STATE].cpu().long()
+    stages = state[:, StateTensor.LIFECYCLE_STATE_IDX]
+    ids = state[:, StateTensor.BLUEPRINT_ID_IDX]
+    holding, found = holds_blueprint(stages), torch.zeros_like(ids, dtype=torch.bool)
+    unclaimed: set[int] = set()
+    for bank in banks:
+        seeds = slice(bank.run.first_seed, bank.run.first_seed + bank.run.count)
+        slots = entries[f"{BANKS}{bank.key}.slots"].cpu()
+        mine = holding[seeds] & (ids[seeds] > 0) & torch.isin(ids[seeds], slots)
+        found[seeds] |= mine
+        used = ids[seeds][mine].tolist()
+        if bank.spec.shared:
+            continue
+        if len(set(used)) < len(used):
+            raise ValueError(f"{STATE}: several seeds have one slot of {BANKS}{bank.key}")
+        unclaimed |= set(slots[slots > 0].tolist()).difference(used)
+    lost = (holding & (ids > 0) & ~found).nonzero().flatten().tolist()
+    if lost:
+        raise ValueError(f"{STATE}: seeds {lost[:8]} hold blueprints that are in no bank of theirs")
+    idle = ((stages == SeedLifecycle.DORMANT) & (ids != 0)).nonzero().flatten().tolist()
+    if idle:
+        raise ValueError(f"{STATE}: seeds {idle[:8]} are DORMANT and name a blueprint")
+    if unclaimed:
+        raise ValueError(f"{STATE}: no seed has the ids {sorted(unclaimed)[:8]} that slots hold")

@@ -1,0 +1,1 @@
+"""How a change shows: whole or not at all."""
