@@ -55,7 +55,7 @@ golden: $(STAMP) ## write the golden files anew: read the diff before you commit
 	@EXPECTTEST_ACCEPT=1 $(BIN)/pytest -q tests -k golden
 
 demo: $(STAMP) ## grow a network on the digits data set
-	@$(BIN)/python examples/digits.py
+	@$(BIN)/python examples/grow_digits.py
 
 bench: $(STAMP) ## the overhead benchmark, on the CPU
 	@$(BIN)/python benchmarks/overhead.py --device cpu

@@ -28,7 +28,7 @@ from kasmina_fx import SeedLifecycle, capture, kasmina_layers, kasminify
 from kasmina_fx.passes import run_passes
 from kasmina_fx.testing import graft
 
-LAYERS, FEATURES, SEEDS = 48, 64, 8
+LAYERS, FEATURES, SEEDS, ACTIVE = 48, 256, 32, 8
 
 
 def deep(**options: Any) -> nn.Module:
@@ -77,8 +77,8 @@ def hooks() -> None:
         model = deep()
         with kasmina_fx.transaction(model):
             for layer in kasmina_layers(model).values():
-                graft(layer, [0, 1], "mlp", stage=stage)
-        report(f"2 of 2 slots {name}", step_of(model))
+                graft(layer, range(ACTIVE), "mlp", stage=stage)
+        report(f"{ACTIVE} of {ACTIVE} slots {name}", step_of(model))
     report(
         "a plain model, no stacks", step_of(nn.Sequential(*(nn.Linear(64, 64) for _ in range(144))))
     )

@@ -54,12 +54,14 @@ from kasmina_fx.model import (
     kasmina_layers,
     step_epoch,
     transaction,
+    unobserved,
 )
 from kasmina_fx.passes import DEFAULT_PASSES, find_matches, rewrite
 from kasmina_fx.reports.explain import Explanation, explain
 from kasmina_fx.reports.health_report import HealthReport, health_report
 from kasmina_fx.seeds.snapshots import Snapshot
 from kasmina_fx.state_tensor import StateTensor
+from kasmina_fx.testing import compiles
 
 __version__ = "0.1.0"
 
@@ -98,6 +100,7 @@ __all__ = [
     "UnknownOption",
     "capture",
     "checkpoint",
+    "compiles",
     "controllers",
     "explain",
     "find_matches",
@@ -121,4 +124,5 @@ __all__ = [
     "testing",
     "transaction",
     "unkasminify",
+    "unobserved",
 ]

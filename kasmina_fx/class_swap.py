@@ -198,7 +198,8 @@ def _with_base(parametrized: type[nn.Module], base: type[nn.Module]) -> type[nn.
     own = {k: v for k, v in parametrized.__dict__.items() if k not in ("__dict__", "__weakref__")}
     if issubclass(base, SwappedLayer):
         own.pop("__deepcopy__", None)  # that of SwappedLayer connects the copy
-    return types.new_class(parametrized.__name__, (base,), exec_body=lambda ns: ns.update(own))
+    name = f"Parametrized{base.__name__}"
+    return types.new_class(name, (base,), exec_body=lambda ns: ns.update(own))
 
 
 def _rebuild(plain: type[nn.Module]) -> SwappedLayer:

@@ -61,6 +61,30 @@ def hold_seeds(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def unobserved(model: nn.Module) -> Iterator[None]:
+    """No layer keeps statistics inside: what passes through has no say in which seeds are sick.
+
+    For held-out batches, and for graphs without the arithmetic of statistics. What each layer's
+    ``telemetry_enabled`` was before, it is again behind the block. It is compiled in: the first use
+    of a compiled model inside costs a compile, later ones find that graph.
+
+    Args:
+        model: Kasminified; or one of its layers.
+
+    Raises:
+        NoTargets: The model has no KasminaLayer.
+    """
+    before = [(layer, layer.telemetry_enabled) for layer in layers_of(model).values()]
+    try:
+        for layer, _ in before:
+            layer.telemetry_enabled = False
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.telemetry_enabled = enabled
+
+
 def step_epoch(model: nn.Module) -> None:
     """:meth:`KasminaLayer.step_epoch` of every layer.
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from torch.fx import GraphModule
 
-from kasmina_fx._torch.dynamo import compile_events, lookup_backend
+from kasmina_fx._torch.dynamo import compile_events, graphs_compiled, lookup_backend
 from kasmina_fx.arguments import SeedIds
 from kasmina_fx.backend import compile_rewritten, split_options
 from kasmina_fx.errors import GraphMismatch
@@ -74,6 +74,18 @@ def assert_no_recompiles() -> Iterator[None]:
         )
 
 
+def compiles() -> int:
+    """Count the graphs that Dynamo has compiled so far in this process, whoever asked for them.
+
+    What a stretch of code compiled is the difference of two calls. Models of others count too;
+    ``torch.compiler.reset()`` does not set the count back.
+
+    Returns:
+        Graphs handed to any backend; a frame with graph breaks has several.
+    """
+    return graphs_compiled()
+
+
 class RecordingBackend:
     """The passes, then any compiler; keeps the graphs before and after.
 
@@ -126,4 +138,4 @@ def graft(
         layer.set_alpha(seed_ids, alpha)
 
 
-__all__ = ["RecordingBackend", "assert_golden", "assert_no_recompiles", "graft"]
+__all__ = ["RecordingBackend", "assert_golden", "assert_no_recompiles", "compiles", "graft"]

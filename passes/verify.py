@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import networkx as nx
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from kasmina_fx._torch.tracing import Operator
 from kasmina_fx.errors import RewriteError
 from kasmina_fx.passes.infra.matching import find_matches, graph_modules
 from kasmina_fx.passes.infra.metadata import has_value, lowering_of, origin_of, value_of
@@ -69,7 +69,7 @@ def data_flow(gm: GraphModule) -> nx.DiGraph:
 
 def writes_to(node: Node) -> list[Node]:
     """The nodes whose tensors an operator node writes to."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+    if not isinstance(node.target, Operator) or not node.target._schema.is_mutable:
         return []
     arguments = zip(node.target._schema.arguments, node.args, strict=False)
     return [

@@ -1,7 +1,4 @@
-"""Every private name of torch that the package needs, and why; nothing else imports one.
-
-Those of Dynamo are in :mod:`_dynamo_compat`. Checked on torch 2.11 and 2.13.
-"""
+"""Private names of torch for tracing: fake tensors, symbolic sizes, states of the tracer."""
 
 from __future__ import annotations
 
@@ -10,13 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-import torch._inductor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensorMode as FakeTensorMode  # for whoever traces
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
 from torch.utils import _pytree as pytree
+
+#: The class of operators as graphs hold them: ``torch.ops.aten.add.Tensor``.
+Operator = torch._ops.OpOverload
 
 
 def in_backward() -> bool:

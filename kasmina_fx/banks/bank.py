@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_fx._torch.dynamo import mark_dynamic
-from kasmina_fx.banks.placement import SMALLEST, power_of_two, seat
+from kasmina_fx.banks.placement import SMALLEST, derive, slots_of
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.blueprints import Blueprint, lookup
-from kasmina_fx.lifecycle import Mode, holds_blueprint, modes, runs
 from kasmina_fx.physical.graph_inputs import BankTables
 from kasmina_fx.physical.layout import BankSpec, Run
 from kasmina_fx.transactions.buffers import to_device
@@ -164,44 +163,25 @@ class Bank(nn.Module):
 
     def slot_of(self, blueprint_ids: Tensor) -> Tensor:
         """Slot of each blueprint id, -1 where the bank holds none: int64 ``(n,)`` on the CPU."""
-        order = self.held.argsort()
-        ids = blueprint_ids.long()
-        found = torch.searchsorted(self.held[order], ids).clamp_max(self.capacity - 1)
-        slots = order[found]
-        return torch.where((self.held[slots] == ids) & (ids > 0), slots, -1)
+        return slots_of(blueprint_ids, self.held)
 
     @torch.inference_mode(False)
     def publish(self, blueprint_ids: Tensor, stages: Tensor, pad: bool = False) -> None:
-        """Derive what the graph reads from the run's seeds, ``(n,)``; free what they let go.
+        """Show what the run's seeds, ``(n,)``, are now; slots that they let go of are free.
 
         ``pad``: as of :class:`~kasmina_fx.SeedConfig`.
         """
-        round_up = power_of_two if pad else int
-        slot = self.slot_of(torch.where(holds_blueprint(stages), blueprint_ids, 0))
-        if not self.spec.shared:
-            kept = torch.zeros(self.capacity, dtype=torch.bool, device="cpu")
-            kept[slot[slot >= 0]] = True
-            self.left |= set(((self.held > 0) & ~kept).nonzero().flatten().tolist())
-            self.held = torch.where(kept, self.held, 0)
-        sitting = torch.where(runs(stages), slot, -1)
-        seeds, positions = seat(sitting, self.held, self.spec.shared, round_up)
-        does = torch.where(seeds >= 0, modes(stages)[seeds.clamp_min(0)], Mode.FROZEN)
-        trainees = (does.view(-1) == Mode.RECONSTRUCTS).nonzero().flatten()
-        places = round_up(max(SMALLEST, len(trainees)))
-        trainees = nn.functional.pad(trainees, (0, places - len(trainees)), value=-1)
-        frozen = self.held > 0
-        frozen[: len(does)] &= (does == Mode.FROZEN).all(1)
-        froze = torch.isin(self.held[: len(does)], self._froze)
-        starts = (does == Mode.RECONSTRUCTS).any(1) & froze
-        if bool(starts.any()):  # momentum and weight decay went on while it waited to train
-            self.restart(starts.nonzero().flatten())
-        self._froze = self.held[frozen]
-        self.trained = ((self.held > 0) & ~frozen).nonzero().flatten()  # slots, on the CPU
+        shared, froze = self.spec.shared, self._froze
+        now = derive(blueprint_ids, stages, self.held, shared=shared, froze=froze, pad=pad)
+        self.held, self.left = now.held, self.left | now.left
+        if len(now.starts):  # momentum and weight decay went on while it waited to train
+            self.restart(now.starts)
+        self._froze = self.held[now.frozen]
+        self.trained = ((self.held > 0) & ~now.frozen).nonzero().flatten()  # slots, on the CPU
         device = self.slots.device
         self.slots = to_device(self.held, device)
-        self.frozen_slots = to_device(frozen.nonzero().flatten(), device)
-        tables = BankTables(seeds, positions, does, trainees)
-        for name, table in tables._asdict().items():
+        self.frozen_slots = to_device(now.frozen.nonzero().flatten(), device)
+        for name, table in now.tables._asdict().items():
             setattr(self, name, to_device(table, device))
         self.mark()
 

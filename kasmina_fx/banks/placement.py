@@ -1,18 +1,90 @@
-"""Who sits where in a bank."""
+"""Who sits where in a bank, and what a graph reads of it: derived from ids and stages alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from kasmina_fx.lifecycle import Mode, holds_blueprint, modes, runs
+from kasmina_fx.physical.graph_inputs import BankTables
 
 #: Dynamo specialises sizes 0 and 1, so a dimension that grows never has them.
 SMALLEST: Final = 2
 
 
-def seat(
+@dataclass(frozen=True)
+class Placement:
+    """What a bank is for its seeds as they are now; all tensors on the CPU.
+
+    Attributes:
+        held: int64 ``(capacity,)``: the blueprint id in each slot, 0 for none; slots that no seed
+            holds any more are free.
+        left: Those slots.
+        tables: What the graph reads.
+        frozen: Bool ``(capacity,)``: slots whose parameters nothing may change.
+        starts: int64 ``(n,)``: slots that reconstruct now and were frozen before.
+    """
+
+    held: Tensor
+    left: frozenset[int]
+    tables: BankTables
+    frozen: Tensor
+    starts: Tensor
+
+
+def slots_of(blueprint_ids: Tensor, held: Tensor) -> Tensor:
+    """Slot of each blueprint id, -1 where the bank holds none: int64 ``(n,)`` on the CPU."""
+    order = held.argsort()
+    ids = blueprint_ids.long()
+    found = torch.searchsorted(held[order], ids).clamp_max(len(held) - 1)
+    slots = order[found]
+    return torch.where((held[slots] == ids) & (ids > 0), slots, -1)
+
+
+def derive(
+    blueprint_ids: Tensor,
+    stages: Tensor,
+    held: Tensor,
+    *,
+    shared: bool,
+    froze: Tensor,
+    pad: bool = False,
+) -> Placement:
+    """The placement of a run's seeds; pure.
+
+    Args:
+        blueprint_ids: int ``(n,)``, of each seed of the run.
+        stages: int ``(n,)``, likewise.
+        held: int64 ``(capacity,)``: the blueprint id in each slot, 0 for none.
+        shared: Several seeds may have one slot, which stays held when they let go.
+        froze: Ids of blueprints that nothing might change until now.
+        pad: Round sizes of tables up to powers of two.
+    """
+    round_up = power_of_two if pad else int
+    slot = slots_of(torch.where(holds_blueprint(stages), blueprint_ids, 0), held)
+    left: frozenset[int] = frozenset()
+    if not shared:
+        kept = torch.zeros(len(held), dtype=torch.bool, device="cpu")
+        kept[slot[slot >= 0]] = True
+        left = frozenset(((held > 0) & ~kept).nonzero().flatten().tolist())
+        held = torch.where(kept, held, 0)
+    seeds, positions = place(torch.where(runs(stages), slot, -1), held, shared, round_up)
+    does = torch.where(seeds >= 0, modes(stages)[seeds.clamp_min(0)], Mode.FROZEN)
+    trainees = (does.view(-1) == Mode.RECONSTRUCTS).nonzero().flatten()
+    places = round_up(max(SMALLEST, len(trainees)))
+    trainees = nn.functional.pad(trainees, (0, places - len(trainees)), value=-1)
+    frozen = held > 0
+    frozen[: len(does)] &= (does == Mode.FROZEN).all(1)
+    starts = (does == Mode.RECONSTRUCTS).any(1) & torch.isin(held[: len(does)], froze)
+    tables = BankTables(seeds, positions, does, trainees)
+    return Placement(held, left, tables, frozen, starts.nonzero().flatten())
+
+
+def place(
     slot: Tensor, held: Tensor, shared: bool, round_up: Callable[[int], int]
 ) -> tuple[Tensor, Tensor]:
     """Places for a run's seeds, as two inverse maps.

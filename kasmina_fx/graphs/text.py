@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from kasmina_fx._torch.tracing import Operator
 from kasmina_fx.passes.infra.metadata import clean_path, origin_of, role_of, value_of
 
 _DTYPES: Final = {
@@ -78,7 +79,7 @@ def operation(node: Node) -> str:
         return f".{node.target}"
     if node.op == "call_function":
         target: Any = node.target
-        is_overload = isinstance(target, torch._ops.OpOverload)
+        is_overload = isinstance(target, Operator)
         return str(target) if is_overload else str(getattr(target, "__name__", target))
     return node.op
 

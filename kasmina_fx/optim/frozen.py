@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kasmina_fx._torch.optim import copies_of, copy_into
 from kasmina_fx.banks.bank import Bank
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.optim.follower import bank_of
@@ -21,6 +22,7 @@ from kasmina_fx.transactions.buffers import to_device
 class Kept:
     """Stacks of one bank before a step: who sat where, and the rows that nothing may change."""
 
+    bank: Bank
     stacks: Sequence[StackedParameter]
     where: Tensor  # int64 (n,): the frozen slots
     rows: Sequence[Tensor]  # (n, ...) of each stack
@@ -29,21 +31,32 @@ class Kept:
 
 
 def keep(bank: Bank, stacks: Sequence[StackedParameter]) -> Kept:
-    """What a step may not change of some stacks of a bank, before the step."""
+    """Keep what a step may not change of some stacks of a bank, before the step."""
     where = bank.frozen_slots
-    rows = [s.detach().index_select(0, where) for s in stacks] if len(where) else ()
-    return Kept(stacks, where, rows, bank.slots, bank.held)
+    if not len(where):
+        rows: Sequence[Tensor] = ()
+    elif len(where) == bank.capacity:
+        rows = copies_of([stack.detach() for stack in stacks])
+    else:
+        rows = [stack.detach().index_select(0, where) for stack in stacks]
+    return Kept(bank, stacks, where, rows, bank.slots, bank.held)
 
 
 def put_back_frozen(kept: Kept) -> None:
-    """The rows of frozen slots are put back after a step."""
-    for stack, rows in zip(kept.stacks, kept.rows, strict=False):  # of nothing frozen no rows
-        newest = stack.newest()
-        bank = bank_of(newest)
-        if bank is not None and bank.slots is not kept.slots:
+    """Put the rows of frozen slots back after a step."""
+    bank = kept.bank
+    if not len(kept.where):
+        return
+    unchanged = bank.slots is kept.slots and not any(s.successor is not None for s in kept.stacks)
+    if unchanged and len(kept.where) == bank.capacity:
+        copy_into([stack.data for stack in kept.stacks], list(kept.rows))
+        return
+    same = None if bank.slots is kept.slots else bank.slots[kept.where] == kept.slots[kept.where]
+    for stack, before in zip(kept.stacks, kept.rows, strict=True):
+        newest, rows = stack.newest(), before
+        if same is not None:
             # Seeds have changed meanwhile, in a closure or another thread: a slot that went to
             # another seed keeps what that has put there.
-            same = bank.slots[kept.where] == kept.slots[kept.where]
             now = newest.detach().index_select(0, kept.where)
             rows = torch.where(same.view(-1, *[1] * (rows.dim() - 1)), rows, now)
         newest.data.index_copy_(0, kept.where, rows)

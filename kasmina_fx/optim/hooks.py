@@ -29,11 +29,12 @@ from torch.optim.optimizer import (
 )
 
 from kasmina_fx._torch.amp import stepping_scaler
+from kasmina_fx._torch.optim import allow_foreach
 from kasmina_fx.banks.bank import Bank
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.lifecycle import Mode
 from kasmina_fx.optim import state
-from kasmina_fx.optim.compact import Compacted, compact, couples, put_back
+from kasmina_fx.optim.compact import Compacted, CompactParameter, compact, couples, put_back
 from kasmina_fx.optim.follower import (
     Held,
     OptimizerFollower,
@@ -61,7 +62,8 @@ class Step:
 
 
 def register() -> None:
-    """Register the hooks; called when the package is imported."""
+    """Register the hooks, and stacks as parameters; called when the package is imported."""
+    allow_foreach(StackedParameter, CompactParameter)
     register_optimizer_step_pre_hook(_before)
     register_optimizer_step_post_hook(_after)
 
@@ -125,14 +127,7 @@ def _end(optimizer: Optimizer) -> None:
             put_back_frozen(kept)  # after that: what is frozen moved in the outgrown one
         if outgrown:
             follower.replace_grown()
-        held = follower.held()
-        for stack in held.stacks:
-            _write_late(follower, stack)
-            stack.drop_stale()
-        for bank, _ in held.banks():
-            bank.left = set()
-        for siblings in held.siblings:
-            siblings.training.awaits_backward = False
+        _settle(follower)
     for store, made in step.ramps.items():
         # An optimizer may wrap one that holds the same stacks: what the inner step ramped, the
         # outer one does not.
@@ -141,10 +136,25 @@ def _end(optimizer: Optimizer) -> None:
             store.ramp_steps = made + 1
 
 
+def _settle(follower: OptimizerFollower) -> None:
+    """Let what happened during a step stand, and forget what the step had to know."""
+    held = follower.held()
+    for stack in held.stacks:
+        if stack.late or stack.fresh:
+            _write_late(follower, stack)
+        if stack.stale:
+            stack.drop_stale()
+    for bank, _ in held.banks():
+        bank.left = set()
+    for siblings in held.siblings:
+        siblings.training.awaits_backward = False
+
+
 def _forget_before(held: Held) -> None:
     """What was given away before this step starts with it; this thread trains these models."""
     for stack in held.stacks:
-        stack.drop_stale()
+        if stack.stale:
+            stack.drop_stale()
         stack.fresh = frozenset()
         if stack.late and not stack.stepped_elsewhere():
             stack.late = ()  # of a step that raised
@@ -154,13 +164,11 @@ def _forget_before(held: Held) -> None:
 
 def _write_late(follower: OptimizerFollower, stack: StackedParameter) -> None:
     """Seeds that germinated or went back during the step start from what they were given."""
-    if stack.late:
-        for slots, rows in stack.late:
-            stack.data.index_copy_(0, to_device(slots, stack.device), rows)
-        if not stack.stepped_elsewhere():
-            stack.late = ()
-    if stack.fresh:
-        state.clear(follower.optimizer, stack, stack.fresh)
+    for slots, rows in stack.late:
+        stack.data.index_copy_(0, to_device(slots, stack.device), rows)
+    if stack.late and not stack.stepped_elsewhere():
+        stack.late = ()
+    state.clear(follower.optimizer, stack, stack.fresh)
 
 
 def _record_grad_norm(optimizer: Optimizer, store: SeedStore) -> None:

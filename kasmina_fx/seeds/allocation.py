@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kasmina_fx.arguments import is_int
 from kasmina_fx.banks.bank import Bank
@@ -47,6 +48,31 @@ def start_growing(store: SeedStore, kind: str, shared: bool) -> None:
             for name, is_shared in sorted(wanted):
                 allocate(member, name, shared=is_shared)
             member.publish_stacks()
+
+
+def take_slots(store: SeedStore, ids: Tensor, kind: str, shared: int | None) -> Tensor:
+    """Give seeds slots in the banks of a blueprint, inside a transaction.
+
+    Args:
+        store: The seeds' layer, which has started to grow the blueprint.
+        ids: int64 ``(n,)`` on the CPU: the seeds.
+        kind: Name of the blueprint.
+        shared: Id of the one set of parameters that all of them use; None: each gets its own.
+
+    Returns:
+        Their blueprint ids, int64 ``(n,)``, or ``(1,)`` for all.
+    """
+    wanted = store.take_ids(len(ids)) if shared is None else torch.tensor([shared], device="cpu")
+    for bank in store.bank_list():
+        if bank.spec.kind != kind or bank.spec.shared != (shared is not None):
+            continue
+        local = ids - bank.run.first_seed
+        mine = (local >= 0) & (local < bank.run.count)
+        if shared is None:
+            bank.acquire(wanted[mine])
+        elif bool(mine.any()) and int(bank.slot_of(wanted)) < 0:
+            bank.acquire(wanted)
+    return wanted
 
 
 def allocate(

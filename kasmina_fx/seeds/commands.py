@@ -22,7 +22,7 @@ from kasmina_fx.errors import UnknownBlueprint
 from kasmina_fx.grafting.registry import strategy_number
 from kasmina_fx.lifecycle import GraftingStrategy, SeedLifecycle
 from kasmina_fx.seeds import epochs, snapshots
-from kasmina_fx.seeds.allocation import resolve, start_growing
+from kasmina_fx.seeds.allocation import resolve, start_growing, take_slots
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.snapshots import Snapshot
 from kasmina_fx.seeds.store import SeedStore
@@ -189,36 +189,17 @@ class SeedCommands:
         ids = as_seed_ids(seed_id, self.num_seeds, self.layer_id)
         strategy = strategy_number(grafting_strategy, self.layer_id)
         shared, kind = resolve(self.kasmina, blueprint_id)
-        for size in {self.kasmina.chunks.sizes[seed] for seed in ids.tolist()}:
-            reason = why_unfit(
-                lookup(kind), size, self.kasmina.host.features, self.kasmina.host.like
-            )
-            if reason is not None:
-                raise UnknownBlueprint(
-                    f"{self.layer_id}: blueprint {kind!r} does not fit seeds {ids.tolist()[:8]} "
-                    f"with chunks of {size} features: {reason}"
-                )
+        self._require_fit(kind, ids)
         if not len(ids):
             return True
         with self.transaction():
             if bool((self.state.stages[ids] != SeedLifecycle.DORMANT).any()):
                 return False
             start_growing(self.kasmina, kind, shared is not None)
-            own = self.kasmina.take_ids(len(ids)) if shared is None else None
-            wanted = torch.tensor([shared], device="cpu") if own is None else own
-            for bank in self.kasmina.bank_list():
-                if bank.spec.kind != kind or bank.spec.shared != (shared is not None):
-                    continue
-                local = ids - bank.run.first_seed
-                mine = (local >= 0) & (local < bank.run.count)
-                if own is not None:
-                    bank.acquire(own[mine])
-                elif bool(mine.any()) and int(bank.slot_of(wanted)) < 0:
-                    bank.acquire(wanted)
             self.state.set_rows(
                 ids,
                 lifecycle_state=SeedLifecycle.GERMINATED,
-                blueprint_id=wanted,
+                blueprint_id=take_slots(self.kasmina, ids, kind, shared),
                 epochs_in_state=0,
                 grafting_strategy=strategy,
             )
@@ -226,6 +207,16 @@ class SeedCommands:
             telemetry = self.kasmina.telemetry
             self.state.at_publication(lambda: telemetry.forget_blueprints(ids))
         return True
+
+    def _require_fit(self, kind: str, ids: Tensor) -> None:
+        host = self.kasmina.host
+        for size in {self.kasmina.chunks.sizes[seed] for seed in ids.tolist()}:
+            reason = why_unfit(lookup(kind), size, host.features, host.like)
+            if reason is not None:
+                raise UnknownBlueprint(
+                    f"{self.layer_id}: blueprint {kind!r} does not fit seeds {ids.tolist()[:8]} "
+                    f"with chunks of {size} features: {reason}"
+                )
 
     def cancel_germination(self, seed_ids: SeedIds) -> bool:
         """GERMINATED or TRAINING seeds become CANCELLED: all, or (False) none."""

@@ -35,6 +35,36 @@ class Snapshot:
     alpha: Tensor
     blueprints: dict[int, tuple[str, tuple[Tensor, ...]]]
 
+    def check(self, store: SeedStore, ids: Tensor) -> Tensor:
+        """Refuse what is not a snapshot of these seeds of this layer.
+
+        Returns:
+            Their places in the snapshot, int64 ``(n,)``.
+
+        Raises:
+            InvalidArgument: It is of another layout or layer, lacks a seed, or the layer lacks a
+                bank.
+        """
+        if self.layout != str(store.layout):
+            raise InvalidArgument(
+                f"{store.name}: the snapshot is of chunks [{self.layout}]; this layer has "
+                f"[{store.layout}]"
+            )
+        if self.layer_id != store.name:
+            raise InvalidArgument(f"{store.name}: the snapshot is of {self.layer_id}")
+        places = {seed: place for place, seed in enumerate(self.seeds.tolist())}
+        missing = [seed for seed in ids.tolist() if seed not in places]
+        if missing:
+            raise InvalidArgument(
+                f"{store.name}: the snapshot does not hold seed {missing[0]}; it holds "
+                f"{self.seeds.tolist()[:8]}"
+            )
+        lost = {key for key, _ in self.blueprints.values()} - store.banks.keys()
+        if lost:
+            raise InvalidArgument(f"{store.name}: the layer has no banks {sorted(lost)} any more")
+        found = [places[seed] for seed in ids.tolist()]
+        return torch.tensor(found, dtype=torch.int64, device="cpu")
+
 
 @torch.no_grad()
 def take(store: SeedStore, seed_ids: SeedIds | None = None) -> Snapshot:
@@ -65,41 +95,25 @@ def restore(
 ) -> None:
     """See :meth:`KasminaLayer.rollback`."""
     mark = seed_ids is not None if mark is None else mark
-    if snapshot.layout != str(store.layout):
-        raise InvalidArgument(
-            f"{store.name}: the snapshot is of chunks [{snapshot.layout}]; this layer has "
-            f"[{store.layout}]"
-        )
-    if snapshot.layer_id != store.name:
-        raise InvalidArgument(f"{store.name}: the snapshot is of {snapshot.layer_id}")
     ids = snapshot.seeds if seed_ids is None else _ids(store, seed_ids)
-    places = {seed: place for place, seed in enumerate(snapshot.seeds.tolist())}
-    missing = [seed for seed in ids.tolist() if seed not in places]
-    if missing:
-        raise InvalidArgument(
-            f"{store.name}: the snapshot does not hold seed {missing[0]}; it holds "
-            f"{snapshot.seeds.tolist()[:8]}"
-        )
-    where = torch.tensor([places[seed] for seed in ids.tolist()], dtype=torch.int64, device="cpu")
-    rows = snapshot.rows[where]
-    lost = {key for key, _ in snapshot.blueprints.values()} - store.banks.keys()
-    if lost:
-        raise InvalidArgument(f"{store.name}: the layer has no banks {sorted(lost)} any more")
+    where = snapshot.check(store, ids)
+    rows, state, telemetry = snapshot.rows[where], store.state, store.telemetry
     _refuse_strangers(store, snapshot, ids, rows)
-    store.highest_id = max(store.highest_id, *rows[:, store.state.BLUEPRINT_ID_IDX].tolist(), 0)
-    telemetry = store.telemetry
+    store.highest_id = max(store.highest_id, *rows[:, state.BLUEPRINT_ID_IDX].tolist(), 0)
+    keys = {snapshot.blueprints[s][0] for s in ids.tolist() if s in snapshot.blueprints}
     with store.transaction():
-        # What went wrong since is not the restored blueprint's fault.
-        store.state.at_publication(lambda: telemetry.forget_blueprints(ids))
         if mark:
-            store.state.advance(ids, SeedLifecycle.ROLLED_BACK)
-            rows[:, store.state.LIFECYCLE_STATE_IDX] = SeedLifecycle.ROLLED_BACK
-        keys = {snapshot.blueprints[s][0] for s in ids.tolist() if s in snapshot.blueprints}
-        store.state.at_publication(lambda: _renew(store, keys))
+            state.advance(ids, SeedLifecycle.ROLLED_BACK)
+            rows[:, state.LIFECYCLE_STATE_IDX] = SeedLifecycle.ROLLED_BACK
+        # At publication, in this order: what went wrong since is not the restored blueprint's
+        # fault; then new stacks, where a backward still to run reads the old ones; then, below,
+        # what is written to these.
+        state.at_publication(lambda: telemetry.forget_blueprints(ids))
+        state.at_publication(lambda: _renew(store, keys))
         for seed, row in zip(ids.tolist(), rows, strict=True):
             _restore_blueprint(store, snapshot, seed, row)
-        store.state.set_rows(ids, **dict(zip(COLUMN_NAMES, rows.unbind(1), strict=True)))
-        store.state.set_alpha(ids, snapshot.alpha[where])
+        state.set_rows(ids, **dict(zip(COLUMN_NAMES, rows.unbind(1), strict=True)))
+        state.set_alpha(ids, snapshot.alpha[where])
 
 
 def _refuse_strangers(store: SeedStore, snapshot: Snapshot, ids: Tensor, rows: Tensor) -> None:

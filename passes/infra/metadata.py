@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from kasmina_fx._torch.tracing import FakeTensorMode
 
 _LAZY: Final = "kasmina_lazy_value"
 _ORIGIN: Final = "kasmina"

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUILD_INPUTS = ("LICENSE", "README.md", "kasmina_fx", "passes", "pyproject.toml")
 
 # Never imports kasmina_fx before it compiles: the entry point alone must lead torch to the backend.

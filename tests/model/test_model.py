@@ -94,6 +94,53 @@ def test_host_parameters_are_the_plain_models() -> None:
         kasmina_fx.host_parameters(nn.Linear(2, 2))
 
 
+def test_what_passes_unobserved_leaves_no_trace_in_the_statistics() -> None:
+    model = _model()
+    up, down = layer_of(model, "up"), layer_of(model, "down")
+    down.telemetry_enabled = False
+    model(torch.randn(5, 8))
+    before = up.kasmina.telemetry.accumulated.clone()
+    with kasmina_fx.unobserved(model):
+        assert not up.telemetry_enabled
+        with kasmina_fx.unobserved(up):
+            model(torch.randn(5, 8))
+        assert not up.telemetry_enabled
+    assert torch.equal(up.kasmina.telemetry.accumulated, before)
+    assert up.telemetry_enabled
+    assert not down.telemetry_enabled
+    model(torch.randn(5, 8))
+    assert not torch.equal(up.kasmina.telemetry.accumulated, before)
+
+
+def test_layers_are_observed_again_after_an_exception() -> None:
+    model = _model()
+
+    def fail() -> None:
+        with kasmina_fx.unobserved(model):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert all(layer.telemetry_enabled for layer in kasmina_fx.kasmina_layers(model).values())
+    with pytest.raises(NoTargets), kasmina_fx.unobserved(nn.Linear(2, 2)):
+        pass
+
+
+def test_only_the_first_unobserved_call_compiles_and_each_compile_is_counted() -> None:
+    model = _model()
+    compiled = torch.compile(model, backend="eager")
+    start, counted = kasmina_fx.compiles(), []
+    for _ in range(2):
+        compiled(torch.ones(5, 8))
+        counted.append(kasmina_fx.compiles() - start)
+        with kasmina_fx.unobserved(model):
+            compiled(torch.ones(5, 8))
+        counted.append(kasmina_fx.compiles() - start)
+    assert counted == [1, 2, 2, 2]
+    torch.compiler.reset()
+    assert kasmina_fx.compiles() == start + 2
+
+
 def test_a_scaler_that_is_named_is_followed() -> None:
     model = _model()
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

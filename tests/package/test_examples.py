@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-DEMO = Path(__file__).parent.parent / "examples" / "digits.py"
+DEMO = Path(__file__).parents[2] / "examples" / "grow_digits.py"
 
 
 @pytest.mark.slow

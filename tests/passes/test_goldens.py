@@ -21,7 +21,7 @@ from kasmina_fx.physical.operators import GATHER, GUARD, PULL, RECONSTRUCT
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.testing import USED_GOLDENS, RecordingBackend, assert_golden, graft
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 #: The release whose front ends wrote the host's part of the golden files.
 HOST_RELEASE = torch.__version__.startswith("2.13.")
