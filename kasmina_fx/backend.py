@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="kasmina")``: the passes, then Inductor.
+"""The backend ``torch.compile(model, backend="kasmina")`` runs the passes, then Inductor.
 
 One module-level function, found through the entry point ``torch_dynamo_backends``. Options reach
 Inductor as patches for this compile; global config is never touched.

@@ -136,7 +136,7 @@ class ChunkManager:
         )
 
     def create_chunk_mask(self, active: Tensor) -> Tensor:
-        """Bool ``(layer_dim,)`` from bool ``(num_chunks,)``: is a feature in an active chunk?"""
+        """Bool ``(layer_dim,)``: which features are in chunks that bool ``(num_chunks,)`` names."""
         if active.shape != (self.num_chunks,) or active.dtype != torch.bool:
             raise InvalidArgument(
                 f"active is {active.dtype} {tuple(active.shape)}: give bool ({self.num_chunks},)"

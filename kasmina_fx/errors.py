@@ -59,7 +59,7 @@ class CheckpointError(KasminaError, ValueError):
 
 
 class NoTargets(KasminaError, ValueError):
-    """``kasminify`` found nothing to wrap."""
+    """A model has nothing that ``kasminify`` could take, or no KasminaLayer."""
 
 
 class UnknownOption(KasminaError, ValueError):
@@ -71,7 +71,7 @@ class RewriteError(KasminaError, RuntimeError):
 
 
 class StillGrowing(KasminaError, RuntimeError):
-    """``unkasminify`` would lose what blended seeds contribute."""
+    """A call of ``unkasminify`` would lose what blended seeds contribute."""
 
 
 class GraphMismatch(KasminaError, AssertionError):

@@ -121,22 +121,22 @@ _ROLE_TABLE: Final = _RUNS_TABLE.long() + _BLENDED_TABLE.long()
 
 
 def is_legal(stages: Tensor, to: SeedLifecycle) -> Tensor:
-    """Bool ``(n,)``: may each of the ``stages`` (int ``(n,)``, CPU) be followed by ``to``?"""
+    """Bool ``(n,)``: which of the ``stages`` (int ``(n,)``, CPU) may be followed by ``to``."""
     return _LEGAL_TABLE[stages.long(), int(to)]
 
 
 def is_blended(stages: Tensor) -> Tensor:
-    """Bool ``(n,)``: is a seed in each of the ``stages`` (int ``(n,)``, CPU) blended?"""
+    """Bool ``(n,)``: in which of the ``stages`` (int ``(n,)``, CPU) a seed is blended."""
     return _BLENDED_TABLE[stages.long()]
 
 
 def holds_blueprint(stages: Tensor) -> Tensor:
-    """Bool ``(n,)``: does a seed in each of the ``stages`` (int ``(n,)``, CPU) hold a blueprint?"""
+    """Bool ``(n,)``: in which of the ``stages`` (int ``(n,)``, CPU) a seed holds a blueprint."""
     return _HOLDS_TABLE[stages.long()]
 
 
 def runs(stages: Tensor) -> Tensor:
-    """Bool ``(n,)``: does the blueprint of a seed in each of the ``stages`` (CPU) run?"""
+    """Bool ``(n,)``: in which of the ``stages`` (CPU) the blueprint of a seed runs."""
     return _RUNS_TABLE[stages.long()]
 
 

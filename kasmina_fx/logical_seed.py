@@ -87,7 +87,7 @@ class LogicalSeed:
 
     @property
     def is_blended(self) -> bool:
-        """Does it change the layer's output?"""
+        """Whether it changes the layer's output."""
         return bool(self.layer.state.blended[self.seed_id])
 
     @property

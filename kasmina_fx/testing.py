@@ -1,4 +1,4 @@
-"""For tests, ours and yours: golden graphs, recompiles, and a backend that keeps what it saw."""
+"""Helpers for tests, ours and yours: golden graphs, recompiles, a backend that keeps graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Of the inserted nodes, only what is used stays.
+"""Inserted nodes that nothing uses are erased.
 
 The host's own nodes are left to the compiler behind us: a dormant graph is the host's, node for
 node.

@@ -137,7 +137,7 @@ def _is_host(node: Node) -> bool:
 
 
 def _host_computes(flow: nx.DiGraph, node: Node) -> bool:
-    """Is it a tensor of the host's, and not a table or a stack that blends alone read?"""
+    """Say whether it is a tensor of the host's, and no table or stack that blends alone read."""
     if node.op not in ("placeholder", "get_attr"):
         return _is_host(node)
     return any(_is_host(reader) for reader in flow.successors(node))

@@ -15,7 +15,7 @@ from torch._dynamo.decorators import skip
 
 
 def is_exporting() -> bool:
-    """Is ``torch.export`` tracing?
+    """Say whether ``torch.export`` is tracing.
 
     Dynamo of torch 2.11 takes the public function for a constant, True, in every compile; the flag
     behind it is read as it is.
@@ -34,7 +34,7 @@ def uncompiled(model: Any) -> Any:
 
 
 def placeholder_source(node: torch.fx.Node) -> str:
-    """Where Dynamo found an input, "" if it doesn't say.
+    """Say where Dynamo found an input; "" if it doesn't say.
 
     For example ``L['self']._modules['fc']._parameters['weight']``.
     """
@@ -105,7 +105,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def not_traced(fn: F, *, below: bool = True) -> F:
-    """``torch.compiler.disable``, typed; with ``below=False`` Dynamo sees the functions it calls.
+    """Hide a function from Dynamo; with ``below=False`` Dynamo sees the functions it calls.
 
     The public spelling of that, ``recursive=False``, refuses ``torch.export`` (torch 2.13).
     """
@@ -113,12 +113,12 @@ def not_traced(fn: F, *, below: bool = True) -> F:
 
 
 def dynamo_is_on() -> bool:
-    """May Dynamo compile the functions called next, as below ``torch.compile(...)``?"""
+    """Say whether Dynamo may compile the functions called next, as below ``torch.compile``."""
     return get_eval_frame_callback() is not None
 
 
 def compile_whole(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
-    """``torch.compile`` of a module with its hooks, as one frame of its own.
+    """Compile a module with its hooks, as one frame of its own.
 
     ``Module.compile`` starts from a frame of torch's that Dynamo skips: of an ``nn.Sequential`` it
     compiles nothing but what lies below its children (torch 2.13), and instances of one class share

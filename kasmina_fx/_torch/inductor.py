@@ -36,7 +36,7 @@ def compile_with_inductor(
     decompositions: Mapping[Any, Callable[..., Any]],
     cache_tag: str,
 ) -> Callable[..., Any]:
-    """``compile_fx`` with options for this compile alone and our operators' decompositions.
+    """Run ``compile_fx`` with options for this compile alone and our operators' decompositions.
 
     ``cache_tag`` becomes part of the key that Inductor's cache on disk knows the graph by.
     """

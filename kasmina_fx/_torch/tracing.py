@@ -20,23 +20,23 @@ Operator = torch._ops.OpOverload
 
 
 def in_backward() -> bool:
-    """Is this thread running inside ``backward()`` (as a recomputed forward does)?"""
+    """Say whether this thread is inside ``backward()``, as a recomputed forward is."""
     # -1 outside the autograd engine; there is no public way to ask.
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def asks_for_shapes(t: torch.Tensor) -> bool:
-    """Is ``t`` a fake tensor of which nobody records what is done with it (Dynamo's own)?"""
+    """Say whether ``t`` is a fake tensor and nobody records what is done with it (Dynamo's)."""
     return isinstance(t, FakeTensor) and get_proxy_mode() is None
 
 
 def known_empty(t: torch.Tensor) -> bool:
-    """Has a tensor no elements? False where only a symbol says how many it has."""
+    """Say whether a tensor has no elements; False where only a symbol says how many it has."""
     return statically_known_true(t.numel() == 0)
 
 
 def in_functorch() -> bool:
-    """Is a transform of ``torch.func`` (grad, vmap, jvp) active?"""
+    """Say whether a transform of ``torch.func`` (grad, vmap, jvp) is active."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
@@ -60,7 +60,7 @@ class SymbolicSizes:
         return self._symbols[name]
 
     def specialized(self) -> bool:
-        """Did tracing turn one of the symbols into a number, or two into one?"""
+        """Say whether tracing turned one of the symbols into a number, or two into one."""
         # An expression reads as what replaced it.
         expressions = [size.node.expr for size in self._symbols.values()]
         known = [e for e in expressions if not e.is_number]
@@ -68,7 +68,7 @@ class SymbolicSizes:
 
     @contextlib.contextmanager
     def tracing(self) -> Iterator[None]:
-        """For ``make_fx`` on fake tensors with such sizes."""
+        """Let ``make_fx`` trace on fake tensors with such sizes."""
         # Without the dispatcher: "SymIntArrayRef expected to contain only concrete integers".
         with self.mode, enable_python_dispatcher():
             yield

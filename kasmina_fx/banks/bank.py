@@ -149,12 +149,12 @@ class Bank(nn.Module):
 
     @property
     def awaits_backward(self) -> bool:
-        """May there be a backward still to run, of a forward that was compiled?"""
+        """Whether a backward may still be to run, of a forward that was compiled."""
         return self.training_loop.awaits_backward
 
     @property
     def trained_elsewhere(self) -> bool:
-        """Does another thread train the layer?"""
+        """Whether another thread trains the layer."""
         return self.training_loop.elsewhere()
 
     def give_back(self, held: Tensor) -> None:
@@ -237,7 +237,7 @@ class Bank(nn.Module):
                 now.fresh, now.late = frozenset(), ()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without its owner, which connects again."""
+        """Leave the owner out, which connects again."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's, unannotated
         return state | {"owner": None, "training_loop": Training()}
 
@@ -248,6 +248,6 @@ def bank_key(spec: BankSpec) -> str:
 
 
 def registered_name(name: str) -> str:
-    """Of a stack in its bank, from the tensor's name in the blueprint's module."""
+    """Name a stack in its bank, after the tensor's name in the blueprint's module."""
     # A parameter's name can't contain a dot; '/' reads the same and can't occur in one.
     return name.replace(".", "/")

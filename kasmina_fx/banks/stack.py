@@ -15,7 +15,7 @@ class Follower(Protocol):
     """An optimizer that has state of a stack, as the stack sees it."""
 
     def steps_elsewhere(self) -> bool:
-        """Is it in the middle of a step, in another thread?"""
+        """Say whether it is in the middle of a step, in another thread."""
 
     def replaced(self) -> None:
         """A stack of its was outgrown: take the larger one."""
@@ -64,7 +64,7 @@ class StackedParameter(nn.Parameter):
         return stack
 
     def stepped_elsewhere(self) -> bool:
-        """Is an optimizer of another thread in the middle of stepping it?"""
+        """Say whether an optimizer of another thread is in the middle of stepping it."""
         return any(follower.steps_elsewhere() for follower in list(self.followers or ()))
 
     @torch.no_grad()

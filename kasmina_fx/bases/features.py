@@ -1,4 +1,4 @@
-"""Where a module's output has its features, and how many there are."""
+"""The table of modules says where an output has its features, and how many there are."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Host:
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the module: a copy is connected to the copied one."""
+        """Leave the module out: a copy is connected to the copied one."""
         return {"features": self.features, "_without": self._without, "_base": _nobody}
 
 

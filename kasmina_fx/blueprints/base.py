@@ -62,7 +62,7 @@ class Blueprint(ABC):
         return self
 
     def accepts(self, size: int) -> bool:
-        """Can it serve chunks of ``size`` features?"""
+        """Say whether it can serve chunks of ``size`` features."""
         return size >= 1
 
     def specs(self, size: int) -> tuple[TensorSpec, ...]:
@@ -87,7 +87,7 @@ class Blueprint(ABC):
 
 
 def as_rows(chunks: Tensor, dim: int) -> Tensor:
-    """``(K, rows, size)`` from chunks ``(K, M, ..., size, ...)``: features last, all else flat."""
+    """Make ``(K, rows, size)`` of chunks ``(K, M, ..., size, ...)``: features last, rest flat."""
     moved = _features_last(chunks, dim)
     return moved.reshape(moved.shape[0], -1, moved.shape[-1])
 

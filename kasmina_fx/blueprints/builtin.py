@@ -27,7 +27,7 @@ class PerFeature(nn.Module, ABC):
         """The function, features last."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``rows``, wherever the features are."""
+        """Run ``rows``, wherever the features are."""
         return self.rows(x.movedim(self.dim, -1)).movedim(-1, self.dim)
 
 
@@ -39,13 +39,13 @@ class Mlp(PerFeature):
         self.up, self.down = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
 
     def rows(self, x: Tensor) -> Tensor:
-        """``down(relu(up(x)))``."""
+        """Compute ``down(relu(up(x)))``."""
         out: Tensor = self.down(F.relu(self.up(x)))
         return out
 
 
 class Lora(PerFeature):
-    """``x + up(down(x))`` at low rank; up starts at zero (Hu et al., "LoRA", 2021)."""
+    """Adds ``up(down(x))`` at low rank; up starts at zero (Hu et al., "LoRA", 2021)."""
 
     def __init__(self, size: int, rank: int) -> None:
         super().__init__()
@@ -54,25 +54,25 @@ class Lora(PerFeature):
         nn.init.zeros_(self.up.weight)
 
     def rows(self, x: Tensor) -> Tensor:
-        """``x + up(down(x))``."""
+        """Compute ``x + up(down(x))``."""
         out: Tensor = x + self.up(self.down(x))
         return out
 
 
 class Affine(PerFeature):
-    """``scale * x + shift`` a feature; starts as the identity."""
+    """Scales and shifts each feature; starts as the identity."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.scale, self.shift = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
 
     def rows(self, x: Tensor) -> Tensor:
-        """``x * scale + shift``."""
+        """Compute ``x * scale + shift``."""
         return x * self.scale + self.shift
 
 
 class Bottleneck(PerFeature):
-    """``x + up(gelu(down(norm(x))))``, half as wide inside; up starts at zero.
+    """Adds ``up(gelu(down(norm(x))))``, half as wide inside; up starts at zero.
 
     The adapter of Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", 2019.
     """
@@ -86,13 +86,13 @@ class Bottleneck(PerFeature):
         nn.init.zeros_(self.up.bias)
 
     def rows(self, x: Tensor) -> Tensor:
-        """``x + up(gelu(down(norm(x))))``."""
+        """Compute ``x + up(gelu(down(norm(x))))``."""
         out: Tensor = x + self.up(F.gelu(self.down(self.norm(x))))
         return out
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``K`` linear layers: rows ``(K, R, in)``, weight ``(K, out, in)``, bias ``(K, out)``."""
+    """Run ``K`` linear layers: rows ``(K, R, in)``, weight ``(K, out, in)``, bias ``(K, out)``."""
     # Products and a sum, not baddbmm: that one is not autocast on every device. MKL's batched
     # product is twice as fast for small matrices when neither is transposed (1,024 times 512 x 4 by
     # 4 x 8), which pays for the copy of the weights; cuBLAS does not care.
@@ -102,7 +102,7 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class MlpBlueprint(Blueprint):
-    """``mlp``: Linear c -> 2c, ReLU, Linear 2c -> c."""
+    """The blueprint ``mlp``: Linear c -> 2c, ReLU, Linear 2c -> c."""
 
     kind = "mlp"
 
@@ -122,7 +122,7 @@ class MlpBlueprint(Blueprint):
 
 
 class LoraBlueprint(Blueprint):
-    """``lora``: a residual of rank ``min(4, size)``."""
+    """The blueprint ``lora``: a residual of rank ``min(4, size)``."""
 
     kind = "lora"
 
@@ -143,7 +143,7 @@ class LoraBlueprint(Blueprint):
 
 
 class AffineBlueprint(Blueprint):
-    """``affine``: scale and shift a feature."""
+    """The blueprint ``affine``: scale and shift a feature."""
 
     kind = "affine"
 
@@ -162,7 +162,7 @@ class AffineBlueprint(Blueprint):
 
 
 class BottleneckBlueprint(Blueprint):
-    """``bottleneck``: LayerNorm, down, GELU, up, residual."""
+    """The blueprint ``bottleneck``: LayerNorm, down, GELU, up, residual."""
 
     kind = "bottleneck"
 

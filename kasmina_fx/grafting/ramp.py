@@ -67,7 +67,7 @@ def step_along(alpha: Tensor, steps: Tensor, config: GraftingConfig) -> Tensor:
 
 
 def relative_drift(weight: Tensor, reference: Tensor) -> Tensor:
-    """``norm(weight - reference) / norm(reference)``: float32 ``()``."""
+    """Return ``norm(weight - reference) / norm(reference)``, float32 ``()``."""
     moved = torch.linalg.vector_norm(weight.float() - reference.float())
     share: Tensor = moved / torch.linalg.vector_norm(reference.float())
     return share.masked_fill(moved == 0, 0.0)  # of a weight that is 0 and stays so: not NaN

@@ -64,7 +64,7 @@ class FixedRamp(Strategy):
     name = "FIXED_RAMP"
 
     def speed(self, signals: RampSignals) -> Tensor:
-        """1."""
+        """Return 1 for every seed."""
         return torch.ones_like(signals.alpha)
 
 
@@ -74,7 +74,7 @@ class PerformanceLinked(Strategy):
     name = "PERFORMANCE_LINKED"
 
     def speed(self, signals: RampSignals) -> Tensor:
-        """2 where the loss is below what it was, else 1."""
+        """Return 2 where the loss is below what it was, else 1."""
         falling = (signals.previous_loss > 0) & (signals.loss < signals.previous_loss)
         return 1.0 + falling.float()
 
@@ -86,7 +86,7 @@ class DriftControlled(Strategy):
     needs_drift = True
 
     def speed(self, signals: RampSignals) -> Tensor:
-        """0 above the threshold, else 1."""
+        """Return 0 above the threshold, else 1."""
         return (signals.drift <= signals.config.high_drift_threshold).float()
 
 
@@ -97,6 +97,6 @@ class GradNormGated(Strategy):
     needs_grad_norm = True
 
     def speed(self, signals: RampSignals) -> Tensor:
-        """1 within the bounds, else 0."""
+        """Return 1 within the bounds, else 0."""
         norm, config = signals.grad_norm, signals.config
         return ((norm >= config.grad_norm_lower) & (norm <= config.grad_norm_upper)).float()

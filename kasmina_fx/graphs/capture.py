@@ -20,7 +20,7 @@ FRONTENDS: Final = ("dynamo", "fx", "export")
 
 
 class KasminaTracer(Tracer):
-    """``torch.fx`` tracing that steps into a KasminaLayer.
+    """A tracer of ``torch.fx`` that steps into a KasminaLayer.
 
     Its base stays one call, as torch.nn modules do: of a layer that was made from a module in
     place, the call of a view of that module, ``fc.base``.
@@ -152,7 +152,7 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Gr
 
 
 def _named(model: nn.Module) -> dict[int, tuple[str, str]]:
-    """``(registered fqn, role and public name)`` of each tensor.
+    """Map each tensor's ``id`` to its registered fqn, and its role and public name.
 
     The base of a wrapped layer leaves no trace in the public name.
     """

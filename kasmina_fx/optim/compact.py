@@ -48,7 +48,7 @@ class Compacted:
 
 
 def couples(optimizer: Optimizer) -> bool:
-    """Does a step of one number depend on the others of its tensor?"""
+    """Say whether a step of one number depends on the others of its tensor."""
     names = [kind.__name__.lower() for kind in type(optimizer).__mro__]
     return any(part in name for part in _COUPLED for name in names)
 

@@ -23,7 +23,7 @@ _STARTS_FROM: Final = {"sum": "initial_accumulator_value", "step_size": "lr"}
 
 
 def has_rows(name: str, value: object, stack: Tensor) -> bool:
-    """Has a state tensor of the stack a row a slot?"""
+    """Say whether a state tensor of the stack has a row a slot."""
     if not isinstance(value, Tensor) or name == "step" or not value.dim():
         return False
     # Of a stack of vectors, Adafactor's factor over the columns has no slots (torch: col_var,

@@ -1,4 +1,4 @@
-"""``sync``: bring an optimizer up to date with a model that grew."""
+"""The call ``sync`` brings an optimizer up to date with a model that grew."""
 
 from __future__ import annotations
 

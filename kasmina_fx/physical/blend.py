@@ -30,7 +30,7 @@ from kasmina_fx.physical.rows import column, finite_rows, inside
 
 
 def blend(asked: BlendArguments) -> tuple[Tensor, Tensor]:
-    """``kasmina::blend``: the output, like ``y``, and the notes, float32 ``(3, S)``."""
+    """Compute ``kasmina::blend``: the output, like ``y``, and the notes, float32 ``(3, S)``."""
     y, layout, banks = asked.y, ChunkLayout.parse(asked.chunks), asked.bank_inputs()
     if not banks or known_empty(y):
         return y.clone(), _no_notes(y, layout.num_seeds)
@@ -95,13 +95,13 @@ def _run_bank(host: Tensor, bank: BankInputs, layer: LayerTables, dim: int) -> _
 
 
 def _difference_of(made: Tensor, rows: Tensor) -> Tensor:
-    """In float32 or more."""
+    """Subtract in float32 or more."""
     wide = torch.promote_types(torch.promote_types(rows.dtype, made.dtype), torch.float32)
     return made.to(wide) - rows.to(wide)
 
 
 def _finite(difference: Tensor, made: Tensor, rows: Tensor) -> Tensor:
-    """Bool ``(P,)``: is any blend of what was made with its chunk finite in the host's dtype?"""
+    """Bool ``(P,)``: whether any blend of what was made with its chunk fits the host's dtype."""
     finite = finite_rows(difference)  # and so are both
     if torch.finfo(made.dtype).max > torch.finfo(rows.dtype).max:
         finite = finite & finite_rows(made.to(rows.dtype))

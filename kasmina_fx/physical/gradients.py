@@ -117,7 +117,7 @@ _ENTERS_AT_MOST: Final = 64.0
 
 
 def _scaled_down(added: Tensor, slots: Tensor, alone: Tensor) -> tuple[Tensor, Tensor]:
-    """``added`` ``(T, ...)`` divided by a power of two each slot, and these, ``(K,)``."""
+    """Divide ``added`` ``(T, ...)`` by a power of two each slot; return these too, ``(K,)``."""
     totals = torch.zeros_like(alone).index_add(0, slots, added.abs().sum(inside(added)).float())
     excess = (totals / _ENTERS_AT_MOST).log2().ceil().clamp_min(0.0) * alone
     by = excess.exp2()

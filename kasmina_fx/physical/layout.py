@@ -33,7 +33,7 @@ _BANK = re.compile(
 
 @dataclass(frozen=True)
 class Run:
-    """``count`` neighbouring chunks of equal ``size``: one strided view of the features."""
+    """Neighbouring chunks, ``count`` of equal ``size``: one strided view of the features."""
 
     first_seed: int
     count: int

@@ -19,7 +19,7 @@ from kasmina_fx.physical.rows import column
 
 
 def take(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """``out[i] = f[index[i]]``, 0 where ``index[i]`` is -1: what ``pull`` and ``gather`` compute.
+    """Compute ``out[i] = f[index[i]]``, 0 where ``index[i]`` is -1: ``pull`` and ``gather``.
 
     The zeros matter for gradients: without them a seed without a slot, or a slot without a seed,
     would receive row 0's gradient.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def finite_rows(values: Tensor) -> Tensor:
-    """Bool ``(K,)``: are all values of ``values[k]`` finite? ``values`` is ``(K, ...)``."""
+    """Bool ``(K,)``: whether all values of ``values[k]`` are finite; ``values`` is ``(K, ...)``."""
     # The largest magnitude is finite exactly if all are (amax hands NaN on, which is not below
     # Inf): one reduction, vectorised. Inductor folds the sum of ``values * 0`` to 0.
     sizes = values.detach().abs()

@@ -176,7 +176,7 @@ def _averages(old: Tensor, notes: Tensor) -> Tensor:
 
 
 def observe(y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int) -> None:
-    """``kasmina::observe``; shapes in :mod:`kasmina_fx.physical.markers`."""
+    """Compute ``kasmina::observe``; shapes in :mod:`kasmina_fx.physical.markers`."""
     if known_empty(y):
         return
     layout = ChunkLayout.parse(chunks)

@@ -148,7 +148,7 @@ def _report(
 
 
 def _slots(bank: Bank, layer: KasminaLayer) -> str:
-    """In use / allocated; and how many run, where tables are padded for CUDA graphs."""
+    """Say how many are in use of those allocated, and how many run where tables are padded."""
     running = f" (padded to {len(bank.seeds)})" if layer.config.pad else ""
     return f"{int((bank.held > 0).sum())}/{bank.capacity}{running}"
 

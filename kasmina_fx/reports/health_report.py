@@ -34,7 +34,7 @@ class HealthReport(Mapping[str, dict[str, Any]]):
         return len(self._layers)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """As JSON text, written to ``path`` if given; None stands for NaN and infinities."""
+        """Return JSON text, written to ``path`` if given; None stands for NaN and infinities."""
         text = json.dumps({fqn: to_json_values(report) for fqn, report in self.items()}, indent=1)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")

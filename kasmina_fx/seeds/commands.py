@@ -99,7 +99,7 @@ class SeedCommands:
         return self.kasmina.transaction()
 
     def accepts(self, seed_id: int, blueprint: str | None = None) -> bool:
-        """Does a blueprint, by name (None: the default), fit a seed's chunk?"""
+        """Say whether a blueprint, by name (None: the default), fits a seed's chunk."""
         seed = int(as_seed_ids(seed_id, self.num_seeds, self.layer_id))
         chosen = lookup(DEFAULT if blueprint is None else blueprint)
         like = self.kasmina.host.like

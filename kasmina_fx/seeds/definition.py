@@ -42,7 +42,7 @@ def process_chunk(store: SeedStore, seed_id: int, chunk: Tensor) -> Tensor:
 
 
 def _wide(values: Tensor, other: Tensor) -> Tensor:
-    """In a dtype that holds both, and float32 or more."""
+    """Convert to a dtype that holds both, float32 or more."""
     wide = torch.promote_types(values.dtype, other.dtype)
     return values.to(torch.promote_types(wide, torch.float32))
 
@@ -76,7 +76,7 @@ class WithLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor, scale: Tensor) -> Tensor:
-        """``x``."""
+        """Hand ``x`` on."""
         ctx.save_for_backward(scale)
         ctx.loss_dtype = loss.dtype
         return x.view_as(x)

@@ -79,7 +79,7 @@ def _needs(used: Mapping[int, Strategy], trait: str) -> bool:
 
 
 def _remember(store: SeedStore, used: Mapping[int, Strategy]) -> None:
-    """For the next step; what no strategy asks for is forgotten: it would be of another time."""
+    """Keep what the next step asks for; what no strategy asks for is forgotten: it would be old."""
     weight = store.host.weight
     drifts = weight is not None and _needs(used, "needs_drift")
     store.reference_weight = weight.detach().clone() if weight is not None and drifts else None
@@ -96,7 +96,7 @@ def _drift(store: SeedStore, used: Mapping[int, Strategy]) -> Tensor:
 
 
 def _grad_norm(store: SeedStore, used: Mapping[int, Strategy]) -> Tensor:
-    """As an optimizer step recorded it; without one, of the gradient that is there now."""
+    """Return the norm that an optimizer step recorded; without one, of the gradient of now."""
     recorded = store.grad_norm
     norm = store.host.gradient_norm() if _needs(used, "needs_grad_norm") else None
     return recorded if norm is None else torch.where(recorded < 0, norm, recorded)

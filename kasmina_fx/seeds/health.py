@@ -78,7 +78,7 @@ class Moment:
 
     @property
     def errors(self) -> Tensor:
-        """As of :func:`per_seed`."""
+        """Errors of each seed, as of :func:`per_seed`."""
         return torch.maximum(self.accumulated[t.REJECTED], self.faults)
 
 

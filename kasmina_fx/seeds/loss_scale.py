@@ -55,7 +55,7 @@ class LossScale:
         self._scaler = None if scaler is None else weakref.ref(scaler)
 
     def check(self, optimizers: Iterable[Optimizer]) -> Change:
-        """In a step of these optimizers: follow the scaler that divides their gradients."""
+        """Follow the scaler that divides the gradients, in a step of these optimizers."""
         if self._named:
             return Change.NONE
         followed, before = self._scaler is not None, self.scaler

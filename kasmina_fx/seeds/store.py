@@ -117,7 +117,7 @@ class SeedStore(Float32Module):
         return list(self.banks.values())  # type: ignore[arg-type]  # holds nothing but banks
 
     def has_bank(self, kind: str, shared: bool) -> bool:
-        """Is there a bank for the blueprint?"""
+        """Say whether there is a bank for the blueprint."""
         return any((b.spec.kind, b.spec.shared) == (kind, shared) for b in self.bank_list())
 
     def take_ids(self, count: int) -> Tensor:
@@ -198,7 +198,7 @@ class SeedStore(Float32Module):
         self.publish()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was published, and to whom: derived, and connected again."""
+        """Leave out what is shown: it is derived again."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("shown", None)
         return state

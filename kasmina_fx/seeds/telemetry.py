@@ -65,7 +65,7 @@ class Telemetry(Float32Module):
         return leaf
 
     def _keep(self, leaf: Tensor) -> None:
-        """Where autograd has put another tensor in the place of ``faults``, take its values."""
+        """Take the values of a tensor that autograd has put in the place of ``faults``."""
         if leaf.grad is not None and leaf.grad is not self.faults:
             self.faults.copy_(leaf.grad.detach())
             leaf.grad = self.faults

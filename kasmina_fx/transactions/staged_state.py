@@ -176,6 +176,6 @@ class StagedState(Float32Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the layer that listens; it connects again."""
+        """Leave the listener out; it connects again."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's, unannotated
         return state | {"on_publish": None, "_staged": None, "_owner": 0}

@@ -51,7 +51,7 @@ def overload_of(node: Node) -> Any:
 
 
 def graph_modules(gm: GraphModule) -> list[GraphModule]:
-    """``gm`` and the graphs nested in it (the bodies of activation checkpoints, of conditions)."""
+    """Return ``gm`` and the graphs nested in it (bodies of checkpoints, of conditions)."""
     return [module for module in gm.modules() if isinstance(module, GraphModule)]
 
 
@@ -64,7 +64,7 @@ def marker_nodes(gm: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
 
 
 def has_markers(gm: GraphModule) -> bool:
-    """Is there anything to rewrite?"""
+    """Say whether there is anything to rewrite."""
     return next(marker_nodes(gm), None) is not None
 
 
