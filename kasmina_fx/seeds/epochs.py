@@ -70,7 +70,7 @@ def _strategies_in_use(store: SeedStore) -> dict[int, Strategy]:
 
 
 def in_use(store: SeedStore, trait: str) -> bool:
-    """Does a seed in GRAFTING use a strategy with the trait ("needs_drift", ...)?"""
+    """Say whether a seed in GRAFTING uses a strategy with the trait ("needs_drift", ...)."""
     return _needs(_strategies_in_use(store), trait)
 
 

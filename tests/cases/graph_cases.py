@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from kasmina_fx import ChunkedKasminaLayer, KasminaLayer, kasminify
+from kasmina_fx import ChunkedKasminaLayer, KasminaLayer, capture, kasminify
 from kasmina_fx.testing import graft
+
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 class OneLayer(nn.Module):
@@ -152,3 +156,15 @@ CASES = (
     ),
     Case("place_telemetry/growing", telemetry_on, (3, 8), 1, 2),
 )
+
+
+def growing_graph(telemetry: bool = True) -> GraphModule:
+    """A captured graph that no pass has seen."""
+    model = wrapped(OneLayer(), telemetry=telemetry)
+    graft(layer_of(model), [0, 2])
+    return capture(model, torch.randn(3, 8))
+
+
+def dormant_graph() -> GraphModule:
+    """A captured graph that no pass has seen."""
+    return capture(wrapped(OneLayer(), telemetry=True), torch.randn(3, 8))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_cases import OneLayer, TwoLayers, layer_of, wrapped
+from graph_cases import GOLDEN, OneLayer, TwoLayers, layer_of, wrapped
 from torch import nn
 from torch.fx import GraphModule
 
@@ -15,7 +15,7 @@ from kasmina_fx._torch.dynamo import placeholder_source
 from kasmina_fx.errors import RewriteError
 from kasmina_fx.passes.unpin_tables import UnpinTables, keeps_address
 from kasmina_fx.physical.graph_inputs import is_table_source
-from kasmina_fx.testing import RecordingBackend, graft
+from kasmina_fx.testing import RecordingBackend, assert_golden, graft
 
 # Coverage doubles the time that torch takes to compile; the files beside this one cover the lines.
 pytestmark = pytest.mark.untraced
@@ -99,3 +99,24 @@ def test_a_table_that_is_still_pinned_is_an_error() -> None:
     gm = captured(growing(OneLayer(), ["fc"]))
     with pytest.raises(RewriteError, match="address stays"):
         UnpinTables().ensures(gm)
+
+
+def test_golden() -> None:
+    gm = captured(growing(OneLayer(), ["fc"]))
+    lines = []
+    before = pinned(gm)
+    UnpinTables()(gm)
+    after = pinned(gm)
+    for node in gm.graph.find_nodes(op="placeholder"):
+        source = placeholder_source(node)
+        if source in before:
+            lines.append(f"{'stays' if source in after else 'may move':8}  {source}")
+    text = "\n".join(sorted(lines)) + "\n"
+    assert_golden(text, "unpin_tables/one_layer", golden_dir=GOLDEN)
+
+
+def test_a_table_that_is_found_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = captured(growing(OneLayer(), ["fc"]))
+    monkeypatch.setattr("kasmina_fx.passes.unpin_tables.is_table_source", lambda source: False)
+    with pytest.raises(RewriteError, match=r"table .* \(layer of fc\).* whose address stays"):
+        UnpinTables()(gm)

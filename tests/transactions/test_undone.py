@@ -125,3 +125,19 @@ def test_germinating_nobody_allocates_nothing() -> None:
     layer = KasminaLayer(nn.Linear(8, 12), 4)
     assert layer.request_germination([])
     assert not list(layer.blueprint_parameters())
+
+
+def test_a_later_command_does_not_write_what_a_rollback_wrote() -> None:
+    layer = KasminaLayer(nn.Linear(4, 12), 4)
+    graft(layer, [0, 1])
+    snapshot = layer.snapshot()
+    layer.rollback(snapshot)
+    with torch.no_grad():
+        for stack in layer.blueprint_parameters():
+            stack.add_(1.0)
+    trained = [stack.detach().clone() for stack in layer.blueprint_parameters()]
+    layer.set_alpha(0, 0.75)
+    layer.advance(1, S.STABILIZATION)
+    layer.step_epoch()
+    now = list(layer.blueprint_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(now, trained, strict=True))
