@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from graph_cases import GOLDEN, growing_graph
+from graph_cases import GOLDEN, growing_graph, spelled_as_torch_2_13
 
 from kasmina_fx.passes.eliminate_dead_code import EliminateDeadCode
 from kasmina_fx.passes.infra.pass_base import node_counts
@@ -23,6 +23,7 @@ def test_dead_inserted_nodes_go_and_dead_host_nodes_stay() -> None:
     assert not EliminateDeadCode()(gm).modified
 
 
+@spelled_as_torch_2_13
 def test_golden() -> None:
     gm = growing_graph(telemetry=False)
     LowerBlend()(gm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from graph_cases import GOLDEN, growing_graph
+from graph_cases import GOLDEN, growing_graph, spelled_as_torch_2_13
 from torch.fx import GraphModule
 
 from kasmina_fx import find_matches, graph_text, rewrite
@@ -41,6 +41,7 @@ def spelled_otherwise() -> GraphModule:
     return gm
 
 
+@spelled_as_torch_2_13
 def test_golden() -> None:
     gm = spelled_otherwise()
     before = graph_text(gm)

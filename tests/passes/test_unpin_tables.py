@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_cases import GOLDEN, OneLayer, TwoLayers, layer_of, wrapped
+from graph_cases import GOLDEN, OneLayer, TwoLayers, layer_of, spelled_as_torch_2_13, wrapped
 from torch import nn
 from torch.fx import GraphModule
 
@@ -101,6 +101,7 @@ def test_a_table_that_is_still_pinned_is_an_error() -> None:
         UnpinTables().ensures(gm)
 
 
+@spelled_as_torch_2_13
 def test_golden() -> None:
     gm = captured(growing(OneLayer(), ["fc"]))
     lines = []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from graph_cases import GOLDEN, growing_graph
-from torch.fx import GraphModule
+from graph_cases import GOLDEN, growing_graph, spelled_as_torch_2_13
 
 from kasmina_fx import rewrite
 from kasmina_fx.errors import RewriteError
@@ -15,7 +16,7 @@ from kasmina_fx.testing import assert_golden
 
 
 def test_verify_refuses_a_host_that_reads_statistics() -> None:
-    gm: GraphModule = rewrite(growing_graph()).graph_module
+    gm = rewrite(growing_graph()).graph_module
     stack = [n for n in gm.graph.nodes if n.target is torch.ops.aten.stack.default][-1]
     out = gm.graph.output_node()
     with gm.graph.inserting_before(out):
@@ -27,7 +28,7 @@ def test_verify_refuses_a_host_that_reads_statistics() -> None:
 
 def test_verify_refuses_a_write_in_a_blend_and_to_the_host() -> None:
     for by in ("lower_blend", "place_telemetry"):
-        gm: GraphModule = rewrite(growing_graph()).graph_module
+        gm = rewrite(growing_graph()).graph_module
         inserted = [n for n in gm.graph.nodes if (o := origin_of(n)) and o.by == by]
         host = next(n for n in gm.graph.nodes if n.target is torch._C._nn.linear)
         with gm.graph.inserting_after(inserted[0]):
@@ -38,7 +39,7 @@ def test_verify_refuses_a_write_in_a_blend_and_to_the_host() -> None:
 
 
 def test_verify_refuses_a_blend_that_leaks_and_one_that_spies() -> None:
-    gm: GraphModule = rewrite(growing_graph()).graph_module
+    gm = rewrite(growing_graph()).graph_module
     inner = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.bmm.default)
     out = gm.graph.output_node()
     with gm.graph.inserting_before(out):
@@ -55,7 +56,7 @@ def test_verify_refuses_a_blend_that_leaks_and_one_that_spies() -> None:
 
 
 def test_verify_refuses_an_inserted_node_without_a_value() -> None:
-    gm: GraphModule = rewrite(growing_graph()).graph_module
+    gm = rewrite(growing_graph()).graph_module
     node = next(n for n in gm.graph.nodes if origin_of(n) is not None)
     assert value_of(node) is not None
     for key in ("val", "example_value"):
@@ -64,26 +65,27 @@ def test_verify_refuses_an_inserted_node_without_a_value() -> None:
         Verify()(gm)
 
 
-def _leftover() -> GraphModule:
+def _leftover() -> Any:
     return growing_graph()
 
 
-def _statistics_reach_the_output() -> GraphModule:
-    gm: GraphModule = rewrite(growing_graph()).graph_module
+def _statistics_reach_the_output() -> Any:
+    gm = rewrite(growing_graph()).graph_module
     stack = [n for n in gm.graph.nodes if n.target is torch.ops.aten.stack.default][-1]
     out = gm.graph.output_node()
     out.args = ((stack,),)
     return gm
 
 
-def _blend_leaks() -> GraphModule:
-    gm: GraphModule = rewrite(growing_graph()).graph_module
+def _blend_leaks() -> Any:
+    gm = rewrite(growing_graph()).graph_module
     inner = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.bmm.default)
     out = gm.graph.output_node()
     out.args = ((*out.args[0], inner),)
     return gm
 
 
+@spelled_as_torch_2_13
 def test_golden() -> None:
     lines = []
     for make in (_leftover, _statistics_reach_the_output, _blend_leaks):
@@ -100,7 +102,7 @@ def test_a_leftover_is_no_refusal_unless_strict() -> None:
 
 
 def test_a_near_miss_a_host_that_reads_one_tensor_twice_is_isolated() -> None:
-    gm: GraphModule = rewrite(growing_graph()).graph_module
+    gm = rewrite(growing_graph()).graph_module
     out = gm.graph.output_node()
     out.args = ((out.args[0][0], out.args[0][0]),)
     Verify(strict=True)(gm)
