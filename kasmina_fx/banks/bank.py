@@ -251,3 +251,8 @@ def registered_name(name: str) -> str:
     """Name a stack in its bank, after the tensor's name in the blueprint's module."""
     # A parameter's name can't contain a dot; '/' reads the same and can't occur in one.
     return name.replace(".", "/")
+
+
+def bank_of(stack: StackedParameter) -> Bank | None:
+    """The bank that holds a stack; None once a larger stack has taken its place."""
+    return None if stack.bank is None else stack.bank()

@@ -14,21 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kasmina_fx.banks.bank import Bank
+from kasmina_fx.banks.bank import Bank, bank_of
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.optim import state
+from kasmina_fx.optim.step import Step
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.store import SeedStore
 from kasmina_fx.transactions.threads import ModelThreads
-
-if TYPE_CHECKING:
-    from kasmina_fx.optim.hooks import Step
 
 
 def holds_stacks(optimizer: Optimizer) -> bool:
@@ -46,11 +44,6 @@ def stacks_of(optimizer: Optimizer) -> list[StackedParameter]:
     # Not isinstance: that of Parameter's metaclass takes 15 times as long.
     given = (p for group in optimizer.param_groups for p in group["params"])
     return [p for p in given if type(p) is StackedParameter]
-
-
-def bank_of(stack: StackedParameter) -> Bank | None:
-    """The bank that holds a stack; None once a larger stack has taken its place."""
-    return None if stack.bank is None else stack.bank()
 
 
 def store_of(bank: Bank) -> SeedStore | None:

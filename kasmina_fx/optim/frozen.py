@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from kasmina_fx._torch.optim import copies_of, copy_into
-from kasmina_fx.banks.bank import Bank
+from kasmina_fx.banks.bank import Bank, bank_of
 from kasmina_fx.banks.stack import StackedParameter
-from kasmina_fx.optim.follower import bank_of
 from kasmina_fx.transactions.buffers import to_device
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -34,7 +33,7 @@ from kasmina_fx.banks.bank import Bank
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.lifecycle import Mode
 from kasmina_fx.optim import state
-from kasmina_fx.optim.compact import Compacted, CompactParameter, compact, couples, put_back
+from kasmina_fx.optim.compact import CompactParameter, compact, couples, put_back
 from kasmina_fx.optim.follower import (
     Held,
     OptimizerFollower,
@@ -42,7 +41,8 @@ from kasmina_fx.optim.follower import (
     holds_stacks,
     stepping_here,
 )
-from kasmina_fx.optim.frozen import Kept, keep, put_back_frozen, write_on
+from kasmina_fx.optim.frozen import keep, put_back_frozen, write_on
+from kasmina_fx.optim.step import Step
 from kasmina_fx.seeds import epochs
 from kasmina_fx.seeds.loss_scale import Change
 from kasmina_fx.seeds.store import SeedStore
@@ -50,15 +50,6 @@ from kasmina_fx.transactions.buffers import to_device
 
 _LOG: Final = logging.getLogger(__name__)
 _DEEPEST: Final = 4
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step under way: what it may not change, and the layers whose ramps follow it."""
-
-    kept: list[Kept]
-    ramps: dict[SeedStore, int]  # and how many ramp steps they had made
-    compacted: list[Compacted]
 
 
 def register() -> None:
