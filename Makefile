@@ -8,7 +8,7 @@ WORKERS ?= 2
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint ruff format-check types layers format test test-slow golden demo bench clean
+.PHONY: help install lint ruff format-check types layers format test test-fast test-slow golden demo bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -45,6 +45,10 @@ format: $(STAMP) ## rewrite the files: ruff's safe fixes, then its format
 test: lint ## lint, then the default tests and doctests with coverage
 	@echo "== pytest"
 	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+
+test-fast: $(STAMP) ## the tests that compile no model, in about a minute
+	@echo "== pytest, without tests/compile"
+	@$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests --ignore tests/compile
 
 test-slow: $(STAMP) ## the tests marked slow
 	@echo "== pytest -m slow"

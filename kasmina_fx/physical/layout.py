@@ -27,7 +27,7 @@ from itertools import groupby
 
 _RUN = re.compile(r"(\d+)x(\d+)")
 _BANK = re.compile(
-    r"(?P<kind>[^@\s:]+(?:#\d+)?)(?P<shared>:shared)?(?P<eval>:eval)?@(?P<run>\d+)\*(?P<num>\d+)"
+    r"(?P<kind>[^@\s:]+)(?P<shared>:shared)?(?P<eval>:eval)?@(?P<run>\d+)\*(?P<num>\d+)"
 )
 
 

@@ -151,3 +151,13 @@ def test_room_for_no_number_of_slots_is_refused(slots: Any) -> None:
     with pytest.raises(UnknownBlueprint):
         layer.reserve(2, "no such")
     assert not list(layer.blueprint_parameters())
+
+
+def test_a_shared_blueprint_takes_one_slot_however_often_it_germinates() -> None:
+    layer = KasminaLayer(nn.Linear(4, 24), 8)
+    shared = layer.register_blueprint("affine")
+    for seeds in ([0, 1], [2], [3, 4]):
+        layer.request_germination(seeds, shared)
+    (bank,) = layer.kasmina.bank_list()
+    assert bank.held.tolist() == [shared]
+    assert {layer.bank_of(seed) for seed in range(5)} == {(bank, 0)}

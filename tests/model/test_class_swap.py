@@ -59,6 +59,23 @@ def test_the_object_its_class_and_its_names_stay() -> None:
     assert [name for name, _ in model.named_modules()] == ["", "0", "1", "2"]
 
 
+def test_attributes_are_looked_up_as_ever() -> None:
+    layer: Any = swapped()[0]
+    for name in ("__getattr__", "__setattr__", "__delattr__"):
+        assert getattr(type(layer), name) is getattr(nn.Module, name)
+    with pytest.raises(AttributeError, match="'KasminaLinear' object has no attribute 'nothing'"):
+        _ = layer.nothing
+
+
+def test_a_shallow_copy_takes_nothing_from_the_layer() -> None:
+    layer = swapped()[0]
+    shallow = copy.copy(layer)
+    assert torch.equal(shallow(torch.ones(1, 4)), layer(torch.ones(1, 4)))
+    del shallow
+    assert layer.kasmina.host.base is layer
+    graft(layer, [0], "mlp")
+
+
 def test_one_class_for_each_class_whatever_the_number_of_layers() -> None:
     model = swapped()
     assert type(model[0]) is type(model[2]) is swapped_class(nn.Linear)
@@ -173,6 +190,7 @@ def test_what_computes_a_weight_goes_on_doing_so(
     if is_parametrized(model[0]):  # torch copies no module whose weight is an attribute
         twin = copy.deepcopy(model)
         torch.testing.assert_close(twin(x), by_reference(model, x))
+        assert twin[0].kasmina.host.base is twin[0]
         twin[0].set_alpha([0, 1], 0.0)
         assert model[0].state.alphas.tolist() == [0.5, 0.5, 0]
     model[0].reset([0, 1])
@@ -329,3 +347,20 @@ def test_the_root_may_be_the_target(compiled: bool) -> None:
     assert torch.equal(linear(x), expected)
     assert list(kasmina_fx.host_state_dict(linear)) == ["weight", "bias"]
     linear.load_state_dict(nn.Linear(4, 6).state_dict())
+
+
+def test_what_the_seeds_call_their_host_has_nothing_of_the_seeds() -> None:
+    model = swapped()
+    graft(model[0], [0, 1], "mlp")
+    host = model[0].kasmina.host
+    assert list(host.modules()) == [model[0]]
+    assert [id(p) for p in host.parameters()] == [id(model[0].weight), id(model[0].bias)]
+    norm = swapped(nn.Sequential(nn.BatchNorm1d(6, affine=False)), targets=[nn.BatchNorm1d])
+    graft(norm[0], [0], "affine")
+    assert list(norm[0].kasmina.host.parameters()) == []
+    assert norm[0].kasmina.host.like is norm[0].running_mean
+    parametrizations.weight_norm(model[0])
+    model(torch.randn(3, 4)).sum().backward()
+    own = [p.grad for n, p in model[0].named_parameters() if not n.startswith("kasmina.")]
+    expected = torch.stack([g.norm() for g in own if g is not None]).norm()
+    torch.testing.assert_close(host.gradient_norm(), expected)

@@ -186,3 +186,16 @@ def test_nothing_of_it_is_left_in_a_plain_model(compile: bool) -> None:
     model = kasminify(plain, num_seeds=3, compile=compile)
     assert set(unkasminify(model).__dict__) - before <= {"_load_state_dict_pre_hooks"}
     assert model._compiled_call_impl is None
+
+
+def test_only_a_compiled_forward_with_gradients_awaits_its_backward() -> None:
+    model, x = grown(), torch.randn(2, 4)
+    training = kasmina_layers(model)["a"].siblings.training
+    run: Any = torch.compile(model, backend=RecordingBackend("eager"))
+    with torch.no_grad():
+        run(x)
+    assert not training.awaits_backward
+    model(x)
+    assert not training.awaits_backward
+    run(x)
+    assert training.awaits_backward
