@@ -52,22 +52,22 @@ class LogicalSeed:
 
     @property
     def id(self) -> int:
-        """Its number in the layer."""
+        """The seed's number in the layer."""
         return self.seed_id
 
     @property
     def chunk(self) -> slice:
-        """Its features of the layer's output."""
+        """The seed's features of the layer's output."""
         return self.layer.chunks.chunk_slice(self.seed_id)
 
     @property
     def stage(self) -> SeedLifecycle:
-        """Where it is in its life."""
+        """The stage of its life that the seed is in."""
         return SeedLifecycle(int(self.layer.state.stages[self.seed_id]))
 
     @property
     def blueprint_id(self) -> int:
-        """Its blueprint's id, 0 for none."""
+        """The id of the seed's blueprint, 0 for none."""
         return int(self.layer.state.blueprint_ids[self.seed_id])
 
     @property
@@ -82,7 +82,7 @@ class LogicalSeed:
 
     @property
     def alpha(self) -> float:
-        """Its blend factor, 0 to 1; one device copy after a ramp."""
+        """The seed's blend factor, 0 to 1; one device copy after a ramp."""
         return float(self.layer.state.alphas[self.seed_id])
 
     @property
@@ -92,7 +92,7 @@ class LogicalSeed:
 
     @property
     def health(self) -> float:
-        """Its health score, see :func:`kasmina_fx.seeds.health.per_seed`; one device copy."""
+        """The seed's health score, see :func:`kasmina_fx.seeds.health.per_seed`; one device copy."""
         (seen,) = fetch([self.layer.kasmina])
         return float(per_seed(seen.accumulated, seen.faults)["health"][self.seed_id])
 

@@ -54,7 +54,7 @@ class Host:
                 yield from child.modules()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its own parameters, each once."""
+        """The module's own parameters, each once."""
         found = (p for module in self.modules() for p in module._parameters.values())
         return iter(dict.fromkeys(p for p in found if p is not None))
 
@@ -67,7 +67,7 @@ class Host:
 
     @property
     def weight(self) -> Tensor | None:
-        """Its weight; of a module without one, its first floating-point tensor."""
+        """The module's weight; of a module without one, its first floating-point tensor."""
         weight = getattr(self.base, "weight", None)
         return weight if isinstance(weight, Tensor) else self.like
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Float32Module(nn.Module):
-    """Its own float32 buffers stay float32, whatever dtype the model is converted to."""
+    """A module whose own float32 buffers stay float32, whatever dtype its model is converted to."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {n: b for n, b in self._buffers.items() if b is not None}
