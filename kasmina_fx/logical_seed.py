@@ -92,7 +92,7 @@ class LogicalSeed:
 
     @property
     def health(self) -> float:
-        """The seed's health score, see :func:`kasmina_fx.seeds.health.per_seed`; one device copy."""
+        """The seed's health, see :func:`kasmina_fx.seeds.health.per_seed`; one device copy."""
         (seen,) = fetch([self.layer.kasmina])
         return float(per_seed(seen.accumulated, seen.faults)["health"][self.seed_id])
 

@@ -188,3 +188,11 @@ def test_alphas_of_several_seeds(alpha: Any) -> None:
     state.set_alpha([0, 1], torch.tensor([0.25]))
     state.set_alpha([2], torch.tensor(0.75))
     assert state.alpha.tolist() == [0.25, 0.25, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 32_767])
+def test_an_embargo_may_last_as_long_as_epochs_count(epochs: int) -> None:
+    assert StateTensor(2, embargo_epochs=epochs).embargo_epochs == epochs
+    for wrong in (-1, 32_768):
+        with pytest.raises(InvalidArgument, match="from 0 to 32767"):
+            StateTensor(2, embargo_epochs=wrong)
