@@ -1,4 +1,4 @@
-"""The layer that ``kasminify`` puts in place, with the constructor that existing code calls."""
+"""A layer built by hand around a base, with the constructor that existing code calls."""
 
 from __future__ import annotations
 

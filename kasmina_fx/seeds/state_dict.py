@@ -1,4 +1,4 @@
-"""State dicts: a wrapped layer keeps its base's names, so that plain checkpoints go on loading.
+"""State dicts: a layer by hand keeps its base's names, so that plain checkpoints go on loading.
 
 A :class:`~kasmina_fx.KasminaLayer` at ``fc`` saves ``fc.weight`` (not ``fc.base.weight``) and its
 seeds' tensors under ``fc.kasmina.``. Loading a plain checkpoint leaves the latter as they are.
