@@ -227,9 +227,13 @@ def test_an_interrupted_publication_lets_later_forwards_in() -> None:
         time.sleep(SHORT)
         signal.pthread_kill(main, signal.SIGINT)  # Ctrl-C
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt), gate.publication():
-        pass
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt), gate.publication():
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
     early.leave()
     late = Visit(gate.forward)
     assert late.entered
