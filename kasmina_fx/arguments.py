@@ -1,4 +1,4 @@
-"""What callers may give, from whom no type checker keeps anything: checked in one place."""
+"""Checks of what callers give, all in one place: no type checker keeps anything from them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from kasmina_fx.errors import InvalidArgument, InvalidType, SeedIndexError
 
 
 def is_int(given: object) -> bool:
-    """It is an int, and not a bool."""
+    """Say whether it is an int, and not a bool."""
     return isinstance(given, int) and not isinstance(given, bool)
 
 
 def check_count(name: str, given: object, least: int = 0, most: int | None = None) -> None:
-    """What is no int, too small or too large is refused.
+    """Refuse what is no int, too small or too large.
 
     Raises:
         InvalidArgument: Says what is allowed.
@@ -31,7 +31,7 @@ def check_count(name: str, given: object, least: int = 0, most: int | None = Non
 
 
 def check_number(name: str, given: object, least: float = -math.inf) -> None:
-    """What is no finite number, or too small, is refused; NaN is.
+    """Refuse what is no finite number, NaN too, or too small.
 
     Raises:
         InvalidArgument: Says what is allowed.
@@ -43,7 +43,7 @@ def check_number(name: str, given: object, least: float = -math.inf) -> None:
 
 
 def check_instance(name: str, given: object, kind: type) -> None:
-    """What is no instance of a class is refused.
+    """Refuse what is no instance of a class.
 
     Raises:
         InvalidType: Says which class.
@@ -57,7 +57,7 @@ SeedIds: TypeAlias = int | Iterable[int] | Tensor
 
 
 def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
-    """Int64 ``(n,)`` on the CPU.
+    """Check seed ids and return them as int64 ``(n,)`` on the CPU.
 
     Args:
         seed_ids: An int, a sequence of ints, or an integer tensor of at most one dimension.

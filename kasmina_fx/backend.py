@@ -60,13 +60,13 @@ def kasmina(
 def compile_rewritten(
     gm: GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]
 ) -> Callable[..., Any]:
-    """Inductor, for a graph that the passes are done with."""
+    """Compile with Inductor a graph that the passes are done with."""
     return compile_with_inductor(gm, example_inputs, patches, DECOMPOSITIONS, _source_digest())
 
 
 @cache
 def _source_digest() -> str:
-    """Names this release of the package to Inductor's cache on disk.
+    """Return what names this release of the package to Inductor's cache on disk.
 
     The cache knows an operator by its name alone, and would hand out the backward of another one.
     """
@@ -80,7 +80,7 @@ def _source_digest() -> str:
 def split_options(
     mode: str | None, options: Mapping[str, Any] | None
 ) -> tuple[tuple[GraphPass, ...], dict[str, Any]]:
-    """The pipeline and the Inductor patches that a mode and options ask for.
+    """Return the pipeline and the Inductor patches that a mode and options ask for.
 
     Raises:
         UnknownOption, InvalidArgument: Says what is allowed.

@@ -15,10 +15,10 @@ RAMP_EVERY: Final = ("epoch", "step")
 
 @dataclass(frozen=True)
 class SeedConfig:
-    """How a layer's seeds live.
+    """Says how a layer's seeds live.
 
     Args:
-        grafting: Of the ramp.
+        grafting: The settings of the ramp.
         ramp_every: "epoch": a ramp makes a step at each ``step_epoch()``; "step": at each step of
             an optimizer that holds the layer's blueprints.
         embargo_epochs: Epochs that a culled seed rests before it becomes DORMANT, 0 to 32,767.
@@ -56,12 +56,13 @@ class SeedConfig:
 
 @dataclass(frozen=True)
 class TelemetryPolicy:
-    """How much of a layer's output its statistics look at.
+    """Says how much of a layer's output its statistics look at.
 
     Args:
         every: Observe one step in so many, at least 1. Data: it may change without a recompile.
-        fraction: Of the rows of a batch (the first ones), above 0 up to 1; rounded to one in a
-            whole number. Compiled in: a change recompiles, and saves what it leaves out.
+        fraction: The share of a batch's rows to look at (the first ones), above 0 up to 1; rounded
+            to one in a whole number. Compiled in: a change recompiles, and saves what it leaves
+            out.
 
     Raises:
         InvalidArgument: A value outside what is allowed.
@@ -78,12 +79,12 @@ class TelemetryPolicy:
 
     @property
     def one_in(self) -> int:
-        """One row in how many."""
+        """One row in so many is looked at."""
         return max(1, round(1 / self.fraction))
 
 
 def check_embargo(epochs: object) -> None:
-    """An embargo that is no count, or that no seed's epochs reach, is refused.
+    """Refuse an embargo that is no count, or that no seed's epochs reach.
 
     Raises:
         InvalidArgument: Says what is allowed.

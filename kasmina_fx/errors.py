@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class KasminaError(Exception):
-    """Base class of all errors of this package."""
+    """The base class of all errors of this package."""
 
 
 class InvalidArgument(KasminaError, ValueError):
@@ -25,15 +25,15 @@ class SeedIndexError(KasminaError, IndexError, ValueError):
 
 
 class UnknownBlueprint(KasminaError, ValueError):
-    """A blueprint id or name that was never registered."""
+    """A blueprint id or name was never registered."""
 
 
 class InvalidBlueprint(KasminaError, ValueError):
-    """A blueprint that breaks the contract: it changes the shape or dtype, or mutates buffers."""
+    """A blueprint breaks the contract: it changes the shape or dtype, or mutates buffers."""
 
 
 class IllegalTransition(KasminaError, ValueError):
-    """A transition that the lifecycle does not have.
+    """The lifecycle does not have the transition asked for.
 
     Attributes:
         seed: The first seed that can't make it.
@@ -51,11 +51,11 @@ class InsideForward(KasminaError, RuntimeError):
 
 
 class LayoutMismatch(KasminaError, RuntimeError):
-    """A state dict written for another layout of seeds, chunks or blueprints."""
+    """A state dict was written for another layout of seeds, chunks or blueprints."""
 
 
 class CheckpointError(KasminaError, ValueError):
-    """A checkpoint that can't be written, or a file that can't be loaded; nothing has changed."""
+    """A checkpoint can't be written, or a file can't be loaded; nothing has changed."""
 
 
 class NoTargets(KasminaError, ValueError):
@@ -63,11 +63,11 @@ class NoTargets(KasminaError, ValueError):
 
 
 class UnknownOption(KasminaError, ValueError):
-    """A backend option that neither kasmina_fx nor Inductor has."""
+    """A backend option is known neither to kasmina_fx nor to Inductor."""
 
 
 class RewriteError(KasminaError, RuntimeError):
-    """A graph that could not be rewritten, or a pass whose postcondition does not hold."""
+    """A graph could not be rewritten, or a pass's postcondition does not hold."""
 
 
 class StillGrowing(KasminaError, RuntimeError):
@@ -75,4 +75,4 @@ class StillGrowing(KasminaError, RuntimeError):
 
 
 class GraphMismatch(KasminaError, AssertionError):
-    """A golden file or a recompile check that does not hold."""
+    """A golden file or a recompile check does not hold."""

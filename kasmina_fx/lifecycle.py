@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class SeedLifecycle(IntEnum):
-    """Stage of a seed: column 0 of the state tensor."""
+    """The stage of a seed: column 0 of the state tensor."""
 
     DORMANT = 0
     GERMINATED = 1
@@ -33,7 +33,7 @@ class SeedLifecycle(IntEnum):
 
 
 class GraftingStrategy(IntEnum):
-    """How alpha is to ramp: column 3 of the state tensor."""
+    """Says how alpha is to ramp: column 3 of the state tensor."""
 
     FIXED_RAMP = 0
     PERFORMANCE_LINKED = 1
@@ -85,7 +85,7 @@ DEFAULT_EMBARGO: Final = 5
 
 
 class Mode(IntEnum):
-    """What the graph does with a blueprint: a number in a bank's ``modes`` table."""
+    """Says what the graph does with a blueprint: a number in a bank's ``modes`` table."""
 
     FROZEN = 0
     LEARNS = 1
@@ -93,7 +93,7 @@ class Mode(IntEnum):
 
 
 class Role(IntEnum):
-    """What a seed's blueprint does for its layer: a number in the layer's ``roles`` table."""
+    """Says what a seed's blueprint does for its layer: a number in the layer's ``roles`` table."""
 
     IDLE = 0
     RUNS = 1
@@ -121,30 +121,30 @@ _ROLE_TABLE: Final = _RUNS_TABLE.long() + _BLENDED_TABLE.long()
 
 
 def is_legal(stages: Tensor, to: SeedLifecycle) -> Tensor:
-    """Bool ``(n,)``: which of the ``stages`` (int ``(n,)``, CPU) may be followed by ``to``."""
+    """Say which of the ``stages`` (int ``(n,)``, CPU) may be followed by ``to``: bool ``(n,)``."""
     return _LEGAL_TABLE[stages.long(), int(to)]
 
 
 def is_blended(stages: Tensor) -> Tensor:
-    """Bool ``(n,)``: in which of the ``stages`` (int ``(n,)``, CPU) a seed is blended."""
+    """Say in which of the ``stages`` (int ``(n,)``, CPU) a seed is blended: bool ``(n,)``."""
     return _BLENDED_TABLE[stages.long()]
 
 
 def holds_blueprint(stages: Tensor) -> Tensor:
-    """Bool ``(n,)``: in which of the ``stages`` (int ``(n,)``, CPU) a seed holds a blueprint."""
+    """Say in which of the ``stages`` (int ``(n,)``, CPU) seeds hold a blueprint: bool ``(n,)``."""
     return _HOLDS_TABLE[stages.long()]
 
 
 def runs(stages: Tensor) -> Tensor:
-    """Bool ``(n,)``: in which of the ``stages`` (CPU) the blueprint of a seed runs."""
+    """Say in which of the ``stages`` (int ``(n,)``, CPU) a seed's blueprint runs: bool ``(n,)``."""
     return _RUNS_TABLE[stages.long()]
 
 
 def modes(stages: Tensor) -> Tensor:
-    """int64 ``(n,)``: the :class:`Mode` of a seed in each of the ``stages`` (CPU)."""
+    """Return int64 ``(n,)``: the :class:`Mode` of a seed in each of the ``stages`` (CPU)."""
     return _MODE_TABLE[stages.long()]
 
 
 def roles(stages: Tensor) -> Tensor:
-    """int64 ``(n,)``: the :class:`Role` of a seed in each of the ``stages`` (CPU)."""
+    """Return int64 ``(n,)``: the :class:`Role` of a seed in each of the ``stages`` (CPU)."""
     return _ROLE_TABLE[stages.long()]

@@ -56,7 +56,7 @@ DEFAULT_PASSES: Final[tuple[GraphPass, ...]] = (
 def passes_for(
     lowering: str = "auto", *, strict: bool = False, disabled: Sequence[str] = ()
 ) -> tuple[GraphPass, ...]:
-    """The default pipeline with options.
+    """Return the default pipeline with options.
 
     Args:
         lowering: See :class:`ChooseLowerings`.

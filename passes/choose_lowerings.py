@@ -45,7 +45,7 @@ class ChooseLowerings(GraphPass):
         return False
 
     def choose(self, match: Match) -> Lowering:
-        """The lowering for one marker."""
+        """Return the lowering for one marker."""
         if match.reason is not None:
             return Lowering("none", match.reason)
         if not match.is_blend:

@@ -50,7 +50,7 @@ class EliminateDormant(GraphPass):
 
 
 def outputs_of(node: Node) -> tuple[list[Node], list[Node]]:
-    """The ``getitem`` nodes of a blend marker's two outputs: front ends write none to several."""
+    """List the ``getitem`` nodes of a blend's two outputs: front ends write none to several."""
     found: tuple[list[Node], list[Node]] = ([], [])
     for user in node.users:
         if user.target is operator.getitem:

@@ -102,7 +102,7 @@ class LowerBlend(GraphPass):
 
 @dataclass(frozen=True)
 class _Blend(Meaning):
-    """The meaning of a blend whose lists of tensors have so many."""
+    """The meaning of a blend whose lists hold ``counts`` tensors."""
 
     chunks: str
     banks: str

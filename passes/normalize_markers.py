@@ -1,4 +1,4 @@
-"""One spelling of a marker, whatever the front end recorded.
+"""Markers get one spelling, whatever the front end recorded.
 
 before  kasmina.blend(y, seeds=..., positions=..., ...)
 after   kasmina.blend.default(y, ..., ...)

@@ -30,14 +30,14 @@ class UnpinTables(GraphPass):
     name: ClassVar[str] = "unpin_tables"
 
     def call(self, gm: GraphModule) -> bool:
-        """See :meth:`GraphPass.call`: finds tables by where Dynamo found them."""
+        """See :meth:`GraphPass.call`: it finds tables by where Dynamo found them."""
         for node in gm.graph.find_nodes(op="placeholder"):
             if keeps_address(node) and is_table_source(placeholder_source(node)):
                 node.meta["tensor_dict"] = {**node.meta["tensor_dict"], STATIC_INPUT: None}
         return False
 
     def ensures(self, gm: GraphModule) -> None:
-        """See :meth:`GraphPass.ensures`: finds tables by what markers take."""
+        """See :meth:`GraphPass.ensures`: it finds tables by what markers take."""
         for match in known_matches(gm):
             if not match.is_blend:
                 continue
@@ -52,5 +52,5 @@ class UnpinTables(GraphPass):
 
 
 def keeps_address(node: Node) -> bool:
-    """Dynamo says of an input that its address stays."""
+    """Say whether Dynamo takes an input's address for one that stays."""
     return node.meta.get("tensor_dict", {}).get(STATIC_INPUT) is not None

@@ -31,7 +31,7 @@ class Verify(GraphPass):
     """Raise RewriteError when a promise of the pipeline does not hold.
 
     Args:
-        strict: Also when a marker was left.
+        strict: Raise also when a marker was left.
     """
 
     name: ClassVar[str] = "verify"
@@ -59,7 +59,7 @@ class Verify(GraphPass):
 
 
 def data_flow(gm: GraphModule) -> nx.DiGraph:
-    """The graph's nodes, with an edge from each to its readers."""
+    """Return the graph's nodes, with an edge from each to its readers."""
     flow = nx.DiGraph()
     for node in gm.graph.nodes:
         flow.add_node(node)
@@ -68,7 +68,7 @@ def data_flow(gm: GraphModule) -> nx.DiGraph:
 
 
 def writes_to(node: Node) -> list[Node]:
-    """The nodes whose tensors an operator node writes to."""
+    """Return the nodes whose tensors an operator node writes to."""
     if not isinstance(node.target, Operator) or not node.target._schema.is_mutable:
         return []
     arguments = zip(node.target._schema.arguments, node.args, strict=False)

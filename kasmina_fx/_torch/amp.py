@@ -12,7 +12,7 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 
 def scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> torch.Tensor:
-    """The tensor that holds a scaler's current scale, float32 ``()``; it is updated in place.
+    """Return the tensor that holds a scaler's current scale, float32 ``()``, updated in place.
 
     A scaler makes it at its first ``scale()``; asking earlier makes it now, with the same value.
     """
@@ -27,7 +27,7 @@ def scale_of(scaler: torch.amp.GradScaler, device: torch.device) -> torch.Tensor
 
 
 def steps_for(scaler: torch.amp.GradScaler, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
-    """A scaler is between ``unscale_()`` and ``update()`` for one of the optimizers."""
+    """Say whether a scaler is between ``unscale_()`` and ``update()`` for one of the optimizers."""
     return any(id(optimizer) in scaler._per_optimizer_states for optimizer in optimizers)
 
 
@@ -35,7 +35,7 @@ _STEP: Final = torch.amp.GradScaler.step.__code__
 
 
 def stepping_scaler() -> torch.amp.GradScaler | None:
-    """The enabled GradScaler whose ``step()`` this thread is in, if it is in any.
+    """Return the enabled GradScaler whose ``step()`` this thread is in, if it is in any.
 
     A scaler knows its optimizers and no optimizer knows its scaler: torch calls ``optimizer.step``
     from ``scaler.step(optimizer)`` and hands nothing on. So the stack of calls is asked; subclasses

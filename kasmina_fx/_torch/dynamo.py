@@ -1,4 +1,4 @@
-"""Every private name of Dynamo that the package needs, and why; see also :mod:`_torch_compat`."""
+"""Every private name of Dynamo that the package needs, and why."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mark_dynamic(t: torch.Tensor, dim: int) -> None:
 
 
 def uncompiled(model: Any) -> Any:
-    """The module behind ``torch.compile(model)``; any other module itself."""
+    """Return the module behind ``torch.compile(model)``; any other module itself."""
     return getattr(model, "_orig_mod", model)
 
 
@@ -50,7 +50,7 @@ STATIC_INPUT = "_dynamo_static_input_type"
 
 
 def resolve_source(source: str, root: Any) -> Any:
-    """The object that a source names, if ``root`` is what its path starts from; else None.
+    """Return the object that a source names, if ``root`` is what its path starts from; else None.
 
     A path starts with ``L['self']``, whatever ``forward`` calls its first argument.
     """
@@ -68,14 +68,14 @@ def resolve_source(source: str, root: Any) -> Any:
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:
-    """A Dynamo backend by name."""
+    """Look up a Dynamo backend by name."""
     found: Callable[..., Any] = torch._dynamo.lookup_backend(name)
     return found
 
 
 @contextlib.contextmanager
 def compile_events() -> Iterator[list[str]]:
-    """Graphs that Dynamo compiles inside, with Dynamo's reasons once the block has ended."""
+    """List the graphs that Dynamo compiles inside, with its reasons, once the block has ended."""
     compiled: list[str] = []
     events: list[str] = []
 
@@ -94,9 +94,9 @@ def compile_events() -> Iterator[list[str]]:
 
 
 def graphs_compiled() -> int:
-    """Graphs that Dynamo has handed to a backend in this process; ``reset()`` leaves the count.
+    """Return the number of graphs that Dynamo has handed to a backend in this process.
 
-    No public function of torch tells (2.11 to 2.13).
+    ``reset()`` leaves the count. No public function of torch tells it (2.11 to 2.13).
     """
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
@@ -139,7 +139,7 @@ def compile_whole(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
 
 
 def static_below(root: torch.nn.Module) -> set[int]:
-    """The ``id`` of every module that Dynamo reaches through a module of torch's own.
+    """Return the ``id`` of every module that Dynamo reaches through a module of torch's own.
 
     Its containers apart, the shapes of all that Dynamo finds there are static (torch 2.11 to 2.13).
     """

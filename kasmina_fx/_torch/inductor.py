@@ -13,12 +13,12 @@ from kasmina_fx.errors import InvalidArgument
 
 
 def inductor_option_names() -> frozenset[str]:
-    """Names that ``torch._inductor.config`` has."""
+    """Return the names that ``torch._inductor.config`` has."""
     return frozenset(inductor_config.get_config_copy())
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:
-    """What a mode of ``torch.compile`` means to Inductor.
+    """Return what a mode of ``torch.compile`` means to Inductor.
 
     Raises:
         InvalidArgument: No such mode.

@@ -41,7 +41,7 @@ def in_functorch() -> bool:
 
 
 class SymbolicSizes:
-    """Sizes that are symbols in a shape environment of its own, and a mode for fakes of them."""
+    """Holds sizes that are symbols in its own shape environment, and a mode for fakes of them."""
 
     def __init__(self) -> None:
         # Without duck shaping: two sizes that are equal by chance stay two symbols.
@@ -50,7 +50,7 @@ class SymbolicSizes:
         self._symbols: dict[str, torch.SymInt] = {}
 
     def symbol(self, name: str, hint: int) -> torch.SymInt:
-        """The size of that name; a new one looks like ``hint`` or a little more, all different."""
+        """Return the size of that name; new ones look like ``hint`` or a bit more, and differ."""
         if name not in self._symbols:
             hint += 2 * len(self._symbols)
             source = ConstantSource(f"kasmina_{name}")

@@ -1,1 +1,1 @@
-"""What seeds watch: modules whose output has features."""
+"""Bases, which seeds watch: modules whose output has features."""

@@ -15,7 +15,7 @@ from kasmina_fx.errors import InvalidArgument
 
 @dataclass(frozen=True)
 class Features:
-    """Feature dim of an output, number of features, and the output's usual rank."""
+    """Says where an output has its features: their dim and number, and the output's usual rank."""
 
     dim: int
     count: int
@@ -53,13 +53,13 @@ _KNOWN: Final[tuple[tuple[type[nn.Module], Callable[..., Features]], ...]] = (
 
 
 def floating_tensor(module: nn.Module) -> Tensor | None:
-    """A floating-point tensor of a module: its dtype and device stand for the module's."""
+    """Return a floating-point tensor of a module: its dtype and device stand for the module's."""
     tensors = (*module.parameters(), *module.buffers())
     return next((t for t in tensors if t.dtype.is_floating_point), None)
 
 
 def find_features(base: nn.Module, feature_dim: int | None, total: int | None) -> Features:
-    """Features of a base's output.
+    """Find the features of a base's output.
 
     Args:
         base: The module.
@@ -108,7 +108,7 @@ def require_features(y: Tensor, dim: int, count: int) -> None:
 
 
 def example_chunk(features: Features, size: int, like: Tensor | None) -> Tensor:
-    """Random values shaped like one chunk of ``size`` features, to try a blueprint on."""
+    """Draw random values shaped like one chunk of ``size`` features, to try a blueprint on."""
     shape = [3] + [2] * (features.rank - 1)
     shape[features.dim] = size
     chunk = torch.randn(shape, device="cpu")  # a GPU's random numbers are the user's

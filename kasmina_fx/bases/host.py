@@ -1,4 +1,4 @@
-"""What seeds ask of the module that they watch."""
+"""The host: what seeds ask of the module that they watch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Host:
 
     Args:
         base: The module whose output has the features.
-        features: Of its output.
+        features: The features of its output.
         without: Name of the child that is not the module's own.
     """
 
@@ -46,7 +46,7 @@ class Host:
             self._base = weakref.ref(base)
 
     def modules(self) -> Iterator[nn.Module]:
-        """The module and all below it, but for what seeds added."""
+        """Iterate over the module and all below it, but for what seeds added."""
         base = self.base
         yield base
         for name, child in base.named_children():
@@ -54,7 +54,7 @@ class Host:
                 yield from child.modules()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The module's own parameters, each once."""
+        """Iterate over the module's own parameters, each once."""
         found = (p for module in self.modules() for p in module._parameters.values())
         return iter(dict.fromkeys(p for p in found if p is not None))
 
@@ -72,7 +72,7 @@ class Host:
         return weight if isinstance(weight, Tensor) else self.like
 
     def gradient_norm(self) -> Tensor | None:
-        """The 2-norm of the weight's gradient, or of all parameters' if the weight is none."""
+        """Return the 2-norm of the weight's gradient; of all parameters' if it is no parameter."""
         weight = getattr(self.base, "weight", None)
         whole = [weight] if isinstance(weight, nn.Parameter) else self.parameters()
         norms = [torch.linalg.vector_norm(p.grad.float()) for p in whole if p.grad is not None]
@@ -84,4 +84,4 @@ class Host:
 
 
 def _nobody() -> None:
-    """A reference to a module that is gone."""
+    """Return None, as a weak reference to a module that is gone does."""

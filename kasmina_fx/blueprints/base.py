@@ -1,4 +1,4 @@
-"""What a blueprint is."""
+"""The contract of a blueprint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of a blueprint's module: its name there, shape, and whether it trains.
+    """Describes one tensor of a blueprint's module: its name there, shape, and whether it trains.
 
     ``dtype`` is None for floating point: that follows the host's.
     """
@@ -41,11 +41,11 @@ class Blueprint(ABC):
 
     @abstractmethod
     def module(self, size: int) -> nn.Module:
-        """The logical view: a freshly initialised module for one chunk of ``size`` features."""
+        """Return the logical view: a newly initialised module for a chunk of ``size`` features."""
 
     @abstractmethod
     def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
-        """The physical view: ``K`` blueprints on ``M`` chunks each.
+        """Run the physical view: ``K`` blueprints on ``M`` chunks each.
 
         Args:
             params: The module's tensors in the order of :meth:`specs`, each ``(K, *shape)``.
@@ -58,7 +58,7 @@ class Blueprint(ABC):
         """
 
     def in_mode(self, training: bool) -> Blueprint:
-        """The blueprint as it behaves in training or in evaluation; itself if that is the same."""
+        """Return the blueprint for training or for evaluation: itself if it behaves the same."""
         return self
 
     def accepts(self, size: int) -> bool:
@@ -66,7 +66,7 @@ class Blueprint(ABC):
         return size >= 1
 
     def specs(self, size: int) -> tuple[TensorSpec, ...]:
-        """The tensors of ``module(size)``: parameters, then buffers."""
+        """Describe the tensors of ``module(size)``: parameters, then buffers."""
         with aside():
             module = self.module(size)
         return tuple(
@@ -80,7 +80,7 @@ class Blueprint(ABC):
         )
 
     def initial(self, size: int, count: int) -> list[Tensor]:
-        """Fresh values for ``count`` modules, each ``(count, *shape)`` on the CPU."""
+        """Return fresh values for ``count`` modules, each ``(count, *shape)`` on the CPU."""
         modules = [self.module(size) for _ in range(count)]
         rows = [[*m.parameters(), *m.buffers()] for m in modules]
         return [torch.stack([t.detach() for t in column]) for column in zip(*rows, strict=True)]
@@ -93,7 +93,7 @@ def as_rows(chunks: Tensor, dim: int) -> Tensor:
 
 
 def from_rows(rows: Tensor, like: Tensor, dim: int) -> Tensor:
-    """The inverse of :func:`as_rows` for chunks shaped ``like``."""
+    """Undo :func:`as_rows` for chunks shaped ``like``."""
     shaped = rows.reshape(_features_last(like, dim).shape)
     return shaped if dim == -1 else shaped.movedim(-1, dim)
 

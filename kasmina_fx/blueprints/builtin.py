@@ -24,7 +24,7 @@ class PerFeature(nn.Module, ABC):
 
     @abstractmethod
     def rows(self, x: Tensor) -> Tensor:
-        """The function, features last."""
+        """Compute the function, features last."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Run ``rows``, wherever the features are."""
@@ -32,7 +32,7 @@ class PerFeature(nn.Module, ABC):
 
 
 class Mlp(PerFeature):
-    """Linear c -> 2c, ReLU, Linear 2c -> c."""
+    """Runs Linear c -> 2c, ReLU, Linear 2c -> c."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class MlpBlueprint(Blueprint):
         return from_rows(_linear(hidden, down, down_bias), chunks, dim)
 
     def initial(self, size: int, count: int) -> list[Tensor]:
-        """What ``count`` fresh modules hold, drawn at once."""
+        """Return what ``count`` fresh modules hold, drawn at once."""
         return [*_uniform_linear(size, 2 * size, count), *_uniform_linear(2 * size, size, count)]
 
 
@@ -137,13 +137,13 @@ class LoraBlueprint(Blueprint):
         return from_rows(rows + _linear(_linear(rows, down), up), chunks, dim)
 
     def initial(self, size: int, count: int) -> list[Tensor]:
-        """What ``count`` fresh modules hold, drawn at once."""
+        """Return what ``count`` fresh modules hold, drawn at once."""
         rank = min(4, size)
         return [_uniform_linear(size, rank, count)[0], torch.zeros(count, size, rank)]
 
 
 class AffineBlueprint(Blueprint):
-    """The blueprint ``affine``: scale and shift a feature."""
+    """The blueprint ``affine``: a scale and a shift for each feature."""
 
     kind = "affine"
 
@@ -157,7 +157,7 @@ class AffineBlueprint(Blueprint):
         return from_rows(as_rows(chunks, dim) * scale + shift, chunks, dim)
 
     def initial(self, size: int, count: int) -> list[Tensor]:
-        """What ``count`` fresh modules hold."""
+        """Return what ``count`` fresh modules hold."""
         return [torch.ones(count, size), torch.zeros(count, size)]
 
 
@@ -181,7 +181,7 @@ class BottleneckBlueprint(Blueprint):
         return from_rows(rows + _linear(hidden, up, up_bias), chunks, dim)
 
     def initial(self, size: int, count: int) -> list[Tensor]:
-        """What ``count`` fresh modules hold, drawn at once."""
+        """Return what ``count`` fresh modules hold, drawn at once."""
         inner = max(1, size // 2)
         return [
             torch.ones(count, size),
@@ -200,7 +200,7 @@ def _matmul_dtype(rows: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _uniform_linear(fan_in: int, fan_out: int, count: int) -> list[Tensor]:
-    """Weights and biases as ``nn.Linear`` draws them: uniform in +-1/sqrt(fan_in)."""
+    """Draw weights and biases as ``nn.Linear`` does: uniform in +-1/sqrt(fan_in)."""
     bound = fan_in**-0.5
     weight = torch.empty(count, fan_out, fan_in).uniform_(-bound, bound)
     return [weight, torch.empty(count, fan_out).uniform_(-bound, bound)]

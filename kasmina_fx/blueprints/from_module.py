@@ -12,13 +12,13 @@ from kasmina_fx.blueprints.base import Blueprint, TensorSpec, aside
 
 
 class ModuleBlueprint(Blueprint):
-    """A factory ``chunk_size -> nn.Module``, or one module whose copies all start with its values.
+    """Makes a blueprint of a factory ``chunk_size -> nn.Module``, or of one module.
 
-    Supported: parameters, and buffers that a forward only reads. The module sees its chunk as the
-    host lays its output out, ``(batch, ..., size)`` or ``(batch, size, height, width)``. Its
-    stacked form is ``vmap(functional_call)``: ``vmap`` may bake the batch size into a graph
-    (LayerNorm before Linear does), which costs a recompile at each new batch size. The built-ins
-    don't.
+    The copies of one module all start with its values. Supported: parameters, and buffers that a
+    forward only reads. The module sees its chunk as the host lays its output out,
+    ``(batch, ..., size)`` or ``(batch, size, height, width)``. Its stacked form is
+    ``vmap(functional_call)``: ``vmap`` may bake the batch size into a graph (LayerNorm before
+    Linear does), which costs a recompile at each new batch size. The built-ins don't.
     """
 
     def __init__(self, kind: str, factory: Callable[[int], nn.Module] | nn.Module) -> None:
@@ -69,7 +69,10 @@ class ModuleBlueprint(Blueprint):
         return self._prepared(size)[0]
 
     def _prepared(self, size: int) -> tuple[tuple[TensorSpec, ...], nn.Module]:
-        """Specs and a module without values for ``functional_call``: made once, before tracing."""
+        """Return specs, and a module without values for ``functional_call``.
+
+        Both are made once, before tracing.
+        """
         if size not in self._known:
             specs = super().specs(size)
             with aside():

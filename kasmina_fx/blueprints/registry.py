@@ -20,7 +20,7 @@ _NAME: Final = re.compile(r"[A-Za-z_][\w-]*")
 
 
 def lookup(kind: str) -> Blueprint:
-    """The blueprint of that name.
+    """Return the blueprint of that name.
 
     Raises:
         UnknownBlueprint: No such name; the message names the closest ones.
@@ -34,7 +34,7 @@ def lookup(kind: str) -> Blueprint:
 
 
 def names() -> tuple[str, ...]:
-    """All names, built-ins first."""
+    """Return all names, built-ins first."""
     return tuple(_BY_KIND)
 
 

@@ -21,7 +21,7 @@ _TRIED: dict[tuple[Any, ...], str | None] = {}
 def why_unfit(
     blueprint: Blueprint, size: int, features: Features, like: Tensor | None
 ) -> str | None:
-    """Why a blueprint can't serve chunks of ``size`` features, or None if it can."""
+    """Say why a blueprint can't serve chunks of ``size`` features; return None if it can."""
     if not blueprint.accepts(size):
         return f"it does not accept chunks of {size} features"
     if blueprint in BUILTINS:
@@ -61,7 +61,7 @@ def register_for(
     features: Features,
     like: Tensor | None,
 ) -> str:
-    """Check a blueprint against a layer's chunks, then register it; returns its name.
+    """Check a blueprint against a layer's chunks, then register it and return its name.
 
     Raises:
         InvalidBlueprint, UnknownBlueprint, InvalidType: Nothing was registered.

@@ -1,4 +1,4 @@
-"""How alpha ramps from 0 to 1 while a seed is in GRAFTING."""
+"""Grafting: how alpha ramps from 0 to 1 while a seed is in GRAFTING."""
 
 from kasmina_fx.grafting.config import CURVES, GraftingConfig
 from kasmina_fx.grafting.registry import register_strategy, strategies, strategy_number

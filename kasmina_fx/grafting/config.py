@@ -47,7 +47,7 @@ CURVES: Final[dict[str, Curve]] = {
 
 @dataclass(frozen=True)
 class GraftingConfig:
-    """How a layer's ramps run.
+    """Says how a layer's ramps run.
 
     Args:
         fixed_steps: Steps of the ramp from alpha 0 to 1 at full speed, at least 1.

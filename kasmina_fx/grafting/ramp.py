@@ -23,11 +23,11 @@ _GRAIN: Final = 1 / 64
 
 
 def next_alpha(state: Tensor, signals: RampSignals, used: Mapping[int, Strategy]) -> Tensor:
-    """Alpha after one step: float32 ``(S,)``.
+    """Return alpha after one step, float32 ``(S,)``.
 
     Args:
         state: int32 ``(S, 4)`` on the device.
-        signals: Of the layer.
+        signals: The layer's.
         used: Strategies by number; seeds of others stand still.
 
     Raises:
@@ -53,7 +53,7 @@ def _speed(strategy: Strategy, signals: RampSignals) -> Tensor:
 
 
 def step_along(alpha: Tensor, steps: Tensor, config: GraftingConfig) -> Tensor:
-    """Alpha so many steps further along the curve, each ``(S,)``; at most 1."""
+    """Move alpha so many steps further along the curve, each ``(S,)``; at most 1."""
     curve = CURVES[config.curve]
     done = curve.progress(alpha.double()).clamp(0.0, 1.0) * config.fixed_steps
     done = (done / _GRAIN).round() * _GRAIN

@@ -23,7 +23,7 @@ _STRATEGIES: Final[list[Strategy]] = [
 
 
 def strategies() -> tuple[Strategy, ...]:
-    """All strategies, at their numbers."""
+    """Return all strategies, at their numbers."""
     return tuple(_STRATEGIES)
 
 
@@ -55,7 +55,7 @@ def register_strategy(strategy: Strategy) -> int:
 
 
 def strategy_number(strategy: int | str, where: str) -> int:
-    """The number of a strategy given by number or name.
+    """Return the number of a strategy given by number or name.
 
     Raises:
         InvalidArgument: No such strategy.

@@ -1,4 +1,4 @@
-"""How fast a ramp runs, by what the device knows about each seed."""
+"""Strategies: how fast a ramp runs, by what the device knows about each seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kasmina_fx.grafting.config import GraftingConfig
 
 @dataclass(frozen=True)
 class RampSignals:
-    """What a strategy may look at; all tensors on the layer's device.
+    """Holds what a strategy may look at; all tensors are on the layer's device.
 
     Attributes:
         alpha: float32 ``(S,)``.
@@ -50,16 +50,16 @@ class Strategy(ABC):
 
     @abstractmethod
     def speed(self, signals: RampSignals) -> Tensor:
-        """Steps to make for every seed of the layer: float ``(S,)`` or ``()``, 0 pauses.
+        """Return the steps to make for every seed of the layer: float ``(S,)`` or ``()``, 0 pauses.
 
-        Rounded to 1/64 of a step, the least that one moves.
+        They are rounded to 1/64 of a step, the least that one moves.
 
         Only tensor operations on the device: nothing may be read back.
         """
 
 
 class FixedRamp(Strategy):
-    """One step each time."""
+    """Makes one step each time."""
 
     name = "FIXED_RAMP"
 
@@ -69,7 +69,7 @@ class FixedRamp(Strategy):
 
 
 class PerformanceLinked(Strategy):
-    """Two steps while the reconstruction loss falls, else one."""
+    """Makes two steps while the reconstruction loss falls, else one."""
 
     name = "PERFORMANCE_LINKED"
 

@@ -1,1 +1,1 @@
-"""What a graph reads, and what it computes."""
+"""The physical view: what a graph reads, and what it computes."""

@@ -54,7 +54,7 @@ def chunks_of(y: Tensor, run: Run, dim: int) -> Tensor:
 
 
 class _Outcome(NamedTuple):
-    """What blueprints made of a run's chunks, seed by seed; zeros where none did.
+    """Holds what blueprints made of a run's chunks, seed by seed; zeros where none did.
 
     ``made`` is ``(n, ..., size, ...)``, ``finite`` bool ``(n,)``: a blueprint ran and can be
     blended; ``faulty`` bool ``(n,)``: it ran, on a finite chunk, and can't; ``loss`` float32
@@ -67,7 +67,7 @@ class _Outcome(NamedTuple):
     loss: Tensor
 
     def over(self, other: _Outcome) -> _Outcome:
-        """This one where a blueprint ran, the ``other`` elsewhere: a seed has one blueprint."""
+        """Take this one where a blueprint ran, ``other`` elsewhere: a seed has one blueprint."""
         mine = self.finite.view(column(self.made))
         # A where, not a sum: what is not finite stays out.
         made = torch.where(mine, self.made, other.made)
@@ -101,7 +101,7 @@ def _difference_of(made: Tensor, rows: Tensor) -> Tensor:
 
 
 def _finite(difference: Tensor, made: Tensor, rows: Tensor) -> Tensor:
-    """Bool ``(P,)``: whether any blend of what was made with its chunk fits the host's dtype."""
+    """Say, bool ``(P,)``, whether every blend with the chunk is finite in the host's dtype."""
     finite = finite_rows(difference)  # and so are both
     if torch.finfo(made.dtype).max > torch.finfo(rows.dtype).max:
         finite = finite & finite_rows(made.to(rows.dtype))
@@ -111,7 +111,7 @@ def _finite(difference: Tensor, made: Tensor, rows: Tensor) -> Tensor:
 def _blend_run(
     host: Tensor, outcomes: Sequence[_Outcome], layer: LayerTables
 ) -> tuple[Tensor, Tensor]:
-    """A run's chunks after the blend, and the notes on its seeds."""
+    """Return a run's chunks after the blend, and the notes on its seeds."""
     if not outcomes:
         return host, _no_notes(host, len(host))
     outcome = reduce(_Outcome.over, outcomes)
@@ -131,7 +131,10 @@ def _blend_run(
 def _run(
     bank: BankInputs, rows: Tensor, faults: Tensor, blames: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """The stacked blueprints on guarded rows ``(K, M, ..., size, ...)``; what guard says more."""
+    """Run the stacked blueprints on guarded rows ``(K, M, ..., size, ...)``.
+
+    Returned are what they made and ``alone``, guard's last output.
+    """
     spec, tables = bank.spec, bank.tables
     blueprint = lookup(spec.kind).in_mode(spec.training)
     stacks = [p[: rows.shape[0]] for p in bank.params]
@@ -149,6 +152,6 @@ def _run(
 
 
 def _no_notes(y: Tensor, count: int) -> Tensor:
-    """Notes of ``count`` seeds whose blueprint did not run."""
+    """Return notes of ``count`` seeds whose blueprint did not run."""
     zeros = y.new_zeros(count, dtype=torch.float32)
     return torch.stack([zeros, torch.full_like(zeros, NO_LOSS), zeros])

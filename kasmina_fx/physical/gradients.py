@@ -51,7 +51,7 @@ def _(
 
 
 def alone_slots(modes: Tensor) -> Tensor:
-    """float32 ``(K,)``: 1 for slots that don't learn from the model's loss."""
+    """Return float32 ``(K,)``: 1 for slots that don't learn from the model's loss."""
     return (modes != Mode.LEARNS).all(1).to(torch.float32)
 
 

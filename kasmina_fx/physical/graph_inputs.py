@@ -18,7 +18,7 @@ from kasmina_fx.physical.layout import BankSpec, Run, format_banks, parse_banks
 
 
 class LayerTables(NamedTuple):
-    """One of each a layer.
+    """The tables of a layer.
 
     ``alpha`` float32 ``(S,)``: blend factors. ``roles`` int64 ``(S,)``: the
     :class:`~kasmina_fx.lifecycle.Role` of each seed. ``faults`` float32 ``(S,)``: a leaf whose
@@ -32,7 +32,7 @@ class LayerTables(NamedTuple):
     loss_scale: Tensor
 
     def of(self, run: Run) -> LayerTables:
-        """The tables of a run's seeds."""
+        """Return the tables of a run's seeds."""
         if run.count == len(self.alpha):
             return self
         first, count = run.first_seed, run.count
@@ -41,7 +41,7 @@ class LayerTables(NamedTuple):
 
 
 class BankTables(NamedTuple):
-    """One of each a bank.
+    """The tables of a bank.
 
     ``seeds`` int64 ``(K, M)``: which seed of the run sits at slot k, place m, -1 for none.
     ``positions`` int64 ``(n,)``: the inverse, ``k * M + m`` or -1. ``modes`` int64 ``(K, M)``: the
@@ -66,7 +66,7 @@ NO_LOSS: Final = -1.0
 
 
 class BlendArguments(NamedTuple):
-    """What ``kasmina::blend`` takes: its fields are the operator's schema, in order.
+    """Holds what ``kasmina::blend`` takes: its fields are the operator's schema, in order.
 
     ``y``: floating point, any shape, the layout's features along its feature dim. ``layer``: the
     tensors of :class:`LayerTables`; empty if there is no bank. ``seeds``, ``positions``, ``modes``,
@@ -86,11 +86,11 @@ class BlendArguments(NamedTuple):
     banks: str
 
     def tensors(self) -> list[Tensor]:
-        """All tensors in one row."""
+        """Return all tensors in one row."""
         return [self.y, *(t for name in LISTS for t in getattr(self, name))]
 
     def bank_inputs(self) -> list[BankInputs]:
-        """The specs, tables and parameters of each bank."""
+        """Return the specs, tables and parameters of each bank."""
         found, first = [], 0
         tables = zip(self.seeds, self.positions, self.modes, self.trainees, strict=True)
         for spec, of_bank in zip(parse_banks(self.banks), tables, strict=True):
@@ -101,7 +101,7 @@ class BlendArguments(NamedTuple):
 
 
 class BankInputs(NamedTuple):
-    """What a graph reads of one bank."""
+    """Holds what a graph reads of one bank."""
 
     spec: BankSpec
     tables: BankTables
@@ -143,7 +143,7 @@ class GraphInputs:
         self.params: list[Tensor] = list(params)
 
     def blend_arguments(self, y: Tensor, chunks: str, training: bool) -> BlendArguments:
-        """What a blend of ``y`` takes."""
+        """Return what a blend of ``y`` takes."""
         banks = self.banks if training else self.banks_in_eval
         return BlendArguments(
             y,
@@ -158,12 +158,12 @@ class GraphInputs:
         )
 
     def shows(self, params: Sequence[Tensor]) -> bool:
-        """The stacks are those that are registered now."""
+        """Say whether the stacks are those that are registered now."""
         same = map(operator.is_, self.params, params)
         return len(self.params) == len(params) and all(same)
 
     def with_alpha(self, alpha: Tensor) -> GraphInputs:
-        """The same tables with other alphas."""
+        """Return the same tables with other alphas."""
         changed = GraphInputs.__new__(GraphInputs)
         changed.__dict__.update(self.__dict__)
         if self.layer:
@@ -171,7 +171,7 @@ class GraphInputs:
         return changed
 
     def with_params(self, params: Sequence[Tensor]) -> GraphInputs:
-        """The same tables with the parameters that are registered now."""
+        """Return the same tables with the parameters that are registered now."""
         changed = GraphInputs.__new__(GraphInputs)
         changed.__dict__.update(self.__dict__)
         changed.params = list(params)
@@ -188,15 +188,16 @@ _TABLE_SOURCE: Final = re.compile(rf"(\.shown|\bSHOWN\[[^\]]+\])\.({'|'.join(TAB
 
 
 def is_table_source(source: str) -> bool:
-    """Dynamo found a table there: ``L['self']._modules['fc']._modules['kasmina'].shown.seeds[0]``.
+    """Say whether Dynamo found a table at this source.
 
-    The names are those of :data:`SHOWN`, of the attribute ``shown`` of a layer's store, and of the
-    attributes of :class:`GraphInputs`.
+    For example at ``L['self']._modules['fc']._modules['kasmina'].shown.seeds[0]``. The names are
+    those of :data:`SHOWN`, of the attribute ``shown`` of a layer's store, and of the attributes of
+    :class:`GraphInputs`.
     """
     return _TABLE_SOURCE.search(source) is not None
 
 
 def spec_in_eval(spec: BankSpec) -> BankSpec:
-    """What a bank is in evaluation: another one if its blueprint behaves differently there."""
+    """Return a bank's spec in evaluation: another if its blueprint behaves differently there."""
     blueprint = lookup(spec.kind)
     return spec if blueprint.in_mode(False) is blueprint else replace(spec, training=False)

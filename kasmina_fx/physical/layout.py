@@ -1,4 +1,4 @@
-"""How a layer's features are cut into chunks, and which blueprint banks act on them.
+"""The layout of a layer: how its features are cut into chunks, and which banks act on these.
 
 This is the *static* part of a marker: it travels through every front end as a short string, so that
 a graph alone says how to lower it. Everything that changes while a network trains is tensor data
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def width(self) -> int:
-        """Features that the run covers."""
+        """The number of features that the run covers."""
         return self.count * self.size
 
 
@@ -55,7 +55,7 @@ class ChunkLayout:
 
     @classmethod
     def of(cls, sizes: Iterable[int], feature_dim: int) -> ChunkLayout:
-        """The layout of chunks of the given sizes, in order; equal neighbours share a run."""
+        """Make the layout of chunks of the given sizes, in order; equal neighbours share a run."""
         runs: list[Run] = []
         seed = offset = 0
         for size, group in groupby(sizes):
@@ -67,29 +67,29 @@ class ChunkLayout:
     @staticmethod
     @lru_cache(maxsize=4096)
     def parse(text: str) -> ChunkLayout:
-        """The inverse of ``str(layout)``."""
+        """Read what ``str(layout)`` wrote."""
         head, _, tail = text.partition(" runs=")
         sizes = [int(size) for count, size in _RUN.findall(tail) for _ in range(int(count))]
         return ChunkLayout.of(sizes, int(head.removeprefix("dim=")))
 
     def __str__(self) -> str:
-        """The form that markers carry."""
+        """Return the form that markers carry."""
         return f"dim={self.feature_dim} runs=" + "+".join(f"{r.count}x{r.size}" for r in self.runs)
 
     @cached_property
     def num_seeds(self) -> int:
-        """Seeds (and chunks) of the layer."""
+        """The number of seeds (and chunks) of the layer."""
         return sum(run.count for run in self.runs)
 
     @cached_property
     def width(self) -> int:
-        """Features of the layer."""
+        """The number of features of the layer."""
         return sum(run.width for run in self.runs)
 
 
 @dataclass(frozen=True)
 class BankSpec:
-    """One bank: all blueprints of one class for the chunks of one run.
+    """Describes one bank: all blueprints of one class for the chunks of one run.
 
     ``training`` is False in evaluation, for blueprints that behave differently there.
     """
@@ -101,19 +101,19 @@ class BankSpec:
     training: bool = True
 
     def __str__(self) -> str:
-        """The form that markers carry."""
+        """Return the form that markers carry."""
         flags = ":shared" * self.shared + ":eval" * (not self.training)
         return f"{self.kind}{flags}@{self.run}*{self.num_params}"
 
 
 def format_banks(banks: Sequence[BankSpec]) -> str:
-    """The form of several banks that markers carry."""
+    """Return the form of several banks that markers carry."""
     return " ".join(map(str, banks))
 
 
 @lru_cache(maxsize=4096)
 def parse_banks(text: str) -> tuple[BankSpec, ...]:
-    """The inverse of :func:`format_banks`."""
+    """Read what :func:`format_banks` wrote."""
     banks = []
     for part in text.split():
         found = _BANK.fullmatch(part)

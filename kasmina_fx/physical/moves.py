@@ -1,7 +1,7 @@
 """Operators that move chunks between seeds and slots.
 
 Each has a backward of its own and a decomposition that Inductor fuses into its neighbours
-(:mod:`kasmina_fx.physical.blend.operators`).
+(:mod:`kasmina_fx.physical.operators`).
 
 ``pull(f, index, inverse)``, ``gather(f, index, inverse)``
     ``out[i] = f[index[i]]``, 0 where ``index[i]`` is -1. Seeds and slots are inverse maps, so the
@@ -45,7 +45,7 @@ def _fake_move(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 
 def decomposed_move(f: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """What Inductor compiles in the place of ``pull`` and ``gather``."""
+    """Compute what Inductor compiles in the place of ``pull`` and ``gather``."""
     # An index, not index_select: Inductor makes it a pointwise load, which fuses. Unsafe, because
     # the maps are ours, and a bounds check for each row of each chunk slows a CPU's blend.
     taken = torch.ops.aten._unsafe_index.Tensor(f, [index.clamp_min(0)])

@@ -29,7 +29,7 @@ DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
 
 
 class Moves(NamedTuple):
-    """The four operators, or what stands for them."""
+    """Holds the four operators, or what stands for them."""
 
     gather: Callable[[Tensor, Tensor, Tensor], Tensor]
     pull: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -61,7 +61,7 @@ _PLAIN: Final = Moves(take, take, _plain_guard, _no_reconstruction)
 
 
 def current() -> Moves:
-    """The operators; under ``torch.func`` transforms plain code with the same values."""
+    """Return the operators; under ``torch.func`` transforms, plain code with the same values."""
     # torch.func does not take operators with a registered backward (torch 2.13). Plain code has the
     # same gradients too, but for the guard against NaN and the reconstruction loss.
     return _PLAIN if in_functorch() else _OPERATORS

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def finite_rows(values: Tensor) -> Tensor:
-    """Bool ``(K,)``: whether all values of ``values[k]`` are finite; ``values`` is ``(K, ...)``."""
+    """Say, bool ``(K,)``, whether all of ``values[k]`` is finite; ``values`` is ``(K, ...)``."""
     # The largest magnitude is finite exactly if all are (amax hands NaN on, which is not below
     # Inf): one reduction, vectorised. Inductor folds the sum of ``values * 0`` to 0.
     sizes = values.detach().abs()
@@ -15,10 +15,10 @@ def finite_rows(values: Tensor) -> Tensor:
 
 
 def inside(values: Tensor) -> list[int]:
-    """All dims but the first: reduced at once, with no copy of what is not contiguous."""
+    """Return all dims but the first, to reduce at once: what is not contiguous is not copied."""
     return list(range(1, values.dim()))
 
 
 def column(like: Tensor) -> tuple[int, ...]:
-    """The shape in which ``(K,)`` values stand beside the rows of ``like``."""
+    """Return the shape in which ``(K,)`` values stand beside the rows of ``like``."""
     return (-1, *[1] * (like.dim() - 1))

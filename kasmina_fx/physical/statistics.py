@@ -44,7 +44,7 @@ NEWEST: Final = 0.1
 
 
 class _Step(NamedTuple):
-    """One step's statistics of some seeds, each ``(n,)``; the mean is relative to the start."""
+    """Holds a step's statistics of some seeds, each ``(n,)``; the mean is relative to the start."""
 
     elements: Tensor
     start: Tensor
@@ -56,7 +56,7 @@ class _Step(NamedTuple):
 
 
 class _Features(NamedTuple):
-    """One step's sums over each feature, each ``(D,)``, and its number of elements."""
+    """Holds a step's sums over each feature, each ``(D,)``, and its number of elements."""
 
     origin: Tensor  # the first element
     total: Tensor  # of the differences from it
@@ -69,7 +69,7 @@ class _Features(NamedTuple):
 def merge_statistics(
     y: Tensor, notes: Tensor | None, telemetry: Tensor, layout: ChunkLayout, one_in: int = 1
 ) -> Tensor:
-    """The telemetry after a step whose output is ``y``; pure.
+    """Return the telemetry after a step whose output is ``y``; pure.
 
     Args:
         y: Output, features along the layout's feature dim, any floating dtype.
@@ -102,7 +102,7 @@ def merge_statistics(
 
 
 def _sums(y: Tensor, dim: int) -> tuple[_Features, int]:
-    """Sums over each feature, in one pass over ``y``, and the elements of a feature."""
+    """Sum over each feature, in one pass over ``y``, and count the elements of a feature."""
     others = [d for d in range(y.dim()) if d != dim]
     origin, rows = y, 1
     for d in reversed(others):
@@ -121,7 +121,7 @@ def _sums(y: Tensor, dim: int) -> tuple[_Features, int]:
 
 
 def _of_run(features: _Features, rows: int, run: Run) -> _Step:
-    """Statistics of a run's chunks, each ``(n,)``."""
+    """Compute the statistics of a run's chunks, each ``(n,)``."""
     shape = (run.count, run.size)
     if run.width < len(features.origin):
         features = _Features(*(t.narrow(0, run.offset, run.width) for t in features))
@@ -144,7 +144,7 @@ def _of_run(features: _Features, rows: int, run: Run) -> _Step:
 
 
 def _merged(seen: Tensor, step: _Step) -> Tensor:
-    """What the elements of a finite step make of the rows up to NEAR_ZERO."""
+    """Merge the elements of a finite step into the rows up to NEAR_ZERO."""
     before, mean, deviations, origin, minimum, maximum, near_zero = seen.unbind(0)
     first = before == 0
     start = torch.where(first, step.start, origin)
@@ -165,7 +165,7 @@ def _merged(seen: Tensor, step: _Step) -> Tensor:
 
 
 def _averages(old: Tensor, notes: Tensor) -> Tensor:
-    """The rows from REJECTED on; moving averages start at the first value."""
+    """Return the rows from REJECTED on; moving averages start at the first value."""
     rejected, ran_before, averages = old[0], old[1], old[2:]
     # A chunk with Inf in it has no finite loss, and an average would never get rid of it.
     ran = (notes[NOTE_LOSS] >= 0) & (notes[NOTE_LOSS] < torch.inf)

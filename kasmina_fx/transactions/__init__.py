@@ -1,1 +1,1 @@
-"""How a change shows: whole or not at all."""
+"""Transactions: changes of seeds that show whole or not at all."""

@@ -26,9 +26,9 @@ class Float32Module(nn.Module):
 
 
 def to_device(table: Tensor, device: torch.device) -> Tensor:
-    """A copy of a tensor on ``device`` that no later write to ``table`` reaches.
+    """Return a copy of a tensor on ``device`` that no later write to ``table`` reaches.
 
-    From the CPU in stream order, without a sync.
+    From the CPU it is made in stream order, without a sync.
     """
     if (table.device.type, device.type) == ("cpu", "cuda"):
         # Pageable memory would make the copy wait for the device.

@@ -40,7 +40,7 @@ class Version:
 
 
 class StagedState(Float32Module):
-    """The buffers ``state_tensor``, int32 ``(S, 4)``, and ``alpha``, float32 ``(S,)``."""
+    """Holds the buffers ``state_tensor``, int32 ``(S, 4)``, and ``alpha``, float32 ``(S,)``."""
 
     state_tensor: Tensor
     alpha: Tensor
@@ -69,12 +69,15 @@ class StagedState(Float32Module):
 
     @property
     def rows(self) -> Tensor:
-        """int32 ``(S, 4)`` on the CPU, not to be written to."""
+        """The seeds' states, int32 ``(S, 4)`` on the CPU, not to be written to."""
         return self._seen.rows
 
     @property
     def alphas(self) -> Tensor:
-        """float32 ``(S,)`` on the CPU, not to be written to; after a ramp, one device copy."""
+        """The seeds' alphas, float32 ``(S,)`` on the CPU, not to be written to.
+
+        After a ramp, asking costs one copy from the device.
+        """
         return self._alphas_of(self._seen)
 
     def _alphas_of(self, version: Version) -> Tensor:
@@ -121,7 +124,10 @@ class StagedState(Float32Module):
             self._staged = replace(version, edits=(*version.edits, (ids, values)))
 
     def at_publication(self, write: Callable[[], None]) -> None:
-        """Write to tensors that are not versions: when, and if, this transaction is published."""
+        """Call ``write`` when, and if, this transaction is published.
+
+        It is for tensors that are not versions.
+        """
         version = self._staged
         assert version is not None  # only inside a transaction
         self._staged = replace(version, writes=(*version.writes, write))
@@ -134,7 +140,7 @@ class StagedState(Float32Module):
             self._staged = replace(self._staged, alpha=known, device_alpha=alpha, edits=())
 
     def on_device(self) -> tuple[Tensor, Tensor]:
-        """State int32 ``(S, 4)`` and alpha float32 ``(S,)`` as this thread sees them."""
+        """Return state int32 ``(S, 4)`` and alpha float32 ``(S,)`` as this thread sees them."""
         version, device = self._seen, self.state_tensor.device
         if version is self._committed:
             return self.state_tensor, self.alpha

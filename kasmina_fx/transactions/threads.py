@@ -1,4 +1,4 @@
-"""Which threads may do what with one model at the same time.
+"""Rules and locks: which threads may do what with one model at the same time.
 
 A forward reads many tables, one after the other. Another thread that publishes new ones in between
 would hand it half of each. So publications of a model wait until none of its forwards is under way,
@@ -28,7 +28,7 @@ _NUMBERS: Final = count()
 
 
 def refuse_inside_forward() -> None:
-    """A change from inside this thread's forward is refused: it would wait for itself.
+    """Refuse a change from inside this thread's forward: it would wait for itself.
 
     Raises:
         InsideForward: This thread is in a forward.
@@ -51,7 +51,7 @@ class Forwards:
         self._depth = 0
 
     def enter(self) -> None:
-        """A forward begins; of this thread's :meth:`leave`, one belongs to it."""
+        """Begin a forward; one call of :meth:`leave` by this thread belongs to it."""
         me = threading.get_ident()
         with _CHANGED:
             if me not in self._inside and me != self._publisher:
@@ -64,7 +64,7 @@ class Forwards:
             _INSIDE[me] += 1
 
     def leave(self) -> None:
-        """A forward of this thread is over."""
+        """End a forward of this thread."""
         me = threading.get_ident()
         with _CHANGED:
             self._inside[me] -= 1
@@ -144,7 +144,7 @@ class _Commands:
 
 
 class Training:
-    """What the layers of one model know of the loop around them.
+    """Holds what the layers of one model know of the loop around them.
 
     Attributes:
         thread: The thread of the last forward with gradients, or optimizer step: gradients are for
@@ -157,12 +157,12 @@ class Training:
         self.awaits_backward = False
 
     def seen(self) -> None:
-        """This thread runs a forward."""
+        """Note that this thread runs a forward; one without gradients does not count."""
         if torch.is_grad_enabled():
             self.thread = threading.get_ident()
 
     def elsewhere(self) -> bool:
-        """Another thread trains the model."""
+        """Say whether another thread trains the model."""
         return self.thread not in (None, threading.get_ident())
 
 
@@ -180,11 +180,11 @@ class ModelThreads:
         self._number = next(_NUMBERS)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ModelThreads:
-        """New ones: a copy is another model."""
+        """Return new ones: a copy is another model."""
         return ModelThreads()
 
     def __reduce__(self) -> tuple[type[ModelThreads], tuple[()]]:
-        """Pickled as new ones, for the same reason."""
+        """Pickle as new ones, for the same reason."""
         return ModelThreads, ()
 
     @staticmethod
@@ -198,5 +198,5 @@ class ModelThreads:
 
     @staticmethod
     def publication(*models: ModelThreads) -> _Publication:
-        """A publication of several models at once, inside their :meth:`command`."""
+        """Hold off forwards around a publication of several models, inside :meth:`command`."""
         return _Publication(tuple(model.forwards for model in dict.fromkeys(models)))

@@ -1,1 +1,1 @@
-"""What all passes share."""
+"""The parts that all passes share."""

@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 
 def copy_graph_module(gm: GraphModule) -> GraphModule:
-    """A graph module with graphs of its own (nested ones too) and the tensors of ``gm``."""
+    """Return a graph module with graphs of its own (nested ones too) and the tensors of ``gm``."""
     root = nn.Module()
     root.__dict__.update({k: v for k, v in gm.__dict__.items() if not k.startswith("_graph")})
     root._modules = {

@@ -36,12 +36,12 @@ class Match:
 
     @property
     def is_blend(self) -> bool:
-        """A blend marker (else observe)."""
+        """Whether it is a blend marker (else observe)."""
         return overload_of(self.node) is BLEND
 
 
 def overload_of(node: Node) -> Any:
-    """The marker overload that a node calls, or None for any other node."""
+    """Return the marker overload that a node calls, or None for any other node."""
     if node.op != "call_function":
         return None
     if node.target in MARKERS:
@@ -56,7 +56,7 @@ def graph_modules(gm: GraphModule) -> list[GraphModule]:
 
 
 def marker_nodes(gm: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
-    """Every marker of ``gm`` and its nested graphs, in order."""
+    """Yield every marker of ``gm`` and its nested graphs, in order."""
     for module in graph_modules(gm):
         for node in list(module.graph.nodes):
             if overload_of(node) is not None:
@@ -73,13 +73,13 @@ _NAMES: Final = {marker: tuple(a.name for a in marker._schema.arguments) for mar
 
 
 def argument(node: Node, name: str) -> Any:
-    """An argument of a marker by its schema name, however it was passed."""
+    """Return an argument of a marker by its schema name, however it was passed."""
     position = _NAMES[overload_of(node)].index(name)
     return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
 
 def require_normal(gm: GraphModule, name: str) -> None:
-    """A pass that reads markers by position needs ``normalize_markers`` before it.
+    """Refuse a graph without ``normalize_markers`` before a pass that reads by position.
 
     Raises:
         RewriteError: A marker is spelled in another way.
@@ -90,17 +90,17 @@ def require_normal(gm: GraphModule, name: str) -> None:
 
 
 def blend_arguments(node: Node) -> Any:
-    """A blend marker's arguments as :class:`BlendArguments` whose tensors are nodes."""
+    """Return a blend marker's arguments as :class:`BlendArguments` whose tensors are nodes."""
     return BlendArguments(*(argument(node, name) for name in BlendArguments._fields))
 
 
 def find_matches(gm: GraphModule) -> tuple[Match, ...]:
-    """Every candidate, rewritable or not; pure."""
+    """Return every candidate, rewritable or not; pure."""
     return tuple(_match(module, node) for module, node in marker_nodes(gm))
 
 
 def known_matches(gm: GraphModule) -> tuple[Match, ...]:
-    """The matches of a graph as a pass sees them: found anew only once a pass has changed it."""
+    """Return the matches of a graph, found anew only once a pass has changed it."""
     found: tuple[Match, ...] | None = gm.meta.get(_MATCHES)
     if found is None:
         found = gm.meta[_MATCHES] = find_matches(gm)
@@ -108,7 +108,7 @@ def known_matches(gm: GraphModule) -> tuple[Match, ...]:
 
 
 def blend_matches(gm: GraphModule) -> list[Match]:
-    """The blend markers that can be rewritten."""
+    """Return the blend markers that can be rewritten."""
     return [match for match in known_matches(gm) if match.is_blend and match.reason is None]
 
 

@@ -1,4 +1,4 @@
-"""What front ends write into ``node.meta``, and what we do: read and written here alone.
+"""Entries of ``node.meta``: those that front ends write, and our own.
 
 Values are under ``val`` (export, ``FakeTensorProp``) or ``example_value`` (Dynamo); those of
 inserted nodes are computed when :func:`value_of` first asks for one. Inserted nodes carry
@@ -28,7 +28,7 @@ _COPIED: Final = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 @dataclass(frozen=True)
 class Origin:
-    """Which pass inserted a node, for which marker."""
+    """Says which pass inserted a node, for which marker."""
 
     by: str
     marker: str
@@ -36,22 +36,22 @@ class Origin:
 
 @dataclass(frozen=True)
 class Lowering:
-    """What becomes of a marker, and why."""
+    """Says what becomes of a marker, and why."""
 
     name: str
     why: str
 
 
 class LazyValues(ABC):
-    """Values of several nodes, computed when one of them is asked for."""
+    """Holds values of several nodes, computed when one of them is asked for."""
 
     @abstractmethod
     def __getitem__(self, name: str) -> Any:
-        """The value of that name."""
+        """Return the value of that name."""
 
 
 def value_of(node: Node) -> Any:
-    """The fake tensor (or number) that a node stands for, or None if the graph doesn't say."""
+    """Return the fake tensor (or number) that a node stands for; None if the graph doesn't say."""
     lazy = node.meta.pop(_LAZY, None)
     if lazy is not None:
         values, name, as_dynamo = lazy
@@ -62,7 +62,7 @@ def value_of(node: Node) -> Any:
 
 
 def has_value(node: Node) -> bool:
-    """The graph says what a node stands for; asking computes nothing."""
+    """Say whether a node has a value; asking computes nothing."""
     return _LAZY in node.meta or value_of(node) is not None
 
 
@@ -80,7 +80,7 @@ def set_value(node: Node, value: Any, *, like: Node) -> None:
 
 
 def origin_of(node: Node) -> Origin | None:
-    """Which pass inserted the node, None for the host's own."""
+    """Say which pass inserted the node; return None for the host's own."""
     origin: Origin | None = node.meta.get(_ORIGIN)
     return origin
 
@@ -94,25 +94,25 @@ def inherit(node: Node, marker: Node, by: str) -> None:
 
 
 def lowering_of(node: Node) -> Lowering | None:
-    """What was chosen for a marker."""
+    """Return what was chosen for a marker, or None."""
     lowering: Lowering | None = node.meta.get(_LOWERING)
     return lowering
 
 
 def set_lowering(node: Node, lowering: Lowering) -> None:
-    """Choose for a marker."""
+    """Choose what becomes of a marker."""
     node.meta[_LOWERING] = lowering
 
 
 def layer_path(node: Node) -> str:
-    """FQN of the layer that a marker belongs to, "" where the front end doesn't say."""
+    """Return the FQN of the layer of a marker, "" where the front end doesn't say."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [path for path, _ in stack.values()]
     return clean_path(paths[-1]) if paths else ""
 
 
 def clean_path(path: str) -> str:
-    """An FQN from a front end's spelling: ``L['self']._modules['a'].b`` is ``a.b``."""
+    """Make an FQN from a front end's spelling: ``L['self']._modules['a'].b`` is ``a.b``."""
     path = re.sub(r"^L\['\w+'\]", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
     parts = [part for part in path.split(".") if part]
@@ -144,12 +144,12 @@ class _Propagation(FakeTensorProp):
 def set_role(node: Node, role: str) -> None:
     """Name an input.
 
-    ``param fc.weight``, ``buffer fc.kasmina.telemetry.accumulated``, ``input x``.
+    Names are ``param fc.weight``, ``buffer fc.kasmina.telemetry.accumulated``, ``input x``.
     """
     node.meta[_ROLE] = role
 
 
 def role_of(node: Node) -> str | None:
-    """The name that :func:`capture` gave an input."""
+    """Return the name that :func:`capture` gave an input."""
     role: str | None = node.meta.get(_ROLE)
     return role

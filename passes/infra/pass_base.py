@@ -1,4 +1,4 @@
-"""What a pass is."""
+"""The contract of a graph pass."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MATCHES: Final = "kasmina_matches"
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did to one graph.
+    """Says what one pass did to one graph.
 
     Attributes:
         name: The pass.
         modified: It changed a node.
-        seconds: That ``call``, linting and ``ensures`` took.
+        seconds: The time that ``call``, linting and ``ensures`` took.
         op_counts: How many nodes of each target there are more (or fewer: negative) than before.
     """
 
@@ -37,7 +37,7 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class GraphPass(ABC):
-    """One rewrite of a graph module, in place.
+    """Rewrites a graph module, in place.
 
     A pass says what it needs of a graph (:meth:`requires`), does it (:meth:`call`), and checks what
     it promises (:meth:`ensures`) by other means than those that it used.
@@ -80,12 +80,12 @@ class GraphPass(ABC):
 
 
 def records_of(gm: GraphModule) -> tuple[PassRecord, ...]:
-    """What the passes that ran on a graph did to it, in order."""
+    """Return what the passes that ran on a graph did to it, in order."""
     return tuple(gm.meta.get(_RECORDS, ()))
 
 
 def node_counts(gm: GraphModule) -> Counter[str]:
-    """How many nodes of each target a graph and the graphs nested in it have."""
+    """Count the nodes of each target in a graph and the graphs nested in it."""
     modules = (module for module in gm.modules() if isinstance(module, GraphModule))
     return Counter(
         str(node.target)

@@ -1,4 +1,4 @@
-"""Which autocast region a node of a graph lies in."""
+"""Autocast regions of a graph: which one a node lies in."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Autocast:
 
 
 def autocast_at(node: Node) -> Autocast:
-    """What a node runs under: the innermost region of the graph, else what the caller has set."""
+    """Return what a node runs under: the innermost region, else what the caller has set."""
     host: Any = node.args[0]  # a marker's first argument: always a node
     device = str(value_of(host).device.type)
     open_regions: list[Node] = []

@@ -47,7 +47,7 @@ def _adopt(gm: GraphModule, template: GraphModule, name: str) -> str:
 
 
 class _TemplateValues(LazyValues):
-    """What a template's nodes are on the values of its inputs: computed once, and all at once.
+    """Holds values of a template's nodes for those of its inputs: computed once, and all at once.
 
     A deep model gets thousands of nodes, and a fake call for each takes longer than all passes.
     """
@@ -57,7 +57,7 @@ class _TemplateValues(LazyValues):
         self._known: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
-        """The value of the template's node of that name."""
+        """Return the value of the template's node of that name."""
         if not self._known:
             graph = self._template.graph
             names = [node.name for node in graph.find_nodes(op="placeholder")]

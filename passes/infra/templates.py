@@ -81,7 +81,7 @@ def _is_one(size: Any) -> bool:
 
 @dataclass(frozen=True)
 class Meaning(ABC):
-    """What a marker means: a function of tensors whose other arguments are the fields.
+    """The meaning of a marker: a function of tensors whose other arguments are the fields.
 
     Two that are equal have the same template.
     """
@@ -94,7 +94,7 @@ class Meaning(ABC):
 def trace_template(
     meaning: Meaning, arguments: Sequence[Argument], inputs: Sequence[Node], autocast: Autocast
 ) -> GraphModule:
-    """The graph of a marker's meaning on such arguments, traced once.
+    """Return the graph of a marker's meaning on such arguments, traced once.
 
     A user's module may insist on a size (``vmap`` of a LayerNorm before a Linear does). Then the
     graph is traced on the exact sizes of ``inputs``; asking for these makes Dynamo guard on them.
@@ -112,7 +112,7 @@ def trace_template(
 def _trace(
     meaning: Meaning, arguments: tuple[Argument, ...], autocast: Autocast
 ) -> GraphModule | None:
-    """None if the function insists on a size that is a symbol."""
+    """Trace it; return None if the function insists on a size that is a symbol."""
     sizes = SymbolicSizes()
     with sizes.mode:
         fakes = [_fake(argument, sizes) for argument in arguments]
