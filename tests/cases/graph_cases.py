@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from kasmina_fx import ChunkedKasminaLayer, KasminaLayer, capture, kasminify
-from kasmina_fx.testing import graft
+from kasmina_fx.graphs.capture import FRONTENDS
+from kasmina_fx.graphs.diff import graph_diff
+from kasmina_fx.graphs.text import graph_text, inserted_text
+from kasmina_fx.passes import GraphPass, find_matches, records_of, rewrite
+from kasmina_fx.passes.infra.matching import graph_modules
+from kasmina_fx.passes.infra.metadata import set_value, value_of
+from kasmina_fx.reference import reference_mode
+from kasmina_fx.testing import assert_golden, graft
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 #: For goldens that hold nodes of torch's own: each release spells some in its way.
@@ -152,15 +160,17 @@ CASES = (
     Case("lower_blend/caller_sizes", caller_sizes, (3, 8), 3, 1),
     Case("lower_blend/convolution", convolution, (3, 3, 5, 5), 1, 1),
     Case("lower_blend/two_layers", two_layers, (3, 8), 2, 2),
-    Case(
-        "place_telemetry/dormant",
-        lambda: wrapped(OneLayer(), telemetry=True),
-        (3, 8),
-        0,
-        2,
-    ),
+    Case("place_telemetry/dormant", lambda: wrapped(OneLayer(), telemetry=True), (3, 8), 0, 2),
     Case("place_telemetry/growing", telemetry_on, (3, 8), 1, 2),
 )
+
+each_frontend = pytest.mark.parametrize("frontend", FRONTENDS)
+
+
+def each_case_of(name: str) -> pytest.MarkDecorator:
+    """Run a test with each golden case of a pass."""
+    cases = [case for case in CASES if case.name.startswith(f"{name}/")]
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 def growing_graph(telemetry: bool = True) -> GraphModule:
@@ -173,3 +183,117 @@ def growing_graph(telemetry: bool = True) -> GraphModule:
 def dormant_graph() -> GraphModule:
     """A captured graph that no pass has seen."""
     return capture(wrapped(OneLayer(), telemetry=True), torch.randn(3, 8))
+
+
+def plain_graph() -> GraphModule:
+    """A captured graph without markers."""
+    return capture(OneLayer(), torch.randn(3, 8))
+
+
+#: What a marker's input may turn out to be, and why the marker then stays as it is.
+NEAR_MISSES: dict[str, tuple[Callable[[Tensor], Tensor | None], str]] = {
+    "narrow": (lambda y: y[:, :5], "the output has 5 features, its layout 12"),
+    "scalar": (lambda y: y.sum(), "the output has 0 dimensions, no feature dim -1"),
+    "empty": (lambda y: y[:0], "the output is empty"),
+    "integers": (lambda y: y.long(), "the output is torch.int64, not floating point"),
+    "unknown": (lambda y: None, "the graph holds no shapes; give rewrite() example_inputs"),
+}
+each_near_miss = pytest.mark.parametrize("near", NEAR_MISSES)
+
+
+def near_miss(name: str) -> GraphModule:
+    """A captured graph whose only marker, a blend with a bank, can't be rewritten."""
+    gm = growing_graph(telemetry=False)
+    y: Any = find_matches(gm)[0].node.args[0]
+    set_value(y, NEAR_MISSES[name][0](value_of(y)), like=y)
+    return gm
+
+
+def nodes_of(gm: GraphModule) -> list[tuple[Any, ...]]:
+    """All that a pass could change of the nodes of a graph and of those nested in it."""
+    modules = graph_modules(gm)
+    return [(n, n.op, n.target, n.args, n.kwargs) for m in modules for n in m.graph.nodes]
+
+
+def assert_leaves_alone(step: GraphPass, gm: GraphModule) -> None:
+    """A pass hands the same object back, with the same nodes, and says so."""
+    before = nodes_of(gm)
+    result = step(gm)
+    assert result.graph_module is gm
+    assert not result.modified
+    assert nodes_of(gm) == before
+    assert records_of(gm)[-1].op_counts == {}
+
+
+def golden_text(before: GraphModule, after: GraphModule) -> str:
+    counts = graph_diff(before, after).op_counts
+    ops = "".join(f"{op} {count:+d}\n" for op, count in counts.items())
+    return f"# before\n{graph_text(before)}\n# after\n{graph_text(after)}\n# ops\n{ops}"
+
+
+def assert_golden_of_dynamos_graph(case: Case) -> None:
+    """The golden file of a case: the graph before and after the pipeline."""
+    before = capture(case.model(), case.x())
+    result = rewrite(before)
+    assert result.modified
+    assert_golden(golden_text(before, result.graph_module), case.name, golden_dir=GOLDEN)
+
+
+def assert_golden_of_inserted_nodes(case: Case) -> None:
+    """The golden file of what is inserted, one for all front ends."""
+    texts = {
+        frontend: inserted_text(
+            rewrite(capture(case.model(), case.x(), frontend=frontend)).graph_module
+        )
+        for frontend in FRONTENDS
+    }
+    # Before the file is read or, on request, written: one text for all.
+    assert set(texts.values()) == {texts["dynamo"]}
+    assert_golden(texts["dynamo"], f"inserted/{case.name}", golden_dir=GOLDEN)
+
+
+def assert_reference_after(name: str, *steps: Callable[[GraphModule], Any]) -> None:
+    """A case computes what the reference does after these steps alone; the last changes nodes."""
+    (case,) = [case for case in CASES if case.name == name]
+    model = case.model().double()
+    gm = capture(model, case.x().double(), frontend="fx")
+    for step in steps:
+        step(gm)
+    assert records_of(gm)[-1].modified
+    assert_outcome(model, case, gm)
+
+
+def assert_outcome(model: nn.Module, case: Case, run: Any) -> None:
+    """Whatever runs the model's graph computes what the reference does, gradients too."""
+    for batch in (3, 7):
+        x = case.x(batch).double()
+        assert_close(outcome(model, x, run), outcome(model, x))
+
+
+def outcome(model: nn.Module, x: Tensor, run: Any = None) -> dict[str, Tensor]:
+    """Output and all gradients, without ``run`` those of the reference."""
+    x, ran = x.clone().requires_grad_(), model if run is None else run
+    model.zero_grad()
+    ran.zero_grad()
+    with reference_mode(model) if run is None else nullcontext():
+        out = ran(x)
+    out.square().sum().backward()
+    assert x.grad is not None
+    return {"out": out.detach(), "x": x.grad} | gradients(ran)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    # Exported programs name their parameters as the model does; torch.fx calls a view of the base.
+    return {
+        name.removeprefix("_orig_mod.").replace(".base.", "."): torch.zeros_like(p)
+        if p.grad is None
+        else p.grad.clone()
+        for name, p in module.named_parameters()
+    }
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-10) -> None:
+    missing = {name for name in expected.keys() - got.keys() if bool(expected[name].any())}
+    assert not missing
+    for name in expected.keys() & got.keys():
+        torch.testing.assert_close(got[name], expected[name], atol=atol, rtol=atol, msg=name)

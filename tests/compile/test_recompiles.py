@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import random
-import statistics
-import time
 from typing import Any
 
 import pytest
@@ -187,7 +186,14 @@ def test_node_count_does_not_depend_on_the_number_of_seeds() -> None:
 
 @pytest.mark.slow
 def test_first_call_takes_the_same_time_for_16_and_4096_seeds() -> None:
+    from torch._inductor import config
     from torch._inductor.utils import fresh_cache
+
+    def spent() -> float:
+        # Seconds of processor time, of the C++ compiler too, which is a child of this process where
+        # one thread compiles: what else runs on the machine does not count.
+        times = os.times()
+        return times.user + times.system + times.children_user + times.children_system
 
     def first_call(seeds: int) -> float:
         torch._dynamo.reset()
@@ -195,17 +201,17 @@ def test_first_call_takes_the_same_time_for_16_and_4096_seeds() -> None:
         model = kasminify(OneLayer(4 * seeds), num_seeds=seeds)
         graft(layer_of(model), range(0, seeds, 2))
         x = torch.randn(2, 8)
-        with fresh_cache():
-            start = time.perf_counter()
+        with fresh_cache(), config.patch(compile_threads=1):
+            start = spent()
             model(x)
-            return time.perf_counter() - start
+            return spent() - start
 
     first_call(16)  # what a process pays once
     times: dict[int, list[float]] = {16: [], 4096: []}
     for _ in range(5):
         for seeds, taken in times.items():
             taken.append(first_call(seeds))
-    few, many = (statistics.median(taken) for taken in times.values())
+    few, many = (min(taken) for taken in times.values())
     assert abs(many - few) <= 0.2 * few, times
 
 

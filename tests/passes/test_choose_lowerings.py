@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from graph_cases import GOLDEN, dormant_graph, growing_graph
-from torch.fx import GraphModule, Node
+import pytest
+from graph_cases import (
+    GOLDEN,
+    NEAR_MISSES,
+    assert_leaves_alone,
+    dormant_graph,
+    each_near_miss,
+    growing_graph,
+    near_miss,
+    plain_graph,
+)
 
 from kasmina_fx import find_matches
+from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
-from kasmina_fx.passes.infra.metadata import lowering_of, set_value, value_of
+from kasmina_fx.passes.infra.metadata import lowering_of
 from kasmina_fx.testing import assert_golden
 
 
@@ -22,14 +32,35 @@ def test_lowerings_are_chosen_with_their_reason() -> None:
     assert forced.why == "forced by the option"
 
 
-def narrow() -> GraphModule:
-    """A near miss: the output is narrower than its marker says."""
-    gm = growing_graph(telemetry=False)
+def test_a_lowering_is_an_annotation_and_no_change() -> None:
+    for gm in (growing_graph(), dormant_graph()):
+        assert_leaves_alone(ChooseLowerings(), gm)
+        markers = [match.node for match in find_matches(gm)]
+        annotated = [node for node in gm.graph.nodes if lowering_of(node) is not None]
+        assert annotated == markers
+        assert len(annotated) == 2
+
+
+def test_a_graph_without_markers_is_the_same_object_without_lowerings() -> None:
+    gm = plain_graph()
+    assert_leaves_alone(ChooseLowerings(), gm)
+    assert all(lowering_of(node) is None for node in gm.graph.nodes)
+
+
+@each_near_miss
+@pytest.mark.parametrize("lowering", ["auto", "matmul"])
+def test_a_near_miss_is_not_lowered_and_the_reason_says_why(near: str, lowering: str) -> None:
+    gm = near_miss(near)
+    assert_leaves_alone(ChooseLowerings(lowering), gm)
     (match,) = find_matches(gm)
-    y = match.node.args[0]
-    assert isinstance(y, Node)
-    set_value(y, value_of(y)[:, :5], like=y)
-    return gm
+    chosen = lowering_of(match.node)
+    assert chosen is not None
+    assert (chosen.name, chosen.why) == ("none", NEAR_MISSES[near][1])
+
+
+def test_a_lowering_that_is_not_built_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"'dense': this release has auto, matmul"):
+        ChooseLowerings(lowering="dense")
 
 
 def test_golden() -> None:
@@ -37,7 +68,7 @@ def test_golden() -> None:
     for name, gm in (
         ("growing", growing_graph()),
         ("dormant", dormant_graph()),
-        ("narrow", narrow()),
+        ("narrow", near_miss("narrow")),
     ):
         assert not ChooseLowerings()(gm).modified
         for match in find_matches(gm):

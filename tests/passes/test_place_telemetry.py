@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from graph_cases import growing_graph
+import pytest
+import torch
+from graph_cases import (
+    Case,
+    assert_golden_of_dynamos_graph,
+    assert_golden_of_inserted_nodes,
+    assert_leaves_alone,
+    assert_reference_after,
+    dormant_graph,
+    each_case_of,
+    each_frontend,
+    growing_graph,
+    layer_of,
+    plain_graph,
+    spelled_as_torch_2_13,
+)
+from telemetry_cases import expected_of, summary
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from kasmina_fx import rewrite
+from kasmina_fx import capture, find_matches, reference, rewrite
+from kasmina_fx.passes import passes_for, records_of, run_passes
+from kasmina_fx.passes.eliminate_dormant import EliminateDormant
 from kasmina_fx.passes.infra.metadata import origin_of
 from kasmina_fx.passes.place_telemetry import PlaceTelemetry
 from kasmina_fx.passes.verify import writes_to
+
+each_case = each_case_of("place_telemetry")
 
 
 def test_telemetry_writes_once_and_last() -> None:
@@ -15,3 +37,111 @@ def test_telemetry_writes_once_and_last() -> None:
     inserted = [n for n in gm.graph.nodes if (o := origin_of(n)) and o.by == PlaceTelemetry.name]
     writes = [node for node in inserted if writes_to(node)]
     assert writes == inserted[-1:]
+
+
+@each_case
+@each_frontend
+def test_a_marker_becomes_one_write_and_no_operator_of_ours(case: Case, frontend: str) -> None:
+    gm = capture(case.model(), case.x(), frontend=frontend)
+    (blend, marker) = (match.node for match in find_matches(gm))
+    written = marker.args[2]
+    assert PlaceTelemetry()(gm).modified
+    counts = records_of(gm)[-1].op_counts
+    assert {op: n for op, n in counts.items() if op.startswith("kasmina.")} == {
+        "kasmina.observe.default": -1
+    }
+    assert counts["aten.copy_.default"] == 1
+    (write,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    assert writes_to(write) == [written]
+    assert [match.node for match in find_matches(gm)] == [blend]
+
+
+def test_a_graph_without_markers_is_the_same_object() -> None:
+    assert_leaves_alone(PlaceTelemetry(), plain_graph())
+
+
+def test_a_layer_without_telemetry_is_left_alone() -> None:
+    assert_leaves_alone(PlaceTelemetry(), growing_graph(telemetry=False))
+
+
+NEAR = pytest.mark.parametrize(
+    ("chunks", "shape", "dtype", "reason"),
+    [
+        ("dim=-1 runs=4x3", (2, 11), torch.float32, "11 features, its layout 12"),
+        ("dim=2 runs=4x3", (2, 12), torch.float32, "no feature dim 2"),
+        ("dim=-1 runs=4x3", (2, 12), torch.int64, "not floating point"),
+        ("dim=-1 runs=4x3", (0, 12), torch.float32, "the output is empty"),
+    ],
+)
+
+
+def near_observe(chunks: str) -> GraphModule:
+    """An observe marker and nothing else; as symbolic_trace leaves it, without shapes."""
+
+    class Near(nn.Module):
+        def forward(self, y: Tensor, telemetry: Tensor) -> Tensor:
+            torch.ops.kasmina.observe.default(y, None, telemetry, chunks)
+            return y
+
+    return torch.fx.symbolic_trace(Near())
+
+
+@NEAR
+def test_a_near_miss_is_left_with_its_reason(
+    chunks: str, shape: tuple[int, ...], dtype: torch.dtype, reason: str
+) -> None:
+    graph = near_observe(chunks)
+    assert "example_inputs" in str(find_matches(graph)[0].reason)
+    assert_leaves_alone(PlaceTelemetry(), near_observe(chunks))
+    for node, value in zip(
+        graph.graph.find_nodes(op="placeholder"),
+        (torch.zeros(shape, dtype=dtype), torch.zeros(5, 4)),
+        strict=True,
+    ):
+        node.meta["val"] = value
+    assert reason in str(find_matches(graph)[0].reason)
+    assert not run_passes(graph, passes_for()).modified
+    assert_leaves_alone(PlaceTelemetry(), graph)
+
+
+def test_placing_again_changes_nothing() -> None:
+    for gm in (growing_graph(), dormant_graph()):
+        assert PlaceTelemetry()(gm).modified
+        assert_leaves_alone(PlaceTelemetry(), gm)
+
+
+def test_the_statistics_do_not_change_what_the_reference_computes() -> None:
+    assert_reference_after("place_telemetry/growing", PlaceTelemetry())
+    assert_reference_after("place_telemetry/dormant", PlaceTelemetry())
+    # Without notes: the blend is gone before.
+    assert_reference_after("place_telemetry/dormant", EliminateDormant(), PlaceTelemetry())
+
+
+@each_case
+def test_the_buffer_holds_statistics_of_the_references_output(case: Case) -> None:
+    model = case.model().double()
+    layer = layer_of(model)
+    steps = [case.x(batch).double() for batch in (3, 7)]
+    outputs = [reference.forward(layer, x).detach() for x in steps]
+    gm = capture(model, case.x().double(), frontend="fx")
+    layout = find_matches(gm)[0].chunks
+    assert PlaceTelemetry()(gm).modified
+    for x in steps:
+        gm(x)
+    accumulated = model.get_buffer("fc.kasmina.telemetry.accumulated")
+    mean, variance = expected_of(outputs, layout)
+    found = summary(accumulated)
+    assert found["count"].tolist() == [10 * size for size in layer.chunks.sizes]
+    torch.testing.assert_close(found["mean"].double(), torch.tensor(mean).double(), msg="mean")
+    torch.testing.assert_close(found["variance"].double(), torch.tensor(variance).double())
+
+
+@each_case
+@spelled_as_torch_2_13
+def test_golden_of_dynamos_graph(case: Case) -> None:
+    assert_golden_of_dynamos_graph(case)
+
+
+@each_case
+def test_golden_of_inserted_nodes_is_one_for_all_front_ends(case: Case) -> None:
+    assert_golden_of_inserted_nodes(case)

@@ -1,0 +1,93 @@
+"""The moves' graphs in backward, as text that people read."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from graph_cases import GOLDEN, spelled_as_torch_2_13
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from kasmina_fx import graph_text
+from kasmina_fx.physical.operators import GATHER, GUARD, PULL, RECONSTRUCT
+from kasmina_fx.testing import assert_golden
+
+
+def vjp(outs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> Any:
+    return torch.autograd.grad(outs, inputs, grads)
+
+
+def gather(chunks: Tensor, seeds: Tensor, positions: Tensor, grad: Tensor) -> Any:
+    return vjp([GATHER(chunks, seeds, positions)], [chunks], [grad])
+
+
+def pull(rows: Tensor, seeds: Tensor, positions: Tensor, grad: Tensor) -> Any:
+    return vjp([PULL(rows, positions, seeds)], [rows], [grad])
+
+
+def guard(
+    rows: Tensor,
+    stack: Tensor,
+    faults: Tensor,
+    modes: Tensor,
+    positions: Tensor,
+    blames: Tensor,
+    grad: Tensor,
+    grad_stack: Tensor,
+    grad_alone: Tensor,
+) -> Any:
+    out = GUARD([rows, stack], modes, positions, faults, blames)
+    return vjp(out, [rows, stack, faults], [grad, grad_stack, grad_alone])
+
+
+def reconstruct(
+    made: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor, grad: Tensor
+) -> Any:
+    return vjp([RECONSTRUCT(made, rows, trainees, loss_scale, alone)], [made], [grad])
+
+
+def reconstruct_in_float16(
+    made: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor, grad: Tensor
+) -> Any:
+    f, chunks = made.half(), rows.half()
+    out = RECONSTRUCT(f, chunks, trainees, loss_scale, alone)
+    return vjp([out], [f, alone], [grad.half()])
+
+
+MOVES = (gather, pull, guard, reconstruct, reconstruct_in_float16)
+
+
+@spelled_as_torch_2_13
+@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
+def test_golden_of_what_a_move_does_in_backward(move: Any) -> None:
+    # 3 seeds with chunks of 2 x 4, of which two sit in 2 slots.
+    named = {
+        "chunks": torch.randn(3, 2, 4, requires_grad=True),
+        "rows": torch.randn(2, 1, 2, 4, requires_grad=True),
+        "made": torch.randn(2, 2, 4, requires_grad=True),
+        "stack": torch.randn(2, 4, requires_grad=True),
+        "faults": torch.zeros(3, requires_grad=True),
+        "seeds": torch.tensor([2, 0]),
+        "positions": torch.tensor([1, -1, 0]),
+        "modes": torch.tensor([[0], [2]]),
+        "trainees": torch.tensor([1, -1]),
+        "loss_scale": torch.ones(()),
+        "blames": torch.tensor([[True], [True]]),
+        "alone": torch.ones(2, requires_grad=True),
+    }
+    if move is not guard:
+        named["rows"] = torch.randn(2, 2, 4, requires_grad=move is pull)
+    grads = {gather: (2, 2, 4), pull: (3, 2, 4), guard: (2, 1, 2, 4), reconstruct: (2, 2, 4)}
+    grads[reconstruct_in_float16] = (2, 2, 4)
+    named |= {"grad": torch.randn(grads[move]), "grad_stack": torch.randn(2, 4)}
+    named["grad_alone"] = torch.zeros(2)
+    text = graph_text(make_fx(move)(*(named[name] for name in inspect.signature(move).parameters)))
+    assert_golden(text, f"backward/{move.__name__}", golden_dir=GOLDEN)
+
+
+def test_every_golden_file_in_backward_is_that_of_a_move() -> None:
+    files = {path.stem for path in (GOLDEN / "backward").glob("*.txt")}
+    assert files == {move.__name__ for move in MOVES}
