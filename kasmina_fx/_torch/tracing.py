@@ -11,9 +11,10 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensor
 from torch._subclasses import FakeTensorMode as FakeTensorMode  # for whoever traces
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 #: The class of operators as graphs hold them: ``torch.ops.aten.add.Tensor``.
 Operator = torch._ops.OpOverload
@@ -35,9 +36,37 @@ def known_empty(t: torch.Tensor) -> bool:
     return statically_known_true(t.numel() == 0)
 
 
+def usual(size: int | torch.SymInt) -> int:
+    """Return a size, or what it was when its graph was traced; asking adds no guard."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+
+
 def in_functorch() -> bool:
     """Say whether a transform of ``torch.func`` (grad, vmap, jvp) is active."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+@contextlib.contextmanager
+def outside_of_tracing() -> Iterator[None]:
+    """Compute inside as if nobody traced: tensors made there are real ones.
+
+    There is no public way to leave the modes of a tracer that runs.
+    """
+    with _disable_current_modes():
+        yield
+
+
+def without_writes(fn: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
+    """Trace a function into a graph in which operators write to nothing but inputs."""
+    graph = make_fx(fn)(*inputs)
+    if any(_writes(node) and node.args[0].op != "placeholder" for node in graph.graph.nodes):
+        # Only then: it spells what it leaves alone in another way as well.
+        graph = make_fx(torch.func.functionalize(fn, remove="mutations"))(*inputs)
+    return graph
+
+
+def _writes(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, Operator) and bool(node.target._schema.is_mutable)
 
 
 class SymbolicSizes:

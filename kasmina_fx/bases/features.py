@@ -108,8 +108,11 @@ def require_features(y: Tensor, dim: int, count: int) -> None:
 
 
 def example_chunk(features: Features, size: int, like: Tensor | None) -> Tensor:
-    """Draw random values shaped like one chunk of ``size`` features, to try a blueprint on."""
-    shape = [3] + [2] * (features.rank - 1)
+    """Draw random values shaped like one chunk of ``size`` features, to try a blueprint on.
+
+    No two of its dims have one size: what takes one dim for another does not fit by chance.
+    """
+    shape = [other for other in (3, 2, 5, 7, 11, 13) if other != size][: features.rank]
     shape[features.dim] = size
     chunk = torch.randn(shape, device="cpu")  # a GPU's random numbers are the user's
     return chunk if like is None else chunk.to(like.device, like.dtype)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+from kasmina_fx._torch.tracing import outside_of_tracing
 from kasmina_fx.blueprints.base import Blueprint, TensorSpec, aside
 
 
@@ -26,7 +31,6 @@ class ModuleBlueprint(Blueprint):
         self.factory = factory
         self._known: dict[int, tuple[tuple[TensorSpec, ...], nn.Module]] = {}
         self._evaluating: ModuleBlueprint | None = None
-        self._training = True
 
     def module(self, size: int) -> nn.Module:
         """See :meth:`Blueprint.module`."""
@@ -39,8 +43,7 @@ class ModuleBlueprint(Blueprint):
         if training:
             return self
         if self._evaluating is None:
-            self._evaluating = copy.copy(self)
-            self._evaluating._known, self._evaluating._training = {}, False
+            self._evaluating = _Evaluating(self)
         return self._evaluating
 
     def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
@@ -50,9 +53,10 @@ class ModuleBlueprint(Blueprint):
 
         def one(tensors: Sequence[Tensor], members: Tensor) -> Tensor:
             def call(chunk: Tensor) -> Tensor:
-                out: Tensor = functional_call(
-                    skeleton, dict(zip(names, tensors, strict=True)), chunk
-                )
+                # A module that writes to its input writes to nobody else's.
+                given, own = chunk.clone(), dict(zip(names, tensors, strict=True))
+                with _Batchable():
+                    out: Tensor = functional_call(skeleton, own, given)
                 return out
 
             # One member is the common case: a private copy. vmap over a single chunk buys nothing.
@@ -74,7 +78,72 @@ class ModuleBlueprint(Blueprint):
         Both are made once, before tracing.
         """
         if size not in self._known:
-            specs = super().specs(size)
-            with aside():
-                self._known[size] = (specs, self.module(size).train(self._training).to("meta"))
+            with outside_of_tracing(), aside():
+                self._known[size] = (super().specs(size), self.module(size).train().to("meta"))
         return self._known[size]
+
+
+class _Evaluating(ModuleBlueprint):
+    """A blueprint of a user's module in evaluation, which Dropout and its like tell apart."""
+
+    def __init__(self, training: ModuleBlueprint) -> None:
+        super().__init__(training.kind, training.factory)
+        self._of = training
+
+    def in_mode(self, training: bool) -> ModuleBlueprint:
+        """See :meth:`Blueprint.in_mode`."""
+        return self._of if training else self
+
+    def _prepared(self, size: int) -> tuple[tuple[TensorSpec, ...], nn.Module]:
+        if size not in self._known:
+            specs, skeleton = self._of._prepared(size)
+            with outside_of_tracing():
+                self._known[size] = (specs, copy.deepcopy(skeleton).eval())
+        return self._known[size]
+
+
+#: Convolutions, and the dims that they have behind the channels.
+_CONVOLUTIONS: Final = {
+    F.conv1d: 1,
+    F.conv2d: 2,
+    F.conv3d: 3,
+    F.conv_transpose1d: 1,
+    F.conv_transpose2d: 2,
+    F.conv_transpose3d: 3,
+}
+
+
+class _Batchable(TorchFunctionMode):
+    """Adds biases apart from their products, which ``vmap`` can't take together in all cases.
+
+    Of a biased ``linear`` on three dims or more it asks for sizes, which are symbols while a graph
+    is traced; of a convolution under autocast it casts the input alone (torch 2.13).
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func``, without its bias if it is one of those."""
+        kwargs = dict(kwargs or {})
+        if func is not F.linear and func not in _CONVOLUTIONS:
+            return func(*args, **kwargs)
+        x, weight, *rest = args
+        bias = rest.pop(0) if rest else kwargs.pop("bias", None)
+        if func in _CONVOLUTIONS and torch.is_autocast_enabled(x.device.type):
+            x, weight = (_autocast(t) for t in (x, weight))
+        out: Tensor = func(x, weight, None, *rest, **kwargs)
+        if bias is None:
+            return out
+        beside = [-1] + [1] * _CONVOLUTIONS.get(func, 0)
+        return out + bias.view(beside).to(out.dtype)
+
+
+def _autocast(values: Tensor) -> Tensor:
+    """Convert as autocast does what a product takes."""
+    if not values.is_floating_point() or values.dtype == torch.float64:
+        return values
+    return values.to(torch.get_autocast_dtype(values.device.type))

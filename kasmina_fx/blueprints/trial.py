@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ def why_unfit(
         return None
     key = (blueprint, size, features, None if like is None else (like.dtype, like.device))
     if key not in _TRIED:
-        _TRIED[key] = _try(blueprint, size, features, like)
+        reasons = (_try(blueprint, size, shaped, like) for shaped in _shapes(features))
+        usual = next(reasons)
+        fits = usual is None or any(reason is None for reason in reasons)
+        _TRIED[key] = None if fits else usual
     return _TRIED[key]
 
 
@@ -85,6 +89,13 @@ def register_for(
         candidate = ModuleBlueprint(name or "candidate", blueprint)
     require_fit(candidate, sizes, features, like)
     return register(blueprint, name=name)
+
+
+def _shapes(features: Features) -> Iterator[Features]:
+    """The output's usual rank, and others that it may have: a Linear's is what its input's is."""
+    yield features
+    if features.dim == -1:
+        yield from (replace(features, rank=rank) for rank in (2, 3, 4, 1) if rank != features.rank)
 
 
 def _try(blueprint: Blueprint, size: int, features: Features, like: Tensor | None) -> str | None:

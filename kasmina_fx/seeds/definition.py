@@ -67,7 +67,7 @@ def _apply_blueprint(store: SeedStore, seed_id: int, chunk: Tensor) -> Tensor:
     tensors = bank.slot_tensors(slot)
     if SeedLifecycle(int(store.state.stages[seed_id])) not in LEARNS_TASK | RECONSTRUCTS:
         tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    out: Tensor = functional_call(module, tensors, chunk)
+    out: Tensor = functional_call(module, tensors, chunk.clone())  # it may write to its input
     return out
 
 

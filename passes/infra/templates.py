@@ -7,6 +7,7 @@ batch size, and every front end, and none of the caller's fake tensors gets into
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from kasmina_fx._torch.tracing import SymbolicSizes
+from kasmina_fx._torch.tracing import SymbolicSizes, usual, without_writes
 from kasmina_fx.errors import RewriteError
 from kasmina_fx.passes.infra.metadata import value_of
 from kasmina_fx.passes.infra.regions import Autocast
 
+_LOG: Final = logging.getLogger(__name__)
 _CAPACITY: Final = 1024
 
 
@@ -99,7 +100,11 @@ def trace_template(
     A user's module may insist on a size (``vmap`` of a LayerNorm before a Linear does). Then the
     graph is traced on the exact sizes of ``inputs``; asking for these makes Dynamo guard on them.
     """
-    template = _trace(meaning, tuple(arguments), autocast)
+    try:
+        template = _trace(meaning, tuple(arguments), autocast)
+    except Exception as error:  # whatever a user's module raises when it is asked for a symbol
+        _LOG.debug("%s: traced on exact sizes, because of %s", meaning, error)
+        template = None
     if template is None:
         exact = [fixed_argument(n, set(range(value_of(n).dim()))) for n in inputs]
         template = _trace(meaning, tuple(exact), autocast)
@@ -117,7 +122,7 @@ def _trace(
     with sizes.mode:
         fakes = [_fake(argument, sizes) for argument in arguments]
     with autocast(), sizes.tracing(), torch.no_grad():
-        template = make_fx(meaning.__call__)(*fakes)
+        template = without_writes(meaning.__call__, fakes)
     if sizes.specialized():
         return None
     template.graph.eliminate_dead_code()
@@ -134,7 +139,8 @@ def _fake(argument: Argument, sizes: SymbolicSizes) -> Tensor:
 
 
 def _stride_order(value: Tensor) -> tuple[int, ...]:
-    strides = [int(s) for s in value.stride()] if value.dim() else []
+    # int() of a symbol would make it this number for good: a compile for each length of a text.
+    strides = [usual(s) for s in value.stride()] if value.dim() else []
     numbering = count()
     return tuple(
         dim

@@ -269,3 +269,28 @@ def test_a_stacked_form_that_changes_shape_or_dtype_is_refused() -> None:
     layer = KasminaLayer(nn.Linear(4, 6), 3)
     with pytest.raises((InvalidBlueprint, UnknownBlueprint), match=r"its stacked\(\) turns"):
         layer.register_blueprint(Narrow())
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 7])
+def test_no_dim_of_a_trial_is_taken_for_another(size: int) -> None:
+    layer = KasminaLayer(nn.Conv2d(1, 2 * size, 1), 2)
+    with pytest.raises(InvalidBlueprint, match="shapes cannot be multiplied"):
+        layer.register_blueprint(lambda n: nn.Linear(n, n), name=f"linear_for_conv_{size}")
+
+
+class _OfTokens(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        _batch, _tokens, _size = x.shape
+        return x - x.mean(1, keepdim=True)
+
+
+def test_a_linears_output_may_have_any_rank() -> None:
+    layer = KasminaLayer(nn.Linear(2, 4), 2)
+    layer.register_blueprint(lambda n: _OfTokens(), name="of_tokens")
+    graft(layer, [0], "of_tokens", alpha=1.0)
+    y = layer.base(x := torch.randn(3, 5, 2))
+    torch.testing.assert_close(layer(x)[..., :2], (y - y.mean(1, keepdim=True))[..., :2])
+    with pytest.raises(InvalidBlueprint, match="not enough values to unpack"):
+        KasminaLayer(nn.Conv1d(1, 4, 1), 2).register_blueprint(
+            lambda n: nn.Sequential(nn.Flatten(), _OfTokens()), name="of_tokens_flat"
+        )
