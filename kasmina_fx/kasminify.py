@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 from torch import nn
 
+from kasmina_fx._torch.distributed import leave_to_all, leave_to_each_rank
 from kasmina_fx._torch.dynamo import compile_whole, static_below, uncompiled
 from kasmina_fx._torch.inductor import mode_options
 from kasmina_fx.arguments import check_count, check_instance, is_int
@@ -19,7 +20,7 @@ from kasmina_fx.class_swap import SwappedLayer, swap_in, swap_out, why_not
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidArgument, InvalidType, NoTargets, StillGrowing
 from kasmina_fx.layer import KasminaLayer
-from kasmina_fx.model import kasmina_layers
+from kasmina_fx.model import kasmina_layers, seed_buffers
 from kasmina_fx.seeds import model_call
 from kasmina_fx.seeds.folding import fold_seeds, why_not_folded
 from kasmina_fx.seeds.siblings import Siblings
@@ -125,6 +126,7 @@ def _finish(
 ) -> None:
     """What a model needs around its layers: hooks of its state dict, no fast paths, a call."""
     model_state_dict.attach(root)
+    leave_to_each_rank(root, seed_buffers)
     for owner, name, off in _fast_paths(root):
         if any(isinstance(child, KasminaLayer) for child in owner.modules()):
             setattr(owner, _KEPT, getattr(owner, name))
@@ -176,6 +178,7 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
         else:
             by_hand[layer] = layer.base
     model_call.remove(plain)
+    leave_to_all(plain)
     root = _replace(plain, by_hand)
     for owner, name, _ in _fast_paths(root):
         if hasattr(owner, _KEPT):

@@ -25,12 +25,13 @@ from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
 from kasmina_fx.physical import markers
 from kasmina_fx.physical.graph_inputs import SHOWN, GraphInputs
-from kasmina_fx.seeds import state_dict
+from kasmina_fx.seeds import outside, state_dict
 from kasmina_fx.seeds.allocation import allocate
 from kasmina_fx.seeds.commands import SeedCommands
 from kasmina_fx.seeds.health import reports
 from kasmina_fx.seeds.state_dict_checks import check
 from kasmina_fx.seeds.store import SeedStore
+from kasmina_fx.transactions.threads import inside_forward
 
 _NUMBERS = itertools.count()
 
@@ -102,8 +103,10 @@ class SeededModule(SeedCommands, nn.Module):
         if torch.compiler.is_dynamo_compiling():
             return store.shown if store.key is None else SHOWN[store.key]
         store.siblings.training.seen()
+        if store.registered.written and not inside_forward():  # a layer called by itself
+            outside.take_over(store)
         # Eagerly, parameters are read where functional_call and parametrizations replace them.
-        return store.shown.with_params(store.stacks())
+        return outside.inputs_now(store)
 
     # Views.
 
@@ -151,7 +154,7 @@ class SeededModule(SeedCommands, nn.Module):
 
     def publish(self) -> None:
         """Make the state that is on the host now what every later forward reads."""
-        self.kasmina.publish()
+        outside.restore(self.kasmina)
 
     def _described(self) -> str:
         return f"{self.layer_id!r}, seeds={self.num_seeds}, {self.kasmina.layout_text}"

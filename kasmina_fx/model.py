@@ -14,6 +14,7 @@ from kasmina_fx.arguments import check_instance
 from kasmina_fx.errors import NoTargets
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.seeds.entry_names import OWN
+from kasmina_fx.seeds.model_call import look_at_registered
 from kasmina_fx.transactions.threads import ModelThreads, refuse_inside_forward
 
 
@@ -44,7 +45,9 @@ def transaction(model: nn.Module) -> Iterator[None]:
 def hold_seeds(model: nn.Module) -> Iterator[None]:
     """No seed changes inside: other threads' changes wait for the end of the block to show.
 
-    A call of a kasminified model does so by itself. Needed, beside controller threads, only where
+    What was written to registered state (by an average of models, say) is taken over before.
+
+    A call of a kasminified model does both by itself. Needed, beside controller threads, only where
     more than such a call must see one state: several calls, parts of the model called one by one, a
     larger model compiled around it, activation checkpointing with its backward. Put the
     optimizer's step behind the block.
@@ -56,6 +59,7 @@ def hold_seeds(model: nn.Module) -> Iterator[None]:
     families = {id(layer.siblings): layer.siblings for layer in layers_of(model).values()}
     with ExitStack() as held:
         for siblings in families.values():
+            look_at_registered(siblings)
             siblings.enter()
             held.callback(siblings.leave, compiled=True)  # maybe
         yield
@@ -130,6 +134,14 @@ def kasmina_layers(model: nn.Module) -> dict[str, KasminaLayer]:
     """The KasminaLayers of a model, compiled or not, by FQN; a shared layer by its first name."""
     named = uncompiled(model).named_modules()
     return {name: module for name, module in named if isinstance(module, KasminaLayer)}
+
+
+def seed_buffers(model: nn.Module) -> Iterator[str]:
+    """The names of the buffers that seeds added to a model: their state and statistics."""
+    for name, module in model.named_modules():
+        if isinstance(module, KasminaLayer):
+            prefix = f"{name}.{OWN}" if name else OWN
+            yield from (prefix + buffer for buffer, _ in module.kasmina.named_buffers())
 
 
 def host_state_dict(model: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses import FakeTensor
 from torch._subclasses import FakeTensorMode as FakeTensorMode  # for whoever traces
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
@@ -67,6 +68,32 @@ def without_writes(fn: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> to
 
 def _writes(node: torch.fx.Node) -> bool:
     return isinstance(node.target, Operator) and bool(node.target._schema.is_mutable)
+
+
+@contextlib.contextmanager
+def outside_of_transforms() -> Iterator[None]:
+    """Compute inside with plain tensors alone, whatever ``torch.func`` does outside."""
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def as_plain(t: torch.Tensor) -> torch.Tensor:
+    """Return the values behind the wrappers of ``torch.func``; :func:`outside_of_transforms`.
+
+    Raises:
+        ValueError: ``vmap`` runs over several, and they differ.
+    """
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        batched, t = torch._C._functorch.maybe_get_bdim(t), torch._C._functorch.get_unwrapped(t)
+        if batched >= 0:
+            first = t.select(batched, 0)
+            if not bool((t == first.unsqueeze(batched)).all()):
+                raise ValueError(
+                    "vmap over models whose seeds are in different states: graft the same seeds "
+                    "of each, or call the models one by one"
+                )
+            t = first
+    return t
 
 
 class SymbolicSizes:

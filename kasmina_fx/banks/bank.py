@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_fx._torch.dynamo import mark_dynamic
-from kasmina_fx.banks.placement import SMALLEST, derive, slots_of
+from kasmina_fx.banks.placement import SMALLEST, Placement, derive, slots_of
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.blueprints import Blueprint, lookup
 from kasmina_fx.physical.graph_inputs import BankTables
@@ -36,10 +36,6 @@ class Bank(nn.Module):
     """
 
     slots: Tensor
-    seeds: Tensor
-    positions: Tensor
-    modes: Tensor
-    trainees: Tensor
 
     def __init__(
         self,
@@ -59,9 +55,9 @@ class Bank(nn.Module):
         self.spec = BankSpec(kind, run_index, shared, len(self.tensor_specs))
         self.held = torch.zeros(0, dtype=torch.int64, device="cpu")  # the host's copy of ``slots``
         self.register_buffer("slots", torch.zeros(0, dtype=torch.int64, device=device))
-        for name in BankTables._fields:
-            empty = torch.empty(0, dtype=torch.int64, device=device)
-            self.register_buffer(name, empty, persistent=False)
+        # No buffers: what is derived is nobody's to load, average or broadcast.
+        empty = torch.empty(0, dtype=torch.int64, device=device)
+        self.seeds = self.positions = self.modes = self.trainees = empty
         self.frozen_slots = empty  # slots whose parameters nothing may change
         self._froze = self.held  # ids of blueprints that nothing might change, when last published
         self.left: set[int] = set()  # slots that seeds let go of since an optimizer's last step
@@ -171,8 +167,7 @@ class Bank(nn.Module):
 
         ``pad``: as of :class:`~kasmina_fx.SeedConfig`.
         """
-        shared, froze = self.spec.shared, self._froze
-        now = derive(blueprint_ids, stages, self.held, shared=shared, froze=froze, pad=pad)
+        now = self.placement(blueprint_ids, stages, self.held, pad)
         self.held, self.left = now.held, self.left | now.left
         if len(now.starts):  # momentum and weight decay went on while it waited to train
             self.restart(now.starts)
@@ -184,6 +179,13 @@ class Bank(nn.Module):
         for name, table in now.tables._asdict().items():
             setattr(self, name, to_device(table, device))
         self.mark()
+
+    def placement(
+        self, blueprint_ids: Tensor, stages: Tensor, held: Tensor, pad: bool = False
+    ) -> Placement:
+        """Derive what the bank would be for such seeds and slots; changes nothing."""
+        shared, froze = self.spec.shared, self._froze
+        return derive(blueprint_ids, stages, held, shared=shared, froze=froze, pad=pad)
 
     def tables(self) -> BankTables:
         """What the graph reads."""

@@ -13,8 +13,10 @@ from kasmina_fx._torch.dynamo import placeholder_source, resolve_source, uncompi
 from kasmina_fx.class_swap import SwappedLayer
 from kasmina_fx.errors import InvalidArgument, RewriteError
 from kasmina_fx.layer import KasminaLayer
+from kasmina_fx.model import kasmina_layers
 from kasmina_fx.passes.infra.metadata import propagate_if_missing, set_role
 from kasmina_fx.physical.graph_inputs import SHOWN
+from kasmina_fx.seeds.entry_names import OWN
 
 FRONTENDS: Final = ("dynamo", "fx", "export")
 
@@ -143,10 +145,15 @@ def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Gr
     program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     signature = program.graph_signature
     roles = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    names = dict(_named(model).values())
+    tables = signature.inputs_to_lifted_tensor_constants
+    named = _named(model)
+    names, by_id = dict(named.values()), {key: role for key, (_, role) in named.items()}
     for node in program.graph.find_nodes(op="placeholder"):
         fqn = roles.get(node.name)
-        set_role(node, f"input {node.name}" if fqn is None else names.get(fqn, f"buffer {fqn}"))
+        role = f"input {node.name}" if fqn is None else names.get(fqn, f"buffer {fqn}")
+        if node.name in tables:
+            role = by_id.get(id(program.constants[tables[node.name]]), f"table {node.name}")
+        set_role(node, role)
     gm: GraphModule = program.graph_module
     return gm
 
@@ -156,19 +163,22 @@ def _named(model: nn.Module) -> dict[int, tuple[str, str]]:
 
     The base of a wrapped layer leaves no trace in the public name.
     """
-    layers = [
-        n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, KasminaLayer)
-    ]
+    every = model.named_modules(remove_duplicate=False)
+    paths = [name for name, module in every if isinstance(module, KasminaLayer)]
     named: dict[int, tuple[str, str]] = {}
     kinds = (("param", model.named_parameters()), ("buffer", model.named_buffers()))
     for kind, tensors in kinds:
         for fqn, tensor in tensors:
             public = fqn
-            for layer in layers:
-                prefix = f"{layer}.base." if layer else "base."
+            for path in paths:
+                prefix = f"{path}.base." if path else "base."
                 if fqn.startswith(prefix):
-                    public = f"{layer}." * bool(layer) + fqn.removeprefix(prefix)
+                    public = f"{path}." * bool(path) + fqn.removeprefix(prefix)
             named.setdefault(id(tensor), (fqn, f"{kind} {public}"))
+    for name, layer in kasmina_layers(model).items():
+        for table, tensor in layer.kasmina.derived():
+            fqn = f"{name}.{OWN}{table}".removeprefix(".")
+            named.setdefault(id(tensor), (fqn, f"table {fqn}"))
     return named
 
 

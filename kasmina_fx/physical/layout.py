@@ -45,6 +45,11 @@ class Run:
         """The number of features that the run covers."""
         return self.count * self.size
 
+    @property
+    def seeds(self) -> slice:
+        """The run's seeds among those of the layer."""
+        return slice(self.first_seed, self.first_seed + self.count)
+
 
 @dataclass(frozen=True)
 class ChunkLayout:

@@ -10,6 +10,7 @@ EXTRA: Final = OWN + "_extra_state"
 STATE: Final = OWN + "state.state_tensor"
 ALPHA: Final = OWN + "state.alpha"
 BANKS: Final = OWN + "banks."
+SEAL: Final = OWN + "seal"
 REFERENCE: Final = OWN + "reference_weight"
 TELEMETRY: Final = OWN + "telemetry."
 

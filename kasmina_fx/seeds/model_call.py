@@ -10,6 +10,7 @@ from typing import Any, Final
 from torch import nn
 
 from kasmina_fx._torch.dynamo import dynamo_is_on, not_traced
+from kasmina_fx.seeds import outside
 from kasmina_fx.seeds.siblings import Siblings
 
 #: Where a model keeps its own. The name under which torch looks for it is dropped by copies.
@@ -38,8 +39,12 @@ class ModelCall:
     @partial(not_traced, below=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
+        replaced = look_at_registered(self._siblings)
         self._siblings.enter()
         try:
+            if replaced:
+                # Compiled code holds the tensors that were registered when it was compiled.
+                return _eagerly(self._owner(), *args, **kwargs)
             if self._compiled is not None:
                 return self._compiled(*args, **kwargs)
             return self._owner()._call_impl(*args, **kwargs)
@@ -62,6 +67,22 @@ class ModelCall:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Guard the copy."""
         self.__init__(**state)  # type: ignore[misc]
+
+
+@not_traced
+def look_at_registered(siblings: Siblings[Any]) -> bool:
+    """Take over what was written to registered tensors; say whether others stand in their place."""
+    replaced = False
+    for store in siblings:
+        if store.registered.written:
+            outside.take_over(store)
+        replaced = replaced or store.registered.replaced
+    return replaced
+
+
+@not_traced
+def _eagerly(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model._call_impl(*args, **kwargs)
 
 
 def remove(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from kasmina_fx.physical.layout import parse_banks
 from kasmina_fx.seeds.allocation import allocate
 from kasmina_fx.seeds.entry_names import BASE, OWN
+from kasmina_fx.seeds.extra_state import unpacked
 from kasmina_fx.seeds.store import SeedStore
 
 
@@ -53,7 +54,7 @@ def _prepare(module: nn.Module, state_dict: dict[str, Any], own: str, *rest: Any
     store.reference_weight = (
         None if reference is None else torch.empty_like(reference, device=store.state.alpha.device)
     )
-    for key, text in (extra or {"banks": {}})["banks"].items():
+    for key, text in ({} if extra is None else unpacked(extra)["banks"]).items():
         if key not in store.banks:
             (spec,) = parse_banks(text)
             allocate(store, spec.kind, shared=spec.shared)

@@ -15,7 +15,9 @@ from kasmina_fx.blueprints.trial import why_unfit
 from kasmina_fx.errors import LayoutMismatch, UnknownBlueprint
 from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
 from kasmina_fx.physical.layout import ChunkLayout, parse_banks
-from kasmina_fx.seeds.entry_names import ALPHA, BANKS, EXTRA, OWN, REFERENCE, STATE, TELEMETRY
+from kasmina_fx.seeds.entry_names import ALPHA, BANKS, EXTRA, OWN, REFERENCE, SEAL, STATE, TELEMETRY
+from kasmina_fx.seeds.extra_state import unpacked
+from kasmina_fx.seeds.registered import seal
 from kasmina_fx.seeds.store import LAYOUT_VERSION, SeedStore
 from kasmina_fx.seeds.telemetry import check_statistics
 from kasmina_fx.state_tensor import StateTensor
@@ -54,6 +56,7 @@ def check(store: SeedStore, state_dict: dict[str, Any], prefix: str) -> None:
         )
         _check_slots(extra["blueprints"], banks, entries)
         _check_rows(banks, entries)
+        _check_seal(banks, entries)
     except UnknownBlueprint as error:
         raise LayoutMismatch(
             f"{name}: the state dict needs a blueprint that is not registered here: {error}"
@@ -67,11 +70,10 @@ def check(store: SeedStore, state_dict: dict[str, Any], prefix: str) -> None:
 
 
 def _checked_extra(store: SeedStore, entries: Mapping[str, Any]) -> dict[str, Any]:
-    extra, name = entries[EXTRA], store.name
-    version = extra.get("version") if isinstance(extra, dict) else extra
-    if not isinstance(extra, dict) or version != LAYOUT_VERSION:
+    extra, name = unpacked(entries[EXTRA]), store.name
+    if extra.get("version") != LAYOUT_VERSION:
         raise LayoutMismatch(
-            f"{name}: the state dict's kasmina entries have version {version!r}; "
+            f"{name}: the state dict's kasmina entries have version {extra.get('version')!r}; "
             f"this release reads version {LAYOUT_VERSION}"
         )
     if extra["layout"] != str(store.layout):
@@ -145,6 +147,8 @@ def _check_tensors(store: SeedStore, banks: Sequence[Bank], entries: Mapping[str
     for bank in banks:
         wanted |= bank.state_dict(prefix=f"{BANKS}{bank.key}.")
     wanted.pop(REFERENCE, None)
+    if SEAL not in entries:  # saved before there was one
+        wanted.pop(SEAL)
     weight = store.host.weight
     if REFERENCE in entries and weight is not None:  # while a ramp follows the host's drift
         wanted[REFERENCE] = weight
@@ -211,3 +215,13 @@ def _check_rows(banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
         raise ValueError(f"{STATE}: seeds {idle[:8]} are DORMANT and name a blueprint")
     if unclaimed:
         raise ValueError(f"{STATE}: no seed has the ids {sorted(unclaimed)[:8]} that slots hold")
+
+
+def _check_seal(banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
+    """State and slots are those of one moment, and no average of two."""
+    slots = {bank.key: entries[f"{BANKS}{bank.key}.slots"].cpu() for bank in banks}
+    if SEAL in entries and int(entries[SEAL]) != seal(entries[STATE].cpu(), slots):
+        raise ValueError(
+            f"{SEAL} is not that of {STATE} and the banks' slots: these are of two layers or two "
+            "moments, or averages; average parameters alone"
+        )

@@ -20,6 +20,8 @@ from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.lifecycle import holds_blueprint, roles
 from kasmina_fx.physical.graph_inputs import SHOWN, GraphInputs, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.seeds.extra_state import packed, unpacked
+from kasmina_fx.seeds.registered import Place, Registered, seal
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.telemetry import Telemetry
 from kasmina_fx.state_tensor import StateTensor
@@ -35,14 +37,16 @@ class SeedStore(Float32Module):
 
     Attributes:
         shown: What the next forward reads.
+        registered: The registered tensors that it was derived from.
+        seal: int64 ``()``, a buffer: see :func:`kasmina_fx.seeds.registered.seal`.
         observed: Forwards keep statistics, of the first of ``one_in`` equal parts of a batch.
     """
 
-    roles: Tensor
-    loss_scale: Tensor
+    seal: Tensor
     grad_norm: Tensor
     reference_weight: Tensor | None
     shown: GraphInputs
+    registered: Registered
     observed: bool
     one_in: int
 
@@ -60,8 +64,9 @@ class SeedStore(Float32Module):
         self.banks = nn.ModuleDict()
         one = torch.ones((), dtype=torch.float32, device=device)
         idle = torch.zeros(chunks.num_chunks, dtype=torch.int64, device=device)
-        self.register_buffer("roles", idle, persistent=False)
-        self.register_buffer("loss_scale", one, persistent=False)
+        # No buffers: what is derived is nobody's to load, average or broadcast.
+        self.roles, self.loss_scale = idle, one
+        self.register_buffer("seal", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("grad_norm", -one)
         self.register_buffer("reference_weight", None)  # the host's, at the last step of a ramp
         self.layout: ChunkLayout = chunks.layout
@@ -163,7 +168,7 @@ class SeedStore(Float32Module):
         return GraphInputs(layer, specs, tables, self.stacks())
 
     def _show(self, inputs: GraphInputs) -> None:
-        self.shown = inputs
+        self.shown, self.registered = inputs, self._registered()
         if self.key is not None:
             SHOWN[self.key] = inputs
 
@@ -189,6 +194,13 @@ class SeedStore(Float32Module):
         """What multiplies the gradient of reconstruction losses, float32 ``()``."""
         return self.siblings.loss_scale.tensor(self.loss_scale)
 
+    def _registered(self) -> Registered:
+        banks = self.bank_list()
+        state: list[Place] = [(self.state._buffers, n) for n in ("state_tensor", "alpha")]
+        state += [(self._buffers, "seal"), *((bank._buffers, "slots") for bank in banks)]
+        stacks = [(bank._parameters, name) for bank in banks for name in bank._parameters]
+        return Registered(stacks, state)
+
     def reload(self) -> None:
         """Take the host's tables from the registered tensors: after these were loaded."""
         self.state.refresh_mirror()
@@ -201,6 +213,7 @@ class SeedStore(Float32Module):
         """Leave out what is shown: it is derived again."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("shown", None)
+        state.pop("registered", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -218,23 +231,40 @@ class SeedStore(Float32Module):
     @torch.inference_mode(False)
     def _derive(self) -> None:
         """Derive the layer's and every bank's tables from the state."""
-        self.roles = to_device(roles(self.state.stages), self.roles.device)
+        device = self.state.alpha.device
+        self.roles = to_device(roles(self.state.stages), device)
+        if self.loss_scale.device != device:
+            self.loss_scale = torch.ones((), dtype=torch.float32, device=device)
         stages, ids = self.state.stages, self.state.blueprint_ids
         for bank in self.bank_list():
-            seeds = slice(bank.run.first_seed, bank.run.first_seed + bank.run.count)
+            seeds = bank.run.seeds
             bank.publish(ids[seeds], stages[seeds], self.pads)
+        self.seal = to_device(torch.tensor(self.own_seal(), device="cpu"), device)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """What tensors can't say: the layout, the shared blueprints and the banks."""
-        return {
+    def derived(self) -> Iterator[tuple[str, Tensor]]:
+        """Iterate over the tables that graphs read and nobody registers, with their names."""
+        yield from (("roles", self.roles), ("loss_scale", self.loss_scale))
+        for bank in self.bank_list():
+            for name, table in bank.tables()._asdict().items():
+                yield f"banks.{bank.key}.{name}", table
+
+    def own_seal(self) -> int:
+        """The seal of what the host knows."""
+        return seal(self.state.rows, {bank.key: bank.held for bank in self.bank_list()})
+
+    def get_extra_state(self) -> Tensor:
+        """What other tensors can't say: the layout, the shared blueprints and the banks."""
+        extra = {
             "version": LAYOUT_VERSION,
             "layout": str(self.layout),
             "highest_id": self.highest_id,
             "blueprints": dict(self.blueprints),
             "banks": {key: str(bank.spec) for key, bank in self.banks.items()},
         }
+        return packed(extra)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+    def set_extra_state(self, given: Any) -> None:
         """Take ids and shared blueprints; the rest was read before anything was loaded."""
+        state = unpacked(given)
         self.highest_id = state["highest_id"]
         self.blueprints = {int(number): str(kind) for number, kind in state["blueprints"].items()}

@@ -181,6 +181,14 @@ class StagedState(Float32Module):
             self.alpha.detach().to("cpu", torch.float32, copy=True),
         )
 
+    @torch.inference_mode(False)
+    def restore(self) -> None:
+        """Put the mirror into the device buffers, whatever was written to them."""
+        known = self._committed
+        self.state_tensor = to_device(known.rows, self.state_tensor.device)
+        if known.alpha is not None:
+            self.alpha = to_device(known.alpha, self.alpha.device)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave the listener out; it connects again."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # torch's, unannotated

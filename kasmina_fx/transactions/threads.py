@@ -27,13 +27,18 @@ _INSIDE: Final[Counter[int]] = Counter()
 _NUMBERS: Final = count()
 
 
+def inside_forward() -> bool:
+    """Say whether this thread is in a forward, of any model."""
+    return threading.get_ident() in _INSIDE
+
+
 def refuse_inside_forward() -> None:
     """Refuse a change from inside this thread's forward: it would wait for itself.
 
     Raises:
         InsideForward: This thread is in a forward.
     """
-    if threading.get_ident() in _INSIDE:
+    if inside_forward():
         raise InsideForward(
             "seeds can't change inside a model's forward or hold_seeds() (a hook or the model "
             "itself called a control function, or an optimizer's step, there); do it before "

@@ -144,7 +144,8 @@ class _Propagation(FakeTensorProp):
 def set_role(node: Node, role: str) -> None:
     """Name an input.
 
-    Names are ``param fc.weight``, ``buffer fc.kasmina.telemetry.accumulated``, ``input x``.
+    Names are ``param fc.weight``, ``buffer fc.kasmina.telemetry.accumulated``,
+    ``table fc.kasmina.roles``, ``input x``.
     """
     node.meta[_ROLE] = role
 

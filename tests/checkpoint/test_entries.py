@@ -30,6 +30,7 @@ from kasmina_fx import (
 )
 from kasmina_fx.blueprints import register
 from kasmina_fx.errors import CheckpointError
+from kasmina_fx.seeds.extra_state import unpacked
 
 STATE, ALPHA = "3.kasmina.state.state_tensor", "3.kasmina.state.alpha"
 FAULTS = "3.kasmina.telemetry.faults"
@@ -111,6 +112,20 @@ EDITED: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         "reference_weight is",
     ),
     "no telemetry": (_without(TELEMETRY), "lacks 'kasmina.telemetry.accumulated'"),
+    "another moment": (_put(STATE, (1, 2), 5), "seal is not that of"),
+    "extra state of another kind": (_become(EXTRA, lambda e: 7), "_extra_state holds 7"),
+    "extra state of floats": (
+        _become(EXTRA, lambda e: torch.ones(2)),
+        r"_extra_state is torch.float32 \(2,\)",
+    ),
+    "extra state that is no JSON": (
+        _become(EXTRA, lambda e: torch.tensor([123, 1], dtype=torch.uint8)),
+        "malformed",
+    ),
+    "extra state that is a list": (
+        _become(EXTRA, lambda e: torch.tensor(list(b"[1]"), dtype=torch.uint8)),
+        r"_extra_state holds \[1\]",
+    ),
     "no extra state": (_without(EXTRA), "lacks 'kasmina._extra_state'"),
     "version": (_extra("version", 99), "version 99"),
     "layout": (_extra("layout", "dim=-1 runs=6x1"), "num_seeds"),
@@ -152,6 +167,7 @@ def test_edited_entries_are_refused_and_nothing_changes(
     path: Path, edit: Callable[[dict[str, Any]], None], match: str, target: Callable[[], Any]
 ) -> None:
     contents = saved_contents()
+    contents["model"][EXTRA] = unpacked(contents["model"][EXTRA])  # as it was in earlier releases
     edit(contents["model"])
     forge(path, contents)
     model = target()

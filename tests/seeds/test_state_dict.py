@@ -18,6 +18,7 @@ from kasmina_fx import (
     host_state_dict,
     kasmina_layers,
 )
+from kasmina_fx.seeds.extra_state import unpacked
 from kasmina_fx.testing import graft
 
 
@@ -107,7 +108,7 @@ def _with(saved: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 
 def _edited(saved: dict[str, Any], key: str, change: Callable[[Any], Any]) -> dict[str, Any]:
-    value = copy.deepcopy(saved[key])
+    value = unpacked(saved[key]) if key == EXTRA else copy.deepcopy(saved[key])
     changed = change(value)
     return _with(saved, key, value if changed is None else changed)
 
