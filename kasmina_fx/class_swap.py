@@ -20,9 +20,11 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import nn
 
+from kasmina_fx.bases.features import COUNTS, find_features
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.layer import KasminaLayer, SeededModule, seeds_for
+from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.seeds import model_call
 from kasmina_fx.seeds.commands import SeedCommands
 
@@ -42,6 +44,30 @@ class SwappedLayer(KasminaLayer):
         """The module's own forward, with the blended seeds' contributions."""
         # What comes behind our classes in the order of bases: the module's own class.
         return self.seeds_on(super(SeedCommands, self).forward(*args, **kwargs))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the module; one that counts features counts those of the seeds too.
+
+        Raises:
+            InvalidArgument: Seeds have grown into the features of before; nothing has changed.
+        """
+        plain = super(SeedCommands, self)
+        if name in COUNTS and self.__dict__.get(name, value) != value:
+            before = self.__dict__[name]
+            if bool((self.state.stages != SeedLifecycle.DORMANT).any()):
+                raise InvalidArgument(
+                    f"{self.layer_id}: {name} can't become {value!r}, seeds have grown into the "
+                    f"{self.chunks.layer_dim} features of before: reset them, or resize the plain "
+                    "model and kasminify it then"
+                )
+            plain.__setattr__(name, value)
+            try:
+                _renew(self)
+            except InvalidArgument:
+                plain.__setattr__(name, before)
+                raise
+        else:
+            plain.__setattr__(name, value)
 
     @property
     def base(self) -> nn.Module:
@@ -118,6 +144,27 @@ def swap_out(layer: SwappedLayer) -> nn.Module:
     return layer
 
 
+def _renew(layer: SwappedLayer) -> None:
+    """Dormant seeds watch the features that their module has now."""
+    old = layer.kasmina
+    features = find_features(layer, None, None)
+    if features.count == old.chunks.layer_dim:
+        return
+    store = seeds_for(
+        layer,
+        min(old.num_seeds, features.count),
+        layer_id=old.name,
+        config=old.config,
+        without=_SEEDS,
+    )
+    store.observed, store.one_in, store.in_eval = old.observed, old.one_in, old.in_eval
+    old.siblings.discard(old)
+    store.join(old.siblings)
+    layer._modules[_SEEDS] = store
+    if old.key is not None:
+        store.show_by_key()
+
+
 def why_not(module: nn.Module) -> str | None:
     """The reason why a module can't be swapped, None if it can."""
     kind = type(module).__name__
@@ -155,7 +202,6 @@ def swapped_class(plain: type[nn.Module]) -> type[SwappedLayer]:
             "__doc__": f"A {plain.__name__} with seeds.",
             # The module's own: KasminaLayer's look into a base.
             "__getattr__": plain.__getattr__,
-            "__setattr__": plain.__setattr__,
         }
         try:
             _CLASSES[plain] = types.new_class(

@@ -63,6 +63,8 @@ class TelemetryPolicy:
         fraction: The share of a batch's rows to look at (the first ones), above 0 up to 1; rounded
             to one in a whole number. Compiled in: a change recompiles, and saves what it leaves
             out.
+        in_eval: Look at what a layer in evaluation returns as well; by default statistics stand
+            still there, as those of BatchNorm do. Compiled in.
 
     Raises:
         InvalidArgument: A value outside what is allowed.
@@ -70,12 +72,15 @@ class TelemetryPolicy:
 
     every: int = 1
     fraction: float = 1.0
+    in_eval: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values outside what is allowed."""
         check_count("every", self.every, least=1)
         if isinstance(self.fraction, bool) or not 0 < self.fraction <= 1:
             raise InvalidArgument(f"fraction={self.fraction!r}: give a number above 0 up to 1")
+        if not isinstance(self.in_eval, bool):
+            raise InvalidArgument(f"in_eval={self.in_eval!r}: give True or False")
 
     @property
     def one_in(self) -> int:

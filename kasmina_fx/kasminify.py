@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar, overload
 
 from torch import nn
 
@@ -14,19 +15,20 @@ from kasmina_fx._torch.dynamo import compile_whole, static_below, uncompiled
 from kasmina_fx._torch.inductor import mode_options
 from kasmina_fx.arguments import check_count, check_instance, is_int
 from kasmina_fx.backend import kasmina, split_options
-from kasmina_fx.bases.features import find_features
 from kasmina_fx.checkpoint import model_state_dict
-from kasmina_fx.class_swap import SwappedLayer, swap_in, swap_out, why_not
+from kasmina_fx.class_swap import SwappedLayer, swap_in, swap_out
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
-from kasmina_fx.errors import InvalidArgument, InvalidType, NoTargets, StillGrowing
+from kasmina_fx.errors import InvalidType, NoTargets, StillGrowing
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.model import kasmina_layers, seed_buffers
 from kasmina_fx.seeds import model_call
 from kasmina_fx.seeds.folding import fold_seeds, why_not_folded
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.store import SeedStore
+from kasmina_fx.targets import TargetReport, find_targets, skipped_targets
 
 M = TypeVar("M", bound=nn.Module)
+_LOG: Final = logging.getLogger(__name__)
 
 #: Settings that would let the owner of a layer go past the layer's forward, and what turns them
 #: off. In eval mode torch's fused encoder kernel reads linear1.weight and never calls linear1; an
@@ -39,6 +41,38 @@ _FAST_PATHS: Final = (
 _KEPT: Final = "_kasmina_kept"
 
 
+@overload
+def kasminify(
+    model: M,
+    *,
+    num_seeds: int = ...,
+    targets: Sequence[type[nn.Module]] = ...,
+    filter_fn: Callable[[nn.Module, str], bool] | None = ...,
+    reserve: int = ...,
+    telemetry: bool | TelemetryPolicy = ...,
+    config: SeedConfig | None = ...,
+    compile: bool = ...,
+    mode: str | None = ...,
+    options: Mapping[str, Any] | None = ...,
+    dynamic: bool | None = ...,
+    dry_run: Literal[False] = ...,
+) -> M: ...
+@overload
+def kasminify(  # the same, but for what it returns
+    model: nn.Module,
+    *,
+    num_seeds: int = ...,
+    targets: Sequence[type[nn.Module]] = ...,
+    filter_fn: Callable[[nn.Module, str], bool] | None = ...,
+    reserve: int = ...,
+    telemetry: bool | TelemetryPolicy = ...,
+    config: SeedConfig | None = ...,
+    compile: bool = ...,
+    mode: str | None = ...,
+    options: Mapping[str, Any] | None = ...,
+    dynamic: bool | None = ...,
+    dry_run: Literal[True],
+) -> TargetReport: ...
 def kasminify(
     model: M,
     *,
@@ -52,7 +86,8 @@ def kasminify(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
-) -> M:
+    dry_run: bool = False,
+) -> M | TargetReport:
     """Let a model grow: its targets become layers with seeds, in place.
 
     Every target becomes a subclass of its own class that is a :class:`KasminaLayer` too. It stays
@@ -71,9 +106,11 @@ def kasminify(
         mode: Of ``torch.compile``.
         options: Of the backend, see :func:`kasmina_fx.backend.kasmina`.
         dynamic: Of ``torch.compile``.
+        dry_run: Change nothing, and return what would be taken and what left, and why. (Otherwise
+            that is logged, at level INFO.)
 
     Returns:
-        The same model.
+        The same model; a :class:`~kasmina_fx.targets.TargetReport` of a dry run.
 
     Raises:
         NoTargets: Nothing to take; lists the module types seen.
@@ -87,20 +124,26 @@ def kasminify(
     >>> list(host_state_dict(net))
     ['0.weight', '0.bias', '2.weight', '2.bias']
     """
-    _check_arguments(model, num_seeds, filter_fn, config, dynamic)
+    _check_arguments(model, num_seeds, filter_fn, config, dynamic, compile, dry_run)
     wanted = _checked_targets(targets)
     _, patches = split_options(mode, options)
     if patches.get("triton.cudagraphs") and (config is None or config.pad is None):
         config = replace(config or SeedConfig(), pad=True)
     plain: M = uncompiled(model)
-    if any(isinstance(module, KasminaLayer) for module in plain.modules()):
+    if any(isinstance(module, KasminaLayer) for module in plain.modules()) and not dry_run:
         return model
-    found = _find(plain, wanted, filter_fn)
+    found = find_targets(plain, wanted, filter_fn)
+    if not found.taken:
+        raise _none_found(plain, wanted, filter_fn is not None, found.left)
     check_count("reserve", reserve)
+    report = found.report(num_seeds)
+    if dry_run:
+        return report
+    _LOG.info("%s", report)
     siblings: Siblings[SeedStore] = Siblings()
     static = static_below(plain)
-    for module, fqn in found.items():
-        count = min(num_seeds, find_features(module, None, None).count)
+    for fqn, count in report.taken.items():
+        module = found.taken[fqn]
         layer = swap_in(
             module,
             count,
@@ -187,18 +230,15 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
     return root
 
 
-def skipped_targets(model: nn.Module, targets: Sequence[type[nn.Module]]) -> dict[str, str]:
-    """Targets that are left alone, by FQN, and why."""
-    return {
-        f"{name}.out_proj" if name else "out_proj": (
-            "nn.MultiheadAttention reads its weight and never calls it"
-        )
-        for name, owner in uncompiled(model).named_modules()
-        if isinstance(owner, nn.MultiheadAttention) and isinstance(owner.out_proj, tuple(targets))
-    }
-
-
-def _check_arguments(model: Any, num_seeds: Any, filter_fn: Any, config: Any, dynamic: Any) -> None:
+def _check_arguments(
+    model: Any,
+    num_seeds: Any,
+    filter_fn: Any,
+    config: Any,
+    dynamic: Any,
+    compile: Any,
+    dry_run: Any,
+) -> None:
     if not isinstance(model, nn.Module):
         raise InvalidType(f"kasminify({model!r}): give an nn.Module")
     if not is_int(num_seeds):
@@ -208,6 +248,9 @@ def _check_arguments(model: Any, num_seeds: Any, filter_fn: Any, config: Any, dy
         raise InvalidType(f"filter_fn={filter_fn!r}: give a function (module, fqn) -> bool")
     if config is not None:
         check_instance("config", config, SeedConfig)
+    for name, given in (("compile", compile), ("dry_run", dry_run)):
+        if not isinstance(given, bool):
+            raise InvalidType(f"{name}={given!r}: give True or False")
     if dynamic not in (None, True, False):
         raise InvalidType(f"dynamic={dynamic!r}: give True, False or None")
 
@@ -220,30 +263,16 @@ def _checked_targets(targets: Any) -> tuple[type[nn.Module], ...]:
     return given
 
 
-def _find(
-    model: nn.Module,
-    targets: tuple[type[nn.Module], ...],
-    filter_fn: Callable[[nn.Module, str], bool] | None,
-) -> dict[nn.Module, str]:
-    skipped = skipped_targets(model, targets)
-    found: dict[nn.Module, str] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}." if outer else "") for outer in found.values())
-        if not isinstance(module, targets) or name in skipped or inside:
-            continue
-        if filter_fn is None or filter_fn(module, name):
-            found[module] = name
-            reason = why_not(module)
-            if reason is not None:
-                raise InvalidArgument(f"{name or 'model'}: {reason}; filter_fn can leave it out")
-    if not found:
-        seen = sorted({type(module).__name__ for module in model.modules()})
-        raise NoTargets(
-            f"no module to take: targets are {', '.join(t.__name__ for t in targets)}"
-            f"{' that pass filter_fn' if filter_fn else ''}; the model holds {', '.join(seen)}"
-            + "".join(f"; {name} is left alone: {why}" for name, why in skipped.items())
-        )
-    return found
+def _none_found(
+    model: nn.Module, targets: Sequence[type[nn.Module]], filtered: bool, left: Mapping[str, str]
+) -> NoTargets:
+    seen = sorted({type(module).__name__ for module in model.modules()})
+    skipped = {name: left[name] for name, _ in skipped_targets(model, targets) if name in left}
+    return NoTargets(
+        f"no module to take: targets are {', '.join(t.__name__ for t in targets)}"
+        f"{' that pass filter_fn' if filtered else ''}; the model holds {', '.join(seen)}"
+        + "".join(f"; {name} is left alone: {why}" for name, why in skipped.items())
+    )
 
 
 def _replace(root: M, replacements: Mapping[nn.Module, nn.Module]) -> M:

@@ -15,15 +15,19 @@ import torch
 from torch import nn
 
 from kasmina_fx._torch.dynamo import is_exporting
+from kasmina_fx._torch.tracing import in_functorch
 from kasmina_fx.arguments import check_count, check_instance
 from kasmina_fx.banks.placement import SMALLEST
 from kasmina_fx.bases.features import find_features
 from kasmina_fx.bases.host import Host
+from kasmina_fx.bases.outputs import replaced, watched
 from kasmina_fx.blueprints.registry import DEFAULT
 from kasmina_fx.chunk_manager import ChunkManager, as_sizes
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
+from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
 from kasmina_fx.physical import markers
+from kasmina_fx.physical.blend import blend
 from kasmina_fx.physical.graph_inputs import SHOWN, GraphInputs
 from kasmina_fx.seeds import outside, state_dict
 from kasmina_fx.seeds.allocation import allocate
@@ -34,6 +38,11 @@ from kasmina_fx.seeds.store import SeedStore
 from kasmina_fx.transactions.threads import inside_forward
 
 _NUMBERS = itertools.count()
+
+
+def _being_recorded() -> bool:
+    """Whether ``torch.export`` or ``torch.jit.trace`` makes a program of what runs."""
+    return is_exporting() or (not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]  # torch's
 
 
 def seeds_for(
@@ -56,6 +65,14 @@ def seeds_for(
     Raises:
         InvalidArgument, InvalidType: Seeds, sizes or a base that don't fit; says which.
     """
+    own = base if without is not None else None  # the layer itself, made in place
+    seeded = (n for n, m in base.named_modules() if isinstance(m, SeededModule) and m is not own)
+    inside = next(seeded, None)
+    if inside is not None:
+        raise InvalidArgument(
+            f"{inside or 'the base'} has seeds already, and a layer around it would mix up their "
+            "entries in state dicts: call unkasminify on it first"
+        )
     total = None if chunk_sizes is None else sum(as_sizes(chunk_sizes))
     features = find_features(base, feature_dim, total)
     chunks = ChunkManager(
@@ -88,17 +105,20 @@ class SeededModule(SeedCommands, nn.Module):
     def seeds_on(self, out: Any) -> Any:
         """What blended seeds make of the base's output; the statistics see it."""
         store: SeedStore = self._modules["kasmina"]  # type: ignore[assignment]  # not by __getattr__
-        y = out[0] if isinstance(out, tuple) else out
+        y = watched(out)
         asked = self._read(store).blend_arguments(y, store.layout_text, self.training)
+        if not torch.compiler.is_dynamo_compiling() and in_functorch():
+            # vmap knows no operator of ours; statistics are of the batch that it takes apart.
+            return replaced(out, blend(asked)[0])
         y, notes = markers.BLEND(*asked)
-        if store.observed:
+        if store.observed and (self.training or store.in_eval) and not _being_recorded():
             accumulated: Any = store._modules["telemetry"]._buffers["accumulated"]  # type: ignore[union-attr]  # never None
             markers.OBSERVE(y, notes, accumulated, store.layout_text, store.one_in)
-        return (y, *out[1:]) if isinstance(out, tuple) else y
+        return replaced(out, y)
 
     def _read(self, store: SeedStore) -> GraphInputs:
-        if is_exporting():
-            # Export must see registered tensors.
+        if _being_recorded():
+            # Export must see registered tensors, and a trace no leaf that requires a gradient.
             return store.registered_inputs()
         if torch.compiler.is_dynamo_compiling():
             return store.shown if store.key is None else SHOWN[store.key]

@@ -15,6 +15,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from kasmina_fx.errors import InvalidArgument, InvalidType
+
 
 class SeedLifecycle(IntEnum):
     """The stage of a seed: column 0 of the state tensor."""
@@ -30,6 +32,21 @@ class SeedLifecycle(IntEnum):
     CULLED = 8
     CANCELLED = 9
     ROLLED_BACK = 10
+
+
+def as_stage(given: SeedLifecycle | int | str, where: str) -> SeedLifecycle:
+    """Return a stage given as itself, its number or its name.
+
+    Raises:
+        InvalidArgument, InvalidType: Something else; lists the stages.
+    """
+    allowed = ", ".join(f"{stage.name} ({stage.value})" for stage in SeedLifecycle)
+    if isinstance(given, bool) or not isinstance(given, (int, str)):
+        raise InvalidType(f"{where}: stage {given!r}; allowed are {allowed}")
+    try:
+        return SeedLifecycle[given] if isinstance(given, str) else SeedLifecycle(given)
+    except (KeyError, ValueError):
+        raise InvalidArgument(f"{where}: stage {given!r}; allowed are {allowed}") from None
 
 
 class GraftingStrategy(IntEnum):

@@ -131,7 +131,7 @@ class LogicalSeed:
         """See :meth:`KasminaLayer.cancel_germination`."""
         return self.layer.cancel_germination(self.seed_id)
 
-    def advance(self, stage: SeedLifecycle | int) -> None:
+    def advance(self, stage: SeedLifecycle | int | str) -> None:
         """See :meth:`KasminaLayer.advance`."""
         self.layer.advance(self.seed_id, stage)
 

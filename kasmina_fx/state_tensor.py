@@ -17,6 +17,7 @@ from kasmina_fx.lifecycle import (
     LETS_GO,
     MOST_EPOCHS,
     SeedLifecycle,
+    as_stage,
     holds_blueprint,
     is_blended,
     is_legal,
@@ -118,9 +119,9 @@ class StateTensor(StagedState):
         counts = torch.bincount(self.stages, minlength=len(SeedLifecycle)).tolist()
         return {stage.name: counts[stage] for stage in SeedLifecycle if counts[stage]}
 
-    def find_seeds_by_state(self, stage: SeedLifecycle | int) -> Tensor:
+    def find_seeds_by_state(self, stage: SeedLifecycle | int | str) -> Tensor:
         """int64 ``(n,)`` on the CPU: ids of the seeds in a stage."""
-        return (self.stages == int(stage)).nonzero().flatten()
+        return (self.stages == as_stage(stage, self.name)).nonzero().flatten()
 
     # Writing: staged on the host, published as a whole.
 
@@ -142,35 +143,33 @@ class StateTensor(StagedState):
                 rows[:, column] = values
             self._stage_rows(ids, rows)
 
-    def set_lifecycle_state(self, seed_id: int, state: SeedLifecycle | int) -> None:
+    def set_lifecycle_state(self, seed_id: int, state: SeedLifecycle | int | str) -> None:
         """Put a seed into a stage, with no check of the transition; its epochs start again."""
         self.batch_set_lifecycle_state([seed_id], state)
 
-    def batch_set_lifecycle_state(self, seed_ids: SeedIds, state: SeedLifecycle | int) -> None:
+    def batch_set_lifecycle_state(
+        self, seed_ids: SeedIds, state: SeedLifecycle | int | str
+    ) -> None:
         """Put seeds into a stage, with no check of the transition; their epochs start again."""
         ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
+        stage = as_stage(state, self.name)
         with self.transaction():
-            self.set_rows(ids, lifecycle_state=state, epochs_in_state=0)
-            if state in LETS_GO:
-                self._enter(ids, SeedLifecycle(state))
+            self.set_rows(ids, lifecycle_state=stage, epochs_in_state=0)
+            if stage in LETS_GO:
+                self._enter(ids, stage)
 
     def set_blueprint(self, seed_id: int, blueprint_id: int, grafting_strategy: int = 0) -> None:
         """Name a seed's blueprint and strategy."""
         self.set_rows(seed_id, blueprint_id=blueprint_id, grafting_strategy=grafting_strategy)
 
-    def advance(self, seed_ids: SeedIds, to: SeedLifecycle | int) -> None:
+    def advance(self, seed_ids: SeedIds, to: SeedLifecycle | int | str) -> None:
         """One legal transition for all the seeds, or none.
 
         Raises:
             IllegalTransition: Says from, to and the legal ones, for the first seed that can't.
         """
         ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
-        try:
-            to = SeedLifecycle(to)
-        except ValueError:
-            raise InvalidArgument(
-                f"{self.name}: stage {to!r}; allowed are {[stage.name for stage in SeedLifecycle]}"
-            ) from None
+        to = as_stage(to, self.name)
         with self.transaction():
             legal = is_legal(self.stages[ids], to)
             if to is SeedLifecycle.DORMANT:

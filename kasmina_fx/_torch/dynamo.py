@@ -120,22 +120,36 @@ def dynamo_is_on() -> bool:
 def compile_whole(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
     """Compile a module with its hooks, as one frame of its own.
 
+    Dynamo does not look for hooks of a module again (torch 2.13): with other hooks than before, it
+    is another frame.
+
     ``Module.compile`` starts from a frame of torch's that Dynamo skips: of an ``nn.Sequential`` it
     compiles nothing but what lies below its children (torch 2.13), and instances of one class share
     one cache with one limit of recompiles. A frame of ours, with its own code object, has neither.
     """
-
-    def whole_model(*args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
-
     call: Callable[..., Any] = model._call_impl
-    own = types.FunctionType(
-        whole_model.__code__.replace(co_name=f"{type(model).__name__}_whole_model"),
-        globals(),
-        closure=whole_model.__closure__,
-    )
-    compiled: Callable[..., Any] = torch.compile(own, **options)
-    return compiled
+    by_hooks: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def compile_anew() -> Callable[..., Any]:
+        def whole_model(*args: Any, **kwargs: Any) -> Any:
+            return call(*args, **kwargs)
+
+        own = types.FunctionType(
+            whole_model.__code__.replace(co_name=f"{type(model).__name__}_whole_model"),
+            globals(),
+            closure=whole_model.__closure__,
+        )
+        compiled: Callable[..., Any] = torch.compile(own, **options)
+        return compiled
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        hooks = (*model._forward_pre_hooks, *model._forward_hooks, *model._backward_pre_hooks)
+        key = (*hooks, *model._backward_hooks)  # numbers, each given once
+        if key not in by_hooks:
+            by_hooks[key] = compile_anew()
+        return by_hooks[key](*args, **kwargs)
+
+    return not_traced(run, below=False)
 
 
 def static_below(root: torch.nn.Module) -> set[int]:

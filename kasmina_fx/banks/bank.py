@@ -17,6 +17,8 @@ from kasmina_fx._torch.dynamo import mark_dynamic
 from kasmina_fx.banks.placement import SMALLEST, Placement, derive, slots_of
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.blueprints import Blueprint, lookup
+from kasmina_fx.blueprints.base import own_random_numbers
+from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.physical.graph_inputs import BankTables
 from kasmina_fx.physical.layout import BankSpec, Run
 from kasmina_fx.transactions.buffers import to_device
@@ -77,7 +79,18 @@ class Bank(nn.Module):
         return bank_key(self.spec)
 
     def tensors(self) -> list[StackedParameter]:
-        """The registered stacks, in the order of the blueprint's specs."""
+        """The registered stacks, in the order of the blueprint's specs.
+
+        Raises:
+            InvalidArgument: Somebody has parametrized, pruned or removed one.
+        """
+        if len(self._parameters) != len(self.tensor_specs):
+            names = {registered_name(spec.name) for spec in self.tensor_specs}
+            raise InvalidArgument(
+                f"the bank {self.key} lacks its parameters {sorted(names - set(self._parameters))}:"
+                " stacks can't be parametrized, pruned or removed; give the blueprint's own module "
+                "the parametrization"
+            )
         return list(self._parameters.values())  # type: ignore[arg-type]  # grow() sets no None
 
     @torch.inference_mode(False)  # or what an evaluation grows could never train
@@ -107,8 +120,11 @@ class Bank(nn.Module):
         self.mark()
 
     @torch.inference_mode(False)
-    def acquire(self, ids: Tensor) -> None:
-        """Give each blueprint id (int64 ``(n,)``) a free slot with fresh parameters."""
+    def acquire(self, ids: Tensor, name: str = "") -> None:
+        """Give each blueprint id (int64 ``(n,)``) a free slot with fresh parameters.
+
+        ``name``, of the layer, is one of the things that say what values they get.
+        """
         if not len(ids):
             return
         free = self._free()
@@ -120,7 +136,7 @@ class Bank(nn.Module):
             free = self._free()
         taken = free[: len(ids)]
         self.held = self.held.index_put((taken,), ids)  # a transaction may need the old table
-        with torch.device("cpu"):  # whatever the default is: drawn from one generator everywhere
+        with own_random_numbers(name, self.spec.run, ids.tolist()):
             fresh = self.blueprint.initial(self.run.size, len(ids))
         for stack, values in zip(self.tensors(), fresh, strict=True):
             stack.write_rows(taken, to_device(values.to(stack.dtype), stack.device))

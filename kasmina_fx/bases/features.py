@@ -52,6 +52,13 @@ _KNOWN: Final[tuple[tuple[type[nn.Module], Callable[..., Features]], ...]] = (
 )
 
 
+#: Attributes that say how many features an output has.
+COUNTS: Final = frozenset(
+    {"out_features", "normalized_shape", "embedding_dim", "embed_dim", "out_channels"}
+    | {"num_features", "num_channels"}
+)
+
+
 def floating_tensor(module: nn.Module) -> Tensor | None:
     """Return a floating-point tensor of a module: its dtype and device stand for the module's."""
     tensors = (*module.parameters(), *module.buffers())

@@ -75,7 +75,12 @@ class Host:
         """Return the 2-norm of the weight's gradient; of all parameters' if it is no parameter."""
         weight = getattr(self.base, "weight", None)
         whole = [weight] if isinstance(weight, nn.Parameter) else self.parameters()
-        norms = [torch.linalg.vector_norm(p.grad.float()) for p in whole if p.grad is not None]
+        grads = [
+            p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+            for p in whole
+            if p.grad is not None
+        ]
+        norms = [torch.linalg.vector_norm(grad.float()) for grad in grads]
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,20 @@ class TensorSpec:
 def aside() -> Iterator[None]:
     """Modules made inside lie on the CPU, and draw nothing from the user's random numbers."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        yield
+
+
+@contextmanager
+def own_random_numbers(*purpose: object) -> Iterator[None]:
+    """Random numbers inside are the package's own, and drawn on the CPU.
+
+    They follow from ``torch.initial_seed()`` and from what they are for: the same on every rank
+    and device, and the user's generator does not notice.
+    """
+    digest = hashlib.blake2b(repr((torch.initial_seed(), purpose)).encode(), digest_size=8)
+    with aside():
+        # Not torch.manual_seed, which seeds the GPUs as well.
+        torch.default_generator.manual_seed(int.from_bytes(digest.digest(), "big"))
         yield
 
 

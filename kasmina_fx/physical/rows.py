@@ -10,7 +10,8 @@ def finite_rows(values: Tensor) -> Tensor:
     """Say, bool ``(K,)``, whether all of ``values[k]`` is finite; ``values`` is ``(K, ...)``."""
     # The largest magnitude is finite exactly if all are (amax hands NaN on, which is not below
     # Inf): one reduction, vectorised. Inductor folds the sum of ``values * 0`` to 0.
-    sizes = values.detach().abs()
+    # (Backward asks under a vmap that knows no detach; there nothing requires a gradient.)
+    sizes = (values.detach() if values.requires_grad else values).abs()
     return (sizes.amax(inside(sizes)) if sizes.dim() > 1 else sizes) < torch.inf
 
 

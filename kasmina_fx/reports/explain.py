@@ -14,13 +14,13 @@ from kasmina_fx._torch.dynamo import uncompiled
 from kasmina_fx.banks.bank import Bank
 from kasmina_fx.graphs.capture import capture
 from kasmina_fx.graphs.text import op_counts
-from kasmina_fx.kasminify import skipped_targets
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.model import kasmina_layers
 from kasmina_fx.passes import DEFAULT_PASSES, GraphPass, find_matches, run_passes
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.infra.matching import Match, argument
 from kasmina_fx.passes.infra.metadata import value_of
+from kasmina_fx.targets import skipped_targets
 
 #: What a call costs on a compiled model.
 CALLS: Final = {
@@ -113,7 +113,7 @@ def explain(
     ]
     reports += [
         LayerReport(name, False, why, "none", why)
-        for name, why in skipped_targets(plain, (nn.Linear,)).items()
+        for name, why in skipped_targets(plain, (nn.Linear,))
     ]
     return Explanation(tuple(reports), dict(CALLS), before, _nodes_after(gm, passes))
 

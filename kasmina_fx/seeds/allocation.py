@@ -69,9 +69,9 @@ def take_slots(store: SeedStore, ids: Tensor, kind: str, shared: int | None) -> 
         local = ids - bank.run.first_seed
         mine = (local >= 0) & (local < bank.run.count)
         if shared is None:
-            bank.acquire(wanted[mine])
+            bank.acquire(wanted[mine], store.name)
         elif bool(mine.any()) and int(bank.slot_of(wanted)) < 0:
-            bank.acquire(wanted)
+            bank.acquire(wanted, store.name)
     return wanted
 
 

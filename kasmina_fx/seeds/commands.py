@@ -228,8 +228,11 @@ class SeedCommands:
             self.state.advance(ids, SeedLifecycle.CANCELLED)
         return True
 
-    def advance(self, seed_ids: SeedIds, stage: SeedLifecycle | int) -> None:
-        """One legal transition for all the seeds, or IllegalTransition and none."""
+    def advance(self, seed_ids: SeedIds, stage: SeedLifecycle | int | str) -> None:
+        """One legal transition for all the seeds, or IllegalTransition and none.
+
+        A stage may be given by its name.
+        """
         with self.transaction():
             self.state.advance(seed_ids, stage)
 

@@ -1,9 +1,10 @@
-"""Blended seeds whose blueprint is affine go into the weight of their host."""
+"""Blended seeds whose blueprint is linear go into the weight of their host."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.seeds.store import SeedStore
+
+#: Blueprints that are linear in their chunk.
+_LINEAR: Final = ("affine", "lora")
 
 
 def why_not_folded(store: SeedStore, seed_id: int, uses: Mapping[int, int]) -> str | None:
@@ -24,14 +28,18 @@ def why_not_folded(store: SeedStore, seed_id: int, uses: Mapping[int, int]) -> s
     """
     held, host = store.bank_of(seed_id), store.host
     stage = SeedLifecycle(int(store.state.stages[seed_id]))
-    if held is None or held[0].spec.kind != "affine":
-        return "only affine blueprints fold into a weight"
+    if held is None or held[0].spec.kind not in _LINEAR:
+        return f"only {' and '.join(_LINEAR)} blueprints fold into a weight"
     if stage is not SeedLifecycle.FOSSILIZED:
         return f"it is in {stage.name}, and only FOSSILIZED seeds fold"
     if not isinstance(host.base, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return f"a {type(host.base).__name__} has no weight to fold into"
     if is_parametrized(host.base):
         return "its base's weight is computed by a parametrization"
+    if not isinstance(host.base._parameters.get("weight"), nn.Parameter):
+        return "its base's weight is computed by a hook (of prune, spectral_norm, weight_norm)"
+    if host.base._forward_hooks and not hasattr(host.base, "kasmina"):
+        return "hooks of its base change what the seeds are given"
     if any(uses[id(p)] > 2 for p in host.parameters()):  # its module's and its layer's
         return "its base's weight is tied to another module's"
     if not all(bool(t.isfinite().all()) for t in held[0].slot_tensors(held[1]).values()):
@@ -41,24 +49,44 @@ def why_not_folded(store: SeedStore, seed_id: int, uses: Mapping[int, int]) -> s
 
 @torch.no_grad()
 def fold_seeds(store: SeedStore) -> None:
-    """Rows of the host's weight are scaled and its bias is shifted by what blended seeds do.
+    """Rows of the host's weight, and its bias, become what blended seeds make of them.
 
-    ``y + alpha (s y + t - y)`` is ``(1 + alpha (s - 1)) y + alpha t``.
+    A blueprint ``B(y) = M y + t`` blended by alpha is ``(I + alpha (M - I)) y + alpha t``.
     """
     host: Any = store.host.base  # a Linear or a convolution: why_not_folded lets no other through
-    for chunk, scale, shift in _affine_seeds(store):
+    for chunk, change, shift in _linear_seeds(store):
         weight, bias = host.weight, host.bias
-        if bias is None:
+        if bias is None and shift is not None:
             bias = torch.zeros(store.chunks.layer_dim, dtype=weight.dtype, device=weight.device)
             host.bias = nn.Parameter(bias)
-        weight[chunk] *= scale.view(-1, *[1] * (weight.dim() - 1))
-        host.bias[chunk] = bias[chunk] * scale + shift
+        rows = weight[chunk]
+        weight[chunk] = change(rows.flatten(1)).view_as(rows)
+        if bias is not None:
+            host.bias[chunk] = change(bias[chunk].unsqueeze(1)).squeeze(1)
+        if shift is not None:
+            host.bias[chunk] += shift
 
 
-def _affine_seeds(store: SeedStore) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _linear_seeds(
+    store: SeedStore,
+) -> Iterator[tuple[slice, Callable[[Tensor], Tensor], Tensor | None]]:
+    """The chunk of each blended seed, what happens to its columns ``(size, n)``, and what is added.
+
+    Of ``affine``, M is diagonal; of ``lora``, it is the identity and a product of low rank.
+    """
     for seed_id in store.state.blended.nonzero().flatten().tolist():
         held = store.bank_of(seed_id)
-        if held is not None:
-            tensors, alpha = held[0].slot_tensors(held[1]), float(store.state.alphas[seed_id])
-            scale, shift = tensors["scale"], tensors["shift"]
-            yield store.chunks.chunk_slice(seed_id), 1 + alpha * (scale - 1), alpha * shift
+        if held is None:
+            continue
+        tensors, alpha = held[0].slot_tensors(held[1]), float(store.state.alphas[seed_id])
+        chunk = store.chunks.chunk_slice(seed_id)
+        if held[0].spec.kind == "affine":
+            scale = (1 + alpha * (tensors["scale"] - 1)).unsqueeze(1)
+            yield chunk, partial(torch.mul, scale), alpha * tensors["shift"]
+        else:
+            down, up = tensors["down.weight"], tensors["up.weight"]
+            yield chunk, partial(_plus_low_rank, down, alpha * up), None
+
+
+def _plus_low_rank(down: Tensor, up: Tensor, columns: Tensor) -> Tensor:
+    return columns + up @ (down @ columns)

@@ -39,7 +39,8 @@ class SeedStore(Float32Module):
         shown: What the next forward reads.
         registered: The registered tensors that it was derived from.
         seal: int64 ``()``, a buffer: see :func:`kasmina_fx.seeds.registered.seal`.
-        observed: Forwards keep statistics, of the first of ``one_in`` equal parts of a batch.
+        observed: Forwards keep statistics, of the first of ``one_in`` equal parts of a batch;
+            ``in_eval``: those in evaluation too.
     """
 
     seal: Tensor
@@ -49,6 +50,7 @@ class SeedStore(Float32Module):
     registered: Registered
     observed: bool
     one_in: int
+    in_eval: bool
 
     def __init__(self, chunks: ChunkManager, host: Host, name: str, config: SeedConfig) -> None:
         super().__init__()
@@ -188,6 +190,7 @@ class SeedStore(Float32Module):
             raise InvalidArgument(f"telemetry={policy!r}: give a bool or a TelemetryPolicy")
         chosen = policy if isinstance(policy, TelemetryPolicy) else TelemetryPolicy()
         self.observed, self.one_in = policy is not False, chosen.one_in
+        self.in_eval = chosen.in_eval
         self.telemetry.observe_every(chosen.every)
 
     def scale(self) -> Tensor:

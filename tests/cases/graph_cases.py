@@ -89,7 +89,10 @@ class Case:
 
 def wrapped(model: nn.Module, seeds: int = 4, telemetry: bool = False, **kwargs: Any) -> nn.Module:
     """Kasminified but not compiled."""
-    return kasminify(model, num_seeds=seeds, telemetry=telemetry, compile=False, **kwargs)
+    made: nn.Module = kasminify(
+        model, num_seeds=seeds, telemetry=telemetry, compile=False, **kwargs
+    )
+    return made
 
 
 def layer_of(model: nn.Module, name: str = "fc") -> KasminaLayer:
@@ -240,12 +243,14 @@ def assert_golden_of_dynamos_graph(case: Case) -> None:
 
 
 def assert_golden_of_inserted_nodes(case: Case) -> None:
-    """The golden file of what is inserted, one for all front ends."""
+    """The golden file of what is inserted, one for all front ends that keep statistics."""
+    kept = case.name.startswith("place_telemetry")
     texts = {
         frontend: inserted_text(
             rewrite(capture(case.model(), case.x(), frontend=frontend)).graph_module
         )
         for frontend in FRONTENDS
+        if not (kept and frontend == "export")
     }
     # Before the file is read or, on request, written: one text for all.
     assert set(texts.values()) == {texts["dynamo"]}

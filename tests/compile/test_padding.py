@@ -22,7 +22,8 @@ SEEDS = 40
 def layer(pad: bool | None, reserve: int = 0) -> KasminaLayer:
     torch.manual_seed(0)
     base = nn.Linear(4, 2 * SEEDS).double()
-    return KasminaLayer(base, SEEDS, config=SeedConfig(pad=pad), reserve=reserve)
+    config = SeedConfig(pad=pad)
+    return KasminaLayer(base, SEEDS, config=config, reserve=reserve, layer_id="fc")
 
 
 def bank_of(layer: KasminaLayer, key: str = "mlp_run0") -> Bank:

@@ -104,7 +104,8 @@ def test_a_state_dict_restores_a_grown_layer_in_a_fresh_one(
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
-    fresh = KasminaLayer(case.base().double(), case.num_seeds)
+    # Of the same name, from which the values of new blueprints follow.
+    fresh = KasminaLayer(case.base().double(), case.num_seeds, layer_id=layer.layer_id)
     result = fresh.load_state_dict(torch.load(file, weights_only=True), assign=assign)
     assert result.missing_keys == result.unexpected_keys == []
     # The step above is in the telemetry that was saved.

@@ -61,7 +61,7 @@ def test_the_object_its_class_and_its_names_stay() -> None:
 
 def test_attributes_are_looked_up_as_ever() -> None:
     layer: Any = swapped()[0]
-    for name in ("__getattr__", "__setattr__", "__delattr__"):
+    for name in ("__getattr__", "__delattr__"):
         assert getattr(type(layer), name) is getattr(nn.Module, name)
     with pytest.raises(AttributeError, match="'KasminaLinear' object has no attribute 'nothing'"):
         _ = layer.nothing

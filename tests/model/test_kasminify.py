@@ -178,7 +178,7 @@ def test_a_second_call_changes_nothing() -> None:
 def test_a_bad_dynamic_changes_nothing() -> None:
     net = nn.Sequential(nn.Linear(4, 6))
     with pytest.raises(InvalidType, match="dynamic='x'"):
-        kasmina_fx.kasminify(net, num_seeds=2, dynamic="x")  # type: ignore[arg-type]
+        kasmina_fx.kasminify(net, num_seeds=2, dynamic="x")  # type: ignore[call-overload]
     assert type(net[0]) is nn.Linear
 
 

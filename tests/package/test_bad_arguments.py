@@ -191,4 +191,4 @@ def test_a_refused_layer_has_not_moved_its_base() -> None:
         ChunkedKasminaLayer(base, 7, device="meta")
     assert base.weight.device.type == "cpu"
     moved = ChunkedKasminaLayer(base, 6, device="meta")
-    assert {t.device.type for t in moved.state_dict().values() if torch.is_tensor(t)} == {"meta"}
+    assert {t.device.type for t in (*moved.parameters(), *moved.buffers())} == {"meta"}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kasmina_fx import (
     IllegalTransition,
     InvalidArgument,
+    InvalidType,
     KasminaError,
     KasminaLayer,
     SeedLifecycle,
@@ -241,11 +242,18 @@ def test_the_first_seed_given_is_the_one_named() -> None:
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("stage", [11, -1, "TRAINING", None, 1.5])
+@pytest.mark.parametrize("stage", [11, -1, "ASLEEP", None, 1.5, True])
 def test_what_is_no_stage_is_refused(stage: Any) -> None:
     layer = _layer()
-    with pytest.raises(InvalidArgument, match=r"fc: stage .*DORMANT"):
+    with pytest.raises((InvalidArgument, InvalidType), match=r"fc: stage .*DORMANT"):
         layer.advance(0, stage)
+
+
+def test_a_stage_may_be_given_by_its_name() -> None:
+    layer = _layer()
+    layer.request_germination(0)
+    layer.advance(0, "TRAINING")
+    assert layer.state.find_seeds_by_state("TRAINING").tolist() == [0]
 
 
 def test_nobody_may_go_anywhere() -> None:

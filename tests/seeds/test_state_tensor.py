@@ -125,9 +125,9 @@ BAD: dict[str, tuple[Callable[[StateTensor], Any], type[Exception], str]] = {
     ),
     "alpha None": (lambda s: s.set_alpha(1, _any(None)), InvalidType, "None"),
     "stage of another type": (
-        lambda s: s.advance(1, _any("TRAINING")),
+        lambda s: s.advance(1, _any("ASLEEP")),
         InvalidArgument,
-        "TRAINING.*DORMANT",
+        "ASLEEP.*DORMANT",
     ),
 }
 

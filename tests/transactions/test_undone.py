@@ -42,7 +42,7 @@ def grown(stage: S = S.GRAFTING) -> KasminaLayer:
 def observed(layer: KasminaLayer, x: Tensor) -> dict[str, Any]:
     """All that a user can see of it, but for what it allocated."""
     state = layer.state_dict()
-    held = {k: v for k, v in state.items() if "banks" not in k and torch.is_tensor(v)}
+    held = {k: v for k, v in state.items() if "banks" not in k and "extra" not in k}
     roles = {"roles": layer.kasmina.roles}
     return held | roles | {"out": layer(x), "stages": layer.state.stages}
 
