@@ -40,6 +40,7 @@ class StackedParameter(nn.Parameter):
     """
 
     exists: ClassVar[bool] = False  # one was ever made in this process
+    made: ClassVar[int] = 0  # so many were
     bank: weakref.ref[Any] | None = None
     successor: StackedParameter | None = None
     followers: weakref.WeakSet[Follower] | None = None
@@ -50,6 +51,7 @@ class StackedParameter(nn.Parameter):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make one, and let optimizers know that there are any."""
         StackedParameter.exists = True
+        StackedParameter.made += 1
         return super().__new__(cls, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: object) -> Any:

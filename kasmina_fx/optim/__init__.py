@@ -10,8 +10,11 @@ importing :mod:`kasmina_fx` registers two hooks that torch runs around every ``s
 - a slot given to a new seed starts with empty state;
 - ramps with ``SeedConfig(ramp_every="step")`` make their step.
 
+- a slot moves as far as its own age says, where an optimizer counts steps (Adam and its like).
+
 One thing is left to the caller: stacks that did not exist when the optimizer was made, those of a
-blueprint's first germination. :func:`sync` adds them:
+blueprint's first germination. :func:`follow`, called once, adds them before each step; :func:`sync`
+adds those of now:
 
     >>> import torch
     >>> from kasmina_fx import kasmina_layers, kasminify
@@ -27,8 +30,9 @@ blueprint's first germination. :func:`sync` adds them:
 """
 
 from kasmina_fx.optim import hooks
+from kasmina_fx.optim.following import follow
 from kasmina_fx.optim.sync import Added, Carried, SyncReport, sync
 
 hooks.register()
 
-__all__ = ["Added", "Carried", "SyncReport", "sync"]
+__all__ = ["Added", "Carried", "SyncReport", "follow", "sync"]

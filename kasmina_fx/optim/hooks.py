@@ -32,7 +32,7 @@ from kasmina_fx._torch.optim import allow_foreach
 from kasmina_fx.banks.bank import Bank
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.lifecycle import Mode
-from kasmina_fx.optim import state
+from kasmina_fx.optim import ages, following, state
 from kasmina_fx.optim.compact import CompactParameter, compact, couples, put_back
 from kasmina_fx.optim.follower import (
     Held,
@@ -63,6 +63,9 @@ def register() -> None:
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not torch.compiler.is_dynamo_compiling() and StackedParameter.exists:
+        following.catch_up(optimizer)
+        following.warn_once(optimizer)
     if _may_hold_stacks() and holds_stacks(optimizer):
         # A closure's gradients are those of the stacks; and a compiled step would meet new ones.
         whole = len(args) > 1 or bool(kwargs) or torch.compiler.is_dynamo_compiling()
@@ -110,6 +113,10 @@ def _end(optimizer: Optimizer) -> None:
         # None: a closure put its first stack in.
         step = follower.steps.pop() if follower.steps else Step([], {}, [])
         put_back(optimizer, step.compacted)
+        for group in optimizer.param_groups:
+            for stack in group["params"]:
+                if type(stack) is StackedParameter:
+                    ages.correct(optimizer, stack, group)
         follower.thread = None
         outgrown = follower.held().outgrown()
         for kept in step.kept:

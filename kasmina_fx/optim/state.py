@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kasmina_fx.banks.stack import resized
+from kasmina_fx.optim import ages
 from kasmina_fx.transactions.buffers import to_device
 
 #: State that does not start from 0, and the option of the parameter group that it starts from:
@@ -64,6 +65,7 @@ def clear(optimizer: Optimizer, stack: Tensor, slots: Collection[int]) -> None:
         if has_rows(name, value, stack):
             rows = value.new_zeros(len(slots), *value.shape[1:]) + _start(name, group)
             value.data.index_copy_(0, where, rows)
+    ages.born(optimizer, state, slots)
 
 
 def start(optimizer: Optimizer, stack: Tensor, group: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kasmina_fx._torch.dynamo import uncompiled
+from kasmina_fx.arguments import check_count
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.errors import InvalidType, NoTargets
 from kasmina_fx.layer import KasminaLayer
@@ -76,7 +77,12 @@ class SyncReport:
 
 @torch.no_grad()
 @torch.inference_mode(False)
-def sync(optimizer: Optimizer, model: nn.Module) -> SyncReport:
+def sync(
+    optimizer: Optimizer,
+    model: nn.Module,
+    *,
+    group: Callable[[str, nn.Parameter], int] | None = None,
+) -> SyncReport:
     """Carry an optimizer across the growth of a model; a second call changes nothing.
 
     Every stack that was outgrown is replaced by the one in its place now, in the same position of
@@ -90,6 +96,8 @@ def sync(optimizer: Optimizer, model: nn.Module) -> SyncReport:
     Args:
         optimizer: Any that keeps torch's ``param_groups`` and ``state``; one with a GradScaler too.
         model: Compiled or not.
+        group: ``(name in the model, stack) -> index`` of the parameter group that a stack is added
+            to.
 
     Returns:
         What changed.
@@ -97,6 +105,7 @@ def sync(optimizer: Optimizer, model: nn.Module) -> SyncReport:
     Raises:
         InvalidType: Not an optimizer, or not a module.
         NoTargets: The model has no KasminaLayer.
+        InvalidArgument: ``group`` gives an index that the optimizer has no group for.
     """
     layers = _checked(optimizer, model)
     follower = follower_of(optimizer)
@@ -104,7 +113,7 @@ def sync(optimizer: Optimizer, model: nn.Module) -> SyncReport:
         follower.replace_grown()
         names = {id(p): name for name, p in uncompiled(model).named_parameters()}
         carried = tuple(_carried(follower, names))
-        added = tuple(change for layer in layers for change in _add(optimizer, layer, names))
+        added = tuple(change for layer in layers for change in _add(optimizer, layer, names, group))
         follower.held()  # which meets those that are new
     return SyncReport(carried, added)
 
@@ -133,16 +142,25 @@ def _carried(follower: OptimizerFollower, names: dict[int, str]) -> Iterator[Car
                 yield Carried(name, number, before[stack], len(stack))
 
 
-def _add(optimizer: Optimizer, layer: KasminaLayer, names: dict[int, str]) -> Iterator[Added]:
+def _add(
+    optimizer: Optimizer,
+    layer: KasminaLayer,
+    names: dict[int, str],
+    choose: Callable[[str, nn.Parameter], int] | None,
+) -> Iterator[Added]:
     stacks = list(layer.blueprint_parameters())
     missing = [stack for stack in stacks if not state.group_of(optimizer, stack)]
     if not missing:
         return
     groups = optimizer.param_groups
     held = _holding(optimizer, stacks) or _holding(optimizer, layer.kasmina.host.parameters())
-    group = held or groups[-1]
-    number = next(i for i, g in enumerate(groups) if g is group)
-    for stack in missing:
+    usual = held or groups[-1]
+    number = next(i for i, g in enumerate(groups) if g is usual)
+    chosen = [number if choose is None else choose(names[id(s)], s) for s in missing]
+    for number in chosen:
+        check_count("the index that group gave", number, most=len(groups) - 1)
+    for stack, number in zip(missing, chosen, strict=True):
+        group = groups[number]
         group["params"].append(stack)
         if "param_names" in group:
             group["param_names"].append(names[id(stack)])

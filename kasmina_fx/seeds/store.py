@@ -155,6 +155,8 @@ class SeedStore(Float32Module):
 
     def publish_stacks(self) -> None:
         """Show forwards the banks and stacks that are registered, in the last published state."""
+        if len(self.banks):
+            GROWING.add(self)
         for bank in self.bank_list():
             bank.owner, bank.training_loop = weakref.ref(self), self.siblings.training
         self._show(self._inputs(self.telemetry.probe(), self.scale()))
@@ -271,3 +273,7 @@ class SeedStore(Float32Module):
         state = unpacked(given)
         self.highest_id = state["highest_id"]
         self.blueprints = {int(number): str(kind) for number, kind in state["blueprints"].items()}
+
+
+#: The stores of this process that have a bank.
+GROWING: Final[weakref.WeakSet[SeedStore]] = weakref.WeakSet()

@@ -41,7 +41,9 @@ def test_a_slot_used_again_starts_with_empty_state(name: str) -> None:
     starts = {"sum": group.get("initial_accumulator_value"), "step_size": group["lr"]}
     for stack, before in zip(stacks(model), kept, strict=True):
         for key, value in optimizer.state[stack].items():
-            if key == "step" or (key, stack.dim()) == ("col_var", 2):  # of all slots together
+            if key == "kasmina_births":
+                assert value["slots"] == {1: 0}
+            elif key == "step" or (key, stack.dim()) == ("col_var", 2):  # of all slots together
                 assert torch.equal(value, before[key])
             else:
                 assert torch.equal(value[0], before[key][0])
