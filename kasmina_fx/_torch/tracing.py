@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses import FakeTensorMode as FakeTensorMode  # for whoever traces
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -35,6 +36,20 @@ def asks_for_shapes(t: torch.Tensor) -> bool:
 def known_empty(t: torch.Tensor) -> bool:
     """Say whether a tensor has no elements; False where only a symbol says how many it has."""
     return statically_known_true(t.numel() == 0)
+
+
+class StorageOf:
+    """Tells a tensor by its memory, which it does not keep alive.
+
+    A weak reference to the tensor itself ends with its Python object, which autograd remakes.
+    """
+
+    def __init__(self, t: torch.Tensor) -> None:
+        self._ref = StorageWeakRef(t.untyped_storage())
+
+    def is_of(self, t: torch.Tensor) -> bool:
+        """Say whether it is the memory of ``t``."""
+        return not self._ref.expired() and self._ref == StorageWeakRef(t.untyped_storage())
 
 
 def usual(size: int | torch.SymInt) -> int:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_fx._torch.dynamo import mark_dynamic
+from kasmina_fx.banks.accumulation import average
 from kasmina_fx.banks.placement import SMALLEST, Placement, derive, slots_of
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.blueprints import Blueprint, lookup
 from kasmina_fx.blueprints.base import own_random_numbers
 from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.lifecycle import Mode
 from kasmina_fx.physical.graph_inputs import BankTables
 from kasmina_fx.physical.layout import BankSpec, Run
 from kasmina_fx.transactions.buffers import to_device
@@ -60,6 +62,7 @@ class Bank(nn.Module):
         # No buffers: what is derived is nobody's to load, average or broadcast.
         empty = torch.empty(0, dtype=torch.int64, device=device)
         self.seeds = self.positions = self.modes = self.trainees = empty
+        self.reconstructing = empty  # slots that learn from their reconstruction loss alone
         self.frozen_slots = empty  # slots whose parameters nothing may change
         self._froze = self.held  # ids of blueprints that nothing might change, when last published
         self.left: set[int] = set()  # slots that seeds let go of since an optimizer's last step
@@ -191,6 +194,9 @@ class Bank(nn.Module):
         self.trained = ((self.held > 0) & ~now.frozen).nonzero().flatten()  # slots, on the CPU
         device = self.slots.device
         self.slots = to_device(self.held, device)
+        alone = (now.tables.modes == Mode.RECONSTRUCTS).any(1)
+        alone &= (now.tables.modes != Mode.LEARNS).all(1)
+        self.reconstructing = to_device(alone.nonzero().flatten(), device)
         self.frozen_slots = to_device(now.frozen.nonzero().flatten(), device)
         for name, table in now.tables._asdict().items():
             setattr(self, name, to_device(table, device))
@@ -214,6 +220,8 @@ class Bank(nn.Module):
                 mark_dynamic(stack, 0)
         for stack in self.tensors():
             if isinstance(stack, StackedParameter):
+                if stack.bank is None and stack.requires_grad:
+                    stack.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
                 stack.bank = weakref.ref(self)
         for table in (self.seeds, self.modes, self.trainees):
             for dim, size in enumerate(table.shape):

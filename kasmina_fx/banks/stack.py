@@ -36,6 +36,8 @@ class StackedParameter(nn.Parameter):
         followers: The optimizers that have state of it.
         fresh: Slots given to new seeds since an optimizer last began to step it.
         stale: Slots whose gradient is of an earlier seed, until the thread that trains drops it.
+        passes: The backward passes that are in its gradient, where they are averaged; see
+            :mod:`kasmina_fx.banks.accumulation`.
         late: Rows (slots, values) written while another thread's optimizer was stepping it.
     """
 
@@ -47,6 +49,7 @@ class StackedParameter(nn.Parameter):
     fresh: frozenset[int] = frozenset()
     late: tuple[tuple[Tensor, Tensor], ...] = ()
     stale: frozenset[int] = frozenset()
+    passes: Any = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make one, and let optimizers know that there are any."""

@@ -138,6 +138,7 @@ def _settle(follower: OptimizerFollower) -> None:
     """Let what happened during a step stand, and forget what the step had to know."""
     held = follower.held()
     for stack in held.stacks:
+        stack.passes = None
         if stack.late or stack.fresh:
             _write_late(follower, stack)
         if stack.stale:
