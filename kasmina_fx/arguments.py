@@ -6,12 +6,12 @@ import math
 import operator
 import sys
 from collections.abc import Iterable
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
 
-from kasmina_fx.errors import InvalidArgument, InvalidType, SeedIndexError
+from kasmina_fx.errors import InvalidArgument, InvalidType, SeedIndexError, shown
 
 
 def is_int(given: object) -> bool:
@@ -19,15 +19,19 @@ def is_int(given: object) -> bool:
     return isinstance(given, int) and not isinstance(given, bool)
 
 
-def check_count(name: str, given: object, least: int = 0, most: int | None = None) -> None:
+#: No count is larger: sizes and ids are ints of 32 bits.
+_MOST: Final = 2**31 - 1
+
+
+def check_count(name: str, given: object, least: int = 0, most: int = _MOST) -> None:
     """Refuse what is no int, too small or too large.
 
     Raises:
         InvalidArgument: Says what is allowed.
     """
-    if not is_int(given) or not least <= given or (most is not None and given > most):  # type: ignore[operator]  # an int
-        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise InvalidArgument(f"{name}={given!r}: give an int {allowed}")
+    if not is_int(given) or not least <= given <= most:  # type: ignore[operator]  # an int
+        allowed = f"of at least {least}" if most == _MOST else f"from {least} to {most}"
+        raise InvalidArgument(f"{name}={shown(given)}: give an int {allowed}")
 
 
 def check_number(name: str, given: object, least: float = -math.inf) -> None:
@@ -39,7 +43,7 @@ def check_number(name: str, given: object, least: float = -math.inf) -> None:
     number = isinstance(given, (int, float)) and not isinstance(given, bool)
     if not number or not least <= given <= sys.float_info.max:  # type: ignore[operator]  # a number
         allowed = "" if least == -math.inf else f" of at least {least:g}"
-        raise InvalidArgument(f"{name}={given!r}: give a finite number{allowed}")
+        raise InvalidArgument(f"{name}={shown(given)}: give a finite number{allowed}")
 
 
 def check_instance(name: str, given: object, kind: type) -> None:
@@ -50,7 +54,7 @@ def check_instance(name: str, given: object, kind: type) -> None:
     """
     if not isinstance(given, kind):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
-        raise InvalidType(f"{name}={given!r}: give {article} {kind.__name__}")
+        raise InvalidType(f"{name}={shown(given)}: give {article} {kind.__name__}")
 
 
 SeedIds: TypeAlias = int | Iterable[int] | Tensor
@@ -73,6 +77,8 @@ def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
         dtype = seed_ids.dtype
         if dtype == torch.bool or dtype.is_floating_point or dtype.is_complex:
             raise InvalidType(f"{where}: seed ids are {seed_ids.dtype}; give an integer tensor")
+        if seed_ids.is_meta:
+            raise InvalidType(f"{where}: seed ids are on the meta device, without values")
         if seed_ids.dim() > 1:
             raise InvalidArgument(
                 f"{where}: seed ids have shape {tuple(seed_ids.shape)}; give (n,)"
@@ -97,6 +103,18 @@ def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
         twice = int(values[counts > 1][0])
         raise InvalidArgument(f"{where}: seed {twice} is named twice in one call; name it once")
     return ids
+
+
+def as_seed_id(seed_id: int | Tensor, num_seeds: int, where: str) -> int:
+    """Check one seed id.
+
+    Raises:
+        InvalidType, SeedIndexError, InvalidArgument: As of :func:`as_seed_ids`; several, or none.
+    """
+    ids = as_seed_ids(seed_id, num_seeds, where)
+    if len(ids) != 1:
+        raise InvalidType(f"{where}: seed id {shown(seed_id)}; give one int")
+    return int(ids)
 
 
 def _is_single(seed_ids: object) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kasmina_fx.errors import InvalidArgument, InvalidType
+from kasmina_fx.arguments import check_count
+from kasmina_fx.errors import InvalidArgument, InvalidType, shown
 from kasmina_fx.physical.layout import ChunkLayout
 
 
@@ -46,6 +47,8 @@ class ChunkManager:
         feature_dim: int = -1,
     ) -> None:
         layer_dim, num_chunks = _as_int("layer_dim", layer_dim), _as_int("num_chunks", num_chunks)
+        check_count("layer_dim", layer_dim)
+        _as_int("feature_dim", feature_dim)
         if not 1 <= num_chunks <= layer_dim:
             raise InvalidArgument(
                 f"num_chunks={num_chunks}: a layer of {layer_dim} features takes 1 to {layer_dim} "
@@ -191,5 +194,7 @@ def _as_int(name: str, value: Any) -> int:
         raise InvalidType(f"{name}={value!r}: give an int, not a bool")
     try:
         return operator.index(value)
-    except TypeError:
-        raise InvalidType(f"{name}={value!r}: give an int, not {type(value).__name__}") from None
+    except (TypeError, RuntimeError):
+        raise InvalidType(
+            f"{name}={shown(value)}: give an int, not {type(value).__name__}"
+        ) from None

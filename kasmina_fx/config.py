@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from kasmina_fx.arguments import check_count
+from kasmina_fx.arguments import check_count, check_number
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.grafting.config import GraftingConfig
 from kasmina_fx.lifecycle import DEFAULT_EMBARGO, MOST_EPOCHS
@@ -77,7 +77,8 @@ class TelemetryPolicy:
     def __post_init__(self) -> None:
         """Refuse values outside what is allowed."""
         check_count("every", self.every, least=1)
-        if isinstance(self.fraction, bool) or not 0 < self.fraction <= 1:
+        check_number("fraction", self.fraction)
+        if not 0 < self.fraction <= 1:
             raise InvalidArgument(f"fraction={self.fraction!r}: give a number above 0 up to 1")
         if not isinstance(self.in_eval, bool):
             raise InvalidArgument(f"in_eval={self.in_eval!r}: give True or False")

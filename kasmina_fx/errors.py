@@ -76,3 +76,9 @@ class StillGrowing(KasminaError, RuntimeError):
 
 class GraphMismatch(KasminaError, AssertionError):
     """A golden file or a recompile check does not hold."""
+
+
+def shown(given: object) -> str:
+    """Return what a message shows of a bad argument: its repr, cut off where it is long."""
+    text = repr(given)
+    return text if len(text) <= 80 else f"{text[:76]} ..."

@@ -65,6 +65,9 @@ def seeds_for(
     Raises:
         InvalidArgument, InvalidType: Seeds, sizes or a base that don't fit; says which.
     """
+    check_instance("base", base, nn.Module)
+    if layer_id is not None:
+        check_instance("layer_id", layer_id, str)
     own = base if without is not None else None  # the layer itself, made in place
     seeded = (n for n, m in base.named_modules() if isinstance(m, SeededModule) and m is not own)
     inside = next(seeded, None)

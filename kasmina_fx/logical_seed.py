@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
-from kasmina_fx.arguments import as_seed_ids
+from kasmina_fx.arguments import as_seed_id
 from kasmina_fx.grafting.registry import strategies
 from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.seeds.commands import SeedCommands
@@ -186,5 +186,5 @@ class SeedSequence(Sequence[LogicalSeed]):
         """One seed, 0 to ``num_seeds - 1``, or a list of them for a slice."""
         if isinstance(index, slice):
             return [LogicalSeed(self._layer, i) for i in range(len(self))[index]]
-        ids = as_seed_ids(index, len(self), self._layer.layer_id)
-        return LogicalSeed(self._layer, int(ids))
+        seed = as_seed_id(index, len(self), self._layer.layer_id)
+        return LogicalSeed(self._layer, seed)

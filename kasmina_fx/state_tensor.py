@@ -7,10 +7,14 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kasmina_fx.arguments import SeedIds, as_seed_ids, check_count
+from kasmina_fx.arguments import SeedIds, as_seed_id, as_seed_ids, check_count
 from kasmina_fx.config import check_embargo
-from kasmina_fx.errors import IllegalTransition, InvalidArgument, InvalidType, LayoutMismatch
-from kasmina_fx.grafting.registry import strategies
+from kasmina_fx.errors import (
+    IllegalTransition,
+    InvalidArgument,
+    InvalidType,
+    LayoutMismatch,
+)
 from kasmina_fx.lifecycle import (
     DEFAULT_EMBARGO,
     LEGAL,
@@ -22,9 +26,8 @@ from kasmina_fx.lifecycle import (
     is_blended,
     is_legal,
 )
+from kasmina_fx.state_columns import COLUMN_NAMES, column_max, column_of, in_range
 from kasmina_fx.transactions.staged_state import StagedState
-
-COLUMN_NAMES: Final = ("lifecycle_state", "blueprint_id", "epochs_in_state", "grafting_strategy")
 
 
 class StateTensor(StagedState):
@@ -107,7 +110,7 @@ class StateTensor(StagedState):
 
     def get_seed_state(self, seed_id: int) -> dict[str, int | float]:
         """One row by column name, with ``alpha``."""
-        row = int(as_seed_ids(seed_id, self.num_seeds, self.name))
+        row = as_seed_id(seed_id, self.num_seeds, self.name)
         version = self._seen  # once: another thread may publish the next
         columns: dict[str, int | float] = dict(
             zip(COLUMN_NAMES, version.rows[row].tolist(), strict=True)
@@ -133,9 +136,9 @@ class StateTensor(StagedState):
                 nothing is written.
         """
         ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
-        written = {_column(name, self.name): value for name, value in columns.items()}
+        written = {column_of(name, self.name): value for name, value in columns.items()}
         checked = {
-            column: _in_range(value, column, ids, self.name) for column, value in written.items()
+            column: in_range(value, column, ids, self.name) for column, value in written.items()
         }
         with self.transaction():
             rows = self.rows[ids]
@@ -218,6 +221,8 @@ class StateTensor(StagedState):
         """
         ids = as_seed_ids(seed_ids, self.num_seeds, self.name)
         try:
+            if isinstance(alpha, bool):
+                raise TypeError
             values = torch.as_tensor(alpha, dtype=torch.float32, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise InvalidType(f"{self.name}: alpha {alpha!r}; give a number or a tensor") from None
@@ -255,7 +260,7 @@ class StateTensor(StagedState):
                     f"{self.name}: state tensor of {state.dtype} {tuple(state.shape)}; this layer "
                     f"takes int32 ({self.num_seeds}, 4)"
                 )
-            limits = torch.tensor(_column_max(), device=state.device)
+            limits = torch.tensor(column_max(), device=state.device)
             if bool(((state < 0) | (state > limits)).any()):
                 raise LayoutMismatch(f"{self.name}: the state tensor holds values out of range")
         if alpha is not None:
@@ -266,33 +271,3 @@ class StateTensor(StagedState):
                 )
             if not bool(((alpha >= 0) & (alpha <= 1)).all()):
                 raise LayoutMismatch(f"{self.name}: alpha holds values outside 0 to 1")
-
-
-def _column_max() -> tuple[int, int, int, int]:
-    """Largest value of each column: they fit int8, int32, int16 and int8."""
-    return max(SeedLifecycle), 2**31 - 1, MOST_EPOCHS, len(strategies()) - 1
-
-
-def _column(name: str, where: str) -> int:
-    if name not in COLUMN_NAMES:
-        raise InvalidArgument(f"{where}: no column {name!r}; it has {COLUMN_NAMES}")
-    return COLUMN_NAMES.index(name)
-
-
-def _in_range(value: SeedLifecycle | int | Tensor, column: int, ids: Tensor, where: str) -> Tensor:
-    """The values of a column as int32, one or one for each id."""
-    name, values = COLUMN_NAMES[column], torch.as_tensor(value, device="cpu")
-    if values.dtype.is_floating_point or values.dtype.is_complex:
-        raise InvalidType(f"{where}: {name}={value!r}; give ints")
-    if values.shape not in ((), (1,), (len(ids),)):
-        raise InvalidArgument(
-            f"{where}: {name} of shape {tuple(values.shape)} for {len(ids)} seeds"
-        )
-    values = values.to(torch.int64)
-    wrong = values[(values < 0) | (values > _column_max()[column])]
-    if wrong.numel():
-        raise InvalidArgument(
-            f"{where}: {name}={int(wrong.flatten()[0])} for seeds {ids.tolist()[:8]}; "
-            f"allowed are 0 to {_column_max()[column]}"
-        )
-    return values.to(torch.int32)

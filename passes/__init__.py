@@ -15,6 +15,7 @@ from typing import Any, Final
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
+from kasmina_fx.arguments import check_instance
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.eliminate_dead_code import EliminateDeadCode
@@ -83,6 +84,7 @@ def passes_for(
 
 def run_passes(gm: GraphModule, passes: Sequence[GraphPass] = DEFAULT_PASSES) -> PassResult:
     """Rewrite ``gm`` in place; without markers it stays untouched and ``modified`` is False."""
+    check_instance("gm", gm, GraphModule)
     if not has_markers(gm):
         return PassResult(gm, False)
     modified = False
@@ -109,6 +111,7 @@ def rewrite(
     Returns:
         ``PassResult(graph_module, modified)``: the same object and False when nothing matched.
     """
+    check_instance("gm", gm, GraphModule)
     if not has_markers(gm):
         return PassResult(gm, False)
     rewritten = copy_graph_module(gm)

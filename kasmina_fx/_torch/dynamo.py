@@ -13,6 +13,8 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.callback import CallbackTrigger
 from torch._dynamo.decorators import skip
 
+from kasmina_fx.errors import InvalidType, shown
+
 
 def is_exporting() -> bool:
     """Say whether ``torch.export`` is tracing.
@@ -29,8 +31,15 @@ def mark_dynamic(t: torch.Tensor, dim: int) -> None:
 
 
 def uncompiled(model: Any) -> Any:
-    """Return the module behind ``torch.compile(model)``; any other module itself."""
-    return getattr(model, "_orig_mod", model)
+    """Return the module behind ``torch.compile(model)``; any other module itself.
+
+    Raises:
+        InvalidType: No module.
+    """
+    found = getattr(model, "_orig_mod", model)
+    if not isinstance(found, torch.nn.Module):
+        raise InvalidType(f"{shown(model)} is no nn.Module: give a model")
+    return found
 
 
 def placeholder_source(node: torch.fx.Node) -> str:

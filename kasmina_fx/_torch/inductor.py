@@ -17,14 +17,14 @@ def inductor_option_names() -> frozenset[str]:
     return frozenset(inductor_config.get_config_copy())
 
 
-def mode_options(mode: str | None) -> dict[str, Any]:
+def mode_options(mode: Any) -> dict[str, Any]:
     """Return what a mode of ``torch.compile`` means to Inductor.
 
     Raises:
         InvalidArgument: No such mode.
     """
     modes: dict[str, dict[str, Any]] = torch._inductor.list_mode_options()
-    if mode is not None and mode not in modes:
+    if mode is not None and (not isinstance(mode, str) or mode not in modes):
         raise InvalidArgument(f"mode {mode!r}: there are {', '.join(modes)}")
     return dict(modes[mode]) if mode is not None else {}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_fx.arguments import is_int
-from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.errors import InvalidArgument, shown
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ _KNOWN: Final[tuple[tuple[type[nn.Module], Callable[..., Features]], ...]] = (
 )
 
 
+#: Torch has no tensors of more dims.
+_DIMS: Final = 64
+
 #: Attributes that say how many features an output has.
 COUNTS: Final = frozenset(
     {"out_features", "normalized_shape", "embedding_dim", "embed_dim", "out_channels"}
@@ -76,9 +79,9 @@ def find_features(base: nn.Module, feature_dim: int | None, total: int | None) -
     Raises:
         InvalidArgument: A base whose features can't be found and that the caller didn't describe.
     """
-    if feature_dim is not None and not is_int(feature_dim):
+    if feature_dim is not None and not (is_int(feature_dim) and abs(feature_dim) <= _DIMS):
         raise InvalidArgument(
-            f"feature_dim={feature_dim!r}: give the number of a dimension, or None"
+            f"feature_dim={shown(feature_dim)}: give the number of a dimension, or None"
         )
     found = next((look(base) for kind, look in _KNOWN if isinstance(base, kind)), None)
     width = getattr(base, "out_features", None)

@@ -12,7 +12,7 @@ from torch import nn
 from kasmina_fx.blueprints.base import Blueprint
 from kasmina_fx.blueprints.builtin import BUILTINS
 from kasmina_fx.blueprints.from_module import ModuleBlueprint
-from kasmina_fx.errors import InvalidArgument, UnknownBlueprint
+from kasmina_fx.errors import InvalidArgument, InvalidType, UnknownBlueprint, shown
 
 DEFAULT: Final = "mlp"
 _BY_KIND: Final[dict[str, Blueprint]] = {blueprint.kind: blueprint for blueprint in BUILTINS}
@@ -23,8 +23,11 @@ def lookup(kind: str) -> Blueprint:
     """Return the blueprint of that name.
 
     Raises:
+        InvalidType: No text.
         UnknownBlueprint: No such name; the message names the closest ones.
     """
+    if not isinstance(kind, str):
+        raise InvalidType(f"blueprint {shown(kind)}: give a registered name")
     found = _BY_KIND.get(kind)
     if found is None:
         close = difflib.get_close_matches(kind, _BY_KIND, n=3)
@@ -51,8 +54,14 @@ def register(
             the name it has.
 
     Raises:
+        InvalidType: Something else.
         InvalidArgument: A malformed name, or one that another blueprint has.
     """
+    if not callable(blueprint) and not isinstance(blueprint, Blueprint):
+        raise InvalidType(
+            "a blueprint is a factory chunk_size -> nn.Module, a Blueprint or a module; got "
+            f"{shown(blueprint)}"
+        )
     for kind, known in _BY_KIND.items():
         source = known.factory if isinstance(known, ModuleBlueprint) else known
         if (source is blueprint or known is blueprint) and name in (None, kind):

@@ -11,6 +11,7 @@ import networkx as nx
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from kasmina_fx.arguments import check_instance
 from kasmina_fx.graphs.text import canonical_names, graph_text, node_line, op_counts, operation
 from kasmina_fx.passes.infra.metadata import role_of
 
@@ -43,6 +44,8 @@ def graph_diff(before: GraphModule, after: GraphModule) -> GraphDiff:
     for partners. What has none is added or removed; partners whose other operands differ are
     changed.
     """
+    check_instance("before", before, GraphModule)
+    check_instance("after", after, GraphModule)
     left, right = _flow(before), _flow(after)
     partner = _align(left, right)
     taken = set(partner.values())

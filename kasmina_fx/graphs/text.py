@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from kasmina_fx._torch.tracing import Operator
+from kasmina_fx.arguments import check_instance
 from kasmina_fx.passes.infra.metadata import clean_path, origin_of, role_of, value_of
 
 _DTYPES: Final = {
@@ -37,6 +38,7 @@ _INPUTS: Final = ("placeholder", "get_attr")
 
 def graph_text(gm: GraphModule) -> str:
     """The whole graph, nested graphs indented below it."""
+    check_instance("gm", gm, GraphModule)
     names = canonical_names(gm)
     lines = [_input_line(node, names) for node in _shown_inputs(gm)]
     lines += [node_line(node, names) for node in gm.graph.nodes if node.op not in _INPUTS]
@@ -52,6 +54,7 @@ def inserted_text(gm: GraphModule) -> str:
 
     The same text for every front end, and on every supported torch.
     """
+    check_instance("gm", gm, GraphModule)
     names = canonical_names(gm)
     inserted = [node for node in gm.graph.nodes if origin_of(node) is not None]
     for node in names:
@@ -62,6 +65,7 @@ def inserted_text(gm: GraphModule) -> str:
 
 def op_counts(gm: GraphModule) -> Counter[str]:
     """How often each operation occurs, nested graphs included, inputs and the output not."""
+    check_instance("gm", gm, GraphModule)
     return Counter(
         operation(node)
         for module in gm.modules()

@@ -124,8 +124,6 @@ def _checked(optimizer: Any, model: Any) -> list[KasminaLayer]:
             f"a {type(optimizer).__name__} is no torch.optim.Optimizer; of a wrapper, give the "
             "optimizer inside (its .optimizer, as a rule)"
         )
-    if not isinstance(uncompiled(model), nn.Module):
-        raise InvalidType(f"a {type(model).__name__} is no nn.Module: call sync(optimizer, model)")
     layers = kasmina_layers(model)
     if not layers:
         raise NoTargets(f"{type(model).__name__} has no KasminaLayer: call kasminify(model) first")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kasmina_fx.arguments import SeedIds, as_seed_ids, check_count
+from kasmina_fx.arguments import SeedIds, as_seed_id, as_seed_ids, check_count, check_instance
 from kasmina_fx.banks.bank import Bank
 from kasmina_fx.blueprints import Blueprint
 from kasmina_fx.blueprints.registry import DEFAULT, lookup
@@ -70,6 +70,7 @@ class SeedCommands:
 
     @telemetry_enabled.setter
     def telemetry_enabled(self, enabled: bool) -> None:
+        check_instance("telemetry_enabled", enabled, bool)
         self.kasmina.observed = enabled
 
     def set_telemetry(self, policy: bool | TelemetryPolicy) -> None:
@@ -88,7 +89,7 @@ class SeedCommands:
 
     def bank_of(self, seed_id: int) -> tuple[Bank, int] | None:
         """The bank and slot that hold a seed's blueprint, or None."""
-        return self.kasmina.bank_of(seed_id)
+        return self.kasmina.bank_of(as_seed_id(seed_id, self.num_seeds, self.layer_id))
 
     def main_weight(self) -> Tensor | None:
         """The base's weight; of a base without one, its first floating-point tensor."""
@@ -100,7 +101,7 @@ class SeedCommands:
 
     def accepts(self, seed_id: int, blueprint: str | None = None) -> bool:
         """Say whether a blueprint, by name (None: the default), fits a seed's chunk."""
-        seed = int(as_seed_ids(seed_id, self.num_seeds, self.layer_id))
+        seed = as_seed_id(seed_id, self.num_seeds, self.layer_id)
         chosen = lookup(DEFAULT if blueprint is None else blueprint)
         like = self.kasmina.host.like
         return (

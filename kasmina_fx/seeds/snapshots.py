@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kasmina_fx.arguments import SeedIds, as_seed_ids
+from kasmina_fx.arguments import SeedIds, as_seed_ids, check_instance
 from kasmina_fx.banks.bank import Bank
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.seeds.store import SeedStore
-from kasmina_fx.state_tensor import COLUMN_NAMES
+from kasmina_fx.state_columns import COLUMN_NAMES
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,9 @@ def restore(
     store: SeedStore, snapshot: Snapshot, seed_ids: SeedIds | None, mark: bool | None
 ) -> None:
     """See :meth:`KasminaLayer.rollback`."""
+    check_instance("snapshot", snapshot, Snapshot)
+    if mark is not None:
+        check_instance("mark", mark, bool)
     mark = seed_ids is not None if mark is None else mark
     ids = snapshot.seeds if seed_ids is None else _ids(store, seed_ids)
     where = snapshot.check(store, ids)

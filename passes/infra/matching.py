@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch.fx import GraphModule, Node
 
+from kasmina_fx.arguments import check_instance
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.errors import KasminaError, RewriteError
 from kasmina_fx.passes.infra.metadata import layer_path, value_of
@@ -95,7 +96,12 @@ def blend_arguments(node: Node) -> Any:
 
 
 def find_matches(gm: GraphModule) -> tuple[Match, ...]:
-    """Return every candidate, rewritable or not; pure."""
+    """Return every candidate, rewritable or not; pure.
+
+    Raises:
+        InvalidType: No graph module.
+    """
+    check_instance("gm", gm, GraphModule)
     return tuple(_match(module, node) for module, node in marker_nodes(gm))
 
 
