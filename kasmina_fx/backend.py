@@ -17,9 +17,10 @@ from typing import Any, Final
 
 from torch.fx import GraphModule
 
+from kasmina_fx._torch.dynamo import note_compiled
 from kasmina_fx._torch.inductor import compile_with_inductor, inductor_option_names, mode_options
 from kasmina_fx.errors import InvalidArgument, UnknownOption
-from kasmina_fx.passes import GraphPass, passes_for, run_passes
+from kasmina_fx.passes import GraphPass, find_matches, passes_for, run_passes
 from kasmina_fx.physical.operators import DECOMPOSITIONS
 
 _LOG = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def kasmina(
     passes, patches = split_options(mode, options)
     debug_dir = (options or {}).get("debug_dir")
     before = gm.print_readable(print_output=False) if debug_dir else ""
+    note_compiled(match.layer for match in find_matches(gm))
     modified = run_passes(gm, passes).modified
     if debug_dir:
         _write_debug(Path(debug_dir), before, gm.print_readable(print_output=False))

@@ -50,6 +50,10 @@ class InsideForward(KasminaError, RuntimeError):
     """Seeds were to change inside a model's forward."""
 
 
+class RanksDiffer(KasminaError, RuntimeError):
+    """Processes that train one model together hold different seeds, or would soon."""
+
+
 class LayoutMismatch(KasminaError, RuntimeError):
     """A state dict was written for another layout of seeds, chunks or blueprints."""
 

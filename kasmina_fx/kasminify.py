@@ -55,6 +55,7 @@ def kasminify(
     mode: str | None = ...,
     options: Mapping[str, Any] | None = ...,
     dynamic: bool | None = ...,
+    compare_ranks: bool = ...,
     dry_run: Literal[False] = ...,
 ) -> M: ...
 @overload
@@ -71,6 +72,7 @@ def kasminify(  # the same, but for what it returns
     mode: str | None = ...,
     options: Mapping[str, Any] | None = ...,
     dynamic: bool | None = ...,
+    compare_ranks: bool = ...,
     dry_run: Literal[True],
 ) -> TargetReport: ...
 def kasminify(
@@ -86,6 +88,7 @@ def kasminify(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     dynamic: bool | None = None,
+    compare_ranks: bool = True,
     dry_run: bool = False,
 ) -> M | TargetReport:
     """Let a model grow: its targets become layers with seeds, in place.
@@ -106,6 +109,9 @@ def kasminify(
         mode: Of ``torch.compile``.
         options: Of the backend, see :func:`kasmina_fx.backend.kasmina`.
         dynamic: Of ``torch.compile``.
+        compare_ranks: Where ``torch.distributed`` runs several processes, a forward after a change
+            of seeds compares them with those of the other ranks, through the store of the process
+            group; False: never.
         dry_run: Change nothing, and return what would be taken and what left, and why. (Otherwise
             that is logged, at level INFO.)
 
@@ -141,6 +147,7 @@ def kasminify(
         return report
     _LOG.info("%s", report)
     siblings: Siblings[SeedStore] = Siblings()
+    siblings.compares_ranks = compare_ranks
     static = static_below(plain)
     for fqn, count in report.taken.items():
         module = found.taken[fqn]

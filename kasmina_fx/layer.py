@@ -126,6 +126,7 @@ class SeededModule(SeedCommands, nn.Module):
         if torch.compiler.is_dynamo_compiling():
             return store.shown if store.key is None else SHOWN[store.key]
         store.siblings.training.seen()
+        store.__dict__["called"] = True
         if store.registered.written and not inside_forward():  # a layer called by itself
             outside.take_over(store)
         # Eagerly, parameters are read where functional_call and parametrizations replace them.

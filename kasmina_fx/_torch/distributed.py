@@ -1,16 +1,76 @@
-"""Private names of DistributedDataParallel: what it leaves to each rank."""
+"""Private names of torch.distributed: what ranks tell each other, and what DDP leaves to each."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any, Final
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 #: Where ``DistributedDataParallel`` looks for names of buffers that it does not broadcast (torch
 #: 2.11 to 2.13; the function that sets it is private as well).
 _IGNORED: Final = "_ddp_params_and_buffers_to_ignore"
+
+
+def ranks() -> tuple[int, int]:
+    """Return this process's rank and how many there are; ``(0, 1)`` where it is alone."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def exchange(key: str, value: str, waits: float) -> list[str]:
+    """Tell all ranks a value, and return what each of them told under this key, by rank.
+
+    Through the store of the process group, and not by a collective operation, which would hang
+    where one rank does not take part. There is no public way to it (torch 2.11 to 2.13).
+
+    Args:
+        key: Used once.
+        value: This rank's.
+        waits: Seconds for the others to get there.
+
+    Raises:
+        TimeoutError: Names the ranks that did not.
+    """
+    rank, size = ranks()
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{key}/{rank}", value)
+    told: list[str] = []
+    missing: list[int] = []
+    for other in range(size):
+        try:
+            store.wait([f"{key}/{other}"], timedelta(seconds=waits if not missing else 0.1))
+            told.append(store.get(f"{key}/{other}").decode())
+        except (RuntimeError, ValueError):  # torch's own errors: the store timed out
+            missing.append(other)
+    if missing:
+        raise TimeoutError(f"ranks {missing}")
+    return told
+
+
+def shared_seed() -> int:
+    """Return ``torch.initial_seed()``; of several ranks, that of rank 0 when it first asked."""
+    rank, size = ranks()
+    if size == 1:
+        return torch.initial_seed()
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0 and not store.check(["kasmina_fx/seed"]):
+        store.set("kasmina_fx/seed", str(torch.initial_seed()))
+    return int(store.get("kasmina_fx/seed"))  # waits for rank 0
+
+
+def unreduced(parameters: Iterable[nn.Parameter]) -> int:
+    """Count the parameters that a ``DistributedDataParallel`` around this forward won't reduce."""
+    outer = nn.parallel.DistributedDataParallel._active_ddp_module
+    if outer is None:
+        return 0
+    known = {id(p) for p in outer._module_parameters}
+    return sum(p.requires_grad and id(p) not in known for p in parameters)
 
 
 class _Names:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import re
 import types
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, Final, TypeVar, cast
 
 import torch
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
@@ -61,10 +62,12 @@ STATIC_INPUT = "_dynamo_static_input_type"
 def resolve_source(source: str, root: Any) -> Any:
     """Return the object that a source names, if ``root`` is what its path starts from; else None.
 
-    A path starts with ``L['self']``, whatever ``forward`` calls its first argument.
+    A path starts with ``L['self']``, whatever ``forward`` calls its first argument; with
+    ``L['args'][0]`` where it takes whatever comes.
     """
     value: Any = root
-    parts = re.findall(r"\.(\w+)|\[(?:'([^']*)'|(\d+))\]", source.partition("]")[2])
+    tail = source.removeprefix("L['args'][0]") if "'args'" in source else source.partition("]")[2]
+    parts = re.findall(r"\.(\w+)|\[(?:'([^']*)'|(\d+))\]", tail)
     for attribute, key, index in parts:
         try:
             if attribute:
@@ -100,6 +103,27 @@ def compile_events() -> Iterator[list[str]]:
         metrics = torch._dynamo.utils.get_compilation_metrics()
         reasons = {m.compile_id: m.recompile_reason for m in metrics}
         events += [f"[{i}] {reasons.get(i) or 'the first compile of its code'}" for i in compiled]
+
+
+_COMPILED: Final[ContextVar[set[str] | None]] = ContextVar("_COMPILED", default=None)
+
+
+@contextlib.contextmanager
+def compiled_layers() -> Iterator[set[str]]:
+    """Collect the paths of layers that our backend meets in what is compiled inside."""
+    found: set[str] = set()
+    token = _COMPILED.set(found)
+    try:
+        yield found
+    finally:
+        _COMPILED.reset(token)
+
+
+def note_compiled(paths: Iterable[str]) -> None:
+    """Tell whoever collects them of the layers of a graph."""
+    found = _COMPILED.get()
+    if found is not None:
+        found.update(paths)
 
 
 def graphs_compiled() -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kasmina_fx._torch.distributed import shared_seed
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -36,10 +38,10 @@ def aside() -> Iterator[None]:
 def own_random_numbers(*purpose: object) -> Iterator[None]:
     """Random numbers inside are the package's own, and drawn on the CPU.
 
-    They follow from ``torch.initial_seed()`` and from what they are for: the same on every rank
-    and device, and the user's generator does not notice.
+    They follow from ``torch.initial_seed()`` (rank 0's, of several) and from what they are for: the
+    same on every rank and device, and the user's generator does not notice.
     """
-    digest = hashlib.blake2b(repr((torch.initial_seed(), purpose)).encode(), digest_size=8)
+    digest = hashlib.blake2b(repr((shared_seed(), purpose)).encode(), digest_size=8)
     with aside():
         # Not torch.manual_seed, which seeds the GPUs as well.
         torch.default_generator.manual_seed(int.from_bytes(digest.digest(), "big"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx.arguments import check_count, check_number
+from kasmina_fx.arguments import check_count, check_instance, check_number
 from kasmina_fx.blueprints.registry import DEFAULT, lookup
 from kasmina_fx.controllers.base import Controller, Decision
 from kasmina_fx.errors import InvalidArgument, NoTargets
@@ -101,14 +101,18 @@ class HealthController(Controller):
             _Rule(S.GERMINATED, S.TRAINING, 0, "it has a blueprint"),
         )
 
-    def step(self, metrics: Mapping[str, float]) -> list[Decision]:
+    def step(self, metrics: Mapping[str, float], *, advance_epoch: bool = True) -> list[Decision]:
         """See the class; one device-to-host copy.
+
+        ``advance_epoch``: False where the training loop calls ``step_epoch(model)`` itself.
 
         Raises:
             InvalidArgument: ``metrics`` lacks the metric, or it is no number.
         """
         loss = self._judged_by(metrics)
-        step_epoch(self.model)
+        check_instance("advance_epoch", advance_epoch, bool)
+        if advance_epoch:
+            step_epoch(self.model)
         report = health_report(self.model)
         with transaction(self.model):
             # What the seeds are now: another thread may have changed some since the report.
@@ -122,6 +126,23 @@ class HealthController(Controller):
             then = self._remembered(decisions, loss)
         self._loss_at_evaluation = then
         return decisions
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, plain data: the losses at which seeds in EVALUATING got there."""
+        losses = self._loss_at_evaluation.items()
+        return {"losses": [[layer, seed, loss] for (layer, seed), loss in losses]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Remember what another one did, of a model with the same layers.
+
+        Raises:
+            InvalidArgument: Not from :meth:`state_dict`; nothing has changed.
+        """
+        try:
+            losses = {(str(layer), int(seed)): float(loss) for layer, seed, loss in state["losses"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidArgument(f"no state of a controller: {error!r}") from error
+        self._loss_at_evaluation = losses
 
     def _judged_by(self, metrics: Mapping[str, float]) -> float:
         try:

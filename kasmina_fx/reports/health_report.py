@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.model import layers_of
 from kasmina_fx.seeds.health import reports
 
@@ -32,6 +33,23 @@ class HealthReport(Mapping[str, dict[str, Any]]):
     def __len__(self) -> int:
         """Number of layers."""
         return len(self._layers)
+
+    def __str__(self) -> str:
+        """A table: a line a layer, with its seeds by stage."""
+        lines = []
+        for fqn, report in self.items():
+            health = report["health"]
+            known = health[~health.isnan()]
+            mean = f"{float(known.mean()):.3f}" if len(known) else "unknown"
+            stages = report["stage"].bincount(minlength=len(SeedLifecycle)).tolist()
+            counts = ", ".join(
+                f"{n} {s.name}" for s, n in zip(SeedLifecycle, stages, strict=True) if n
+            )
+            errors = int(report["errors"].sum())
+            lines.append(f"{fqn or '(model)'}: health {mean}, {errors} errors; {counts}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return JSON text, written to ``path`` if given; None stands for NaN and infinities."""
@@ -60,8 +78,15 @@ class HealthReport(Mapping[str, dict[str, Any]]):
             columns["seed"] += range(count)
             for name, values in report.items():
                 if isinstance(values, torch.Tensor):
-                    columns.setdefault(name, []).extend(values.tolist())
+                    named = (
+                        map(_stage_name, values.tolist()) if name == "stage" else values.tolist()
+                    )
+                    columns.setdefault(name, []).extend(named)
         return columns
+
+
+def _stage_name(number: int) -> str:
+    return SeedLifecycle(number).name
 
 
 def health_report(model: nn.Module) -> HealthReport:

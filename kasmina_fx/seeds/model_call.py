@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -9,9 +10,11 @@ from typing import Any, Final
 
 from torch import nn
 
-from kasmina_fx._torch.dynamo import dynamo_is_on, not_traced
-from kasmina_fx.seeds import outside
+from kasmina_fx._torch.dynamo import compiled_layers, dynamo_is_on, not_traced
+from kasmina_fx.seeds import outside, ranks
 from kasmina_fx.seeds.siblings import Siblings
+
+_LOG: Final = logging.getLogger(__name__)
 
 #: Where a model keeps its own. The name under which torch looks for it is dropped by copies.
 KEPT: Final = "_kasmina_call"
@@ -33,6 +36,7 @@ class ModelCall:
         self, model: nn.Module, siblings: Siblings[Any], compiled: Callable[..., Any] | None = None
     ) -> None:
         self._model, self._siblings, self._compiled = weakref.ref(model), siblings, compiled
+        self._first = True
         self._attach(model)
 
     # Dynamo may compile what it calls: torch.compile(model) calls the model.
@@ -40,16 +44,24 @@ class ModelCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
         replaced = look_at_registered(self._siblings)
+        ranks.check(self._siblings)
         self._siblings.enter()
         try:
             if replaced:
                 # Compiled code holds the tensors that were registered when it was compiled.
                 return _eagerly(self._owner(), *args, **kwargs)
-            if self._compiled is not None:
-                return self._compiled(*args, **kwargs)
-            return self._owner()._call_impl(*args, **kwargs)
+            if self._first and (self._compiled is not None or not dynamo_is_on()):
+                self._first = False
+                return _watched(self._run, self._owner(), self._siblings, *args, **kwargs)
+            return self._run(*args, **kwargs)
         finally:
             self._siblings.leave(self._compiled is not None or dynamo_is_on())
+
+    @partial(not_traced, below=False)
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled is not None:
+            return self._compiled(*args, **kwargs)
+        return self._owner()._call_impl(*args, **kwargs)
 
     def _owner(self) -> nn.Module:
         model = self._model()
@@ -78,6 +90,27 @@ def look_at_registered(siblings: Siblings[Any]) -> bool:
             outside.take_over(store)
         replaced = replaced or store.registered.replaced
     return replaced
+
+
+@partial(not_traced, below=False)
+def _watched(
+    call: Callable[..., Any], model: nn.Module, siblings: Siblings[Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Call a model for the first time, and warn of layers that it never called."""
+    with compiled_layers() as paths:
+        out = call(*args, **kwargs)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not paths <= modules.keys():  # behind a graph break, say: nobody knows what was called
+        return out
+    met = {id(modules[path].kasmina) for path in paths}
+    missed = [s.name for s in siblings if id(s) not in met and not s.__dict__.get("called")]
+    if missed:
+        _LOG.warning(
+            "%s: the model's first forward called none of these, and their seeds saw nothing. An "
+            "owner that reads a layer's weight passes its seeds by; filter_fn can leave them out",
+            ", ".join(missed[:8]) + (f" and {len(missed) - 8} more" if len(missed) > 8 else ""),
+        )
+    return out
 
 
 @not_traced

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from itertools import count
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import torch
 
@@ -26,6 +27,7 @@ class Member(Protocol):
 
 
 M = TypeVar("M", bound=Member)
+_NUMBERS: Final = count()
 
 
 class Siblings(Generic[M]):
@@ -34,10 +36,19 @@ class Siblings(Generic[M]):
     Attributes:
         threads: The locks that they share.
         loss_scale: What multiplies the gradients of their reconstruction losses.
+        number: Of the model, in the order in which this process made them.
+        compares_ranks: Forwards compare the seeds with those of other ranks, see
+            :mod:`kasmina_fx.seeds.ranks`; what they ``told`` last, in how many ``tellings``, and
+            how many stacks had been made when all were ``reduced``.
     """
 
     def __init__(self) -> None:
         self._members: list[weakref.ref[M]] = []
+        self.number = next(_NUMBERS)  # the same on every rank that makes the same models
+        self.compares_ranks = True
+        self.told: dict[str, int] = {}
+        self.tellings = 0
+        self.reduced = 0
         self.threads = ModelThreads()
         self.loss_scale = LossScale()
 

@@ -38,7 +38,8 @@ class SeedStore(Float32Module):
     Attributes:
         shown: What the next forward reads.
         registered: The registered tensors that it was derived from.
-        seal: int64 ``()``, a buffer: see :func:`kasmina_fx.seeds.registered.seal`.
+        seal: int64 ``()``, a buffer: see :func:`kasmina_fx.seeds.registered.seal`; ``sealed`` is
+            the same number.
         observed: Forwards keep statistics, of the first of ``one_in`` equal parts of a batch;
             ``in_eval``: those in evaluation too.
     """
@@ -244,7 +245,8 @@ class SeedStore(Float32Module):
         for bank in self.bank_list():
             seeds = bank.run.seeds
             bank.publish(ids[seeds], stages[seeds], self.pads)
-        self.seal = to_device(torch.tensor(self.own_seal(), device="cpu"), device)
+        self.sealed = self.own_seal()
+        self.seal = to_device(torch.tensor(self.sealed, device="cpu"), device)
 
     def derived(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the tables that graphs read and nobody registers, with their names."""

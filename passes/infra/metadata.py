@@ -112,8 +112,12 @@ def layer_path(node: Node) -> str:
 
 
 def clean_path(path: str) -> str:
-    """Make an FQN from a front end's spelling: ``L['self']._modules['a'].b`` is ``a.b``."""
-    path = re.sub(r"^L\['\w+'\]", "", path)
+    """Make an FQN from a front end's spelling: ``L['self']._modules['a'].b`` is ``a.b``.
+
+    The model may be the first of ``*args``, and what a bound method is of.
+    """
+    path = re.sub(r"^L\['args'\]\[0\]", "", path)
+    path = re.sub(r"^L\['\w+'\](\.__self__)?", "", path)
     path = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", path)
     parts = [part for part in path.split(".") if part]
     return ".".join(p for p in parts if p not in ("_modules", "_parameters", "_buffers"))
