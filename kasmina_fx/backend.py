@@ -24,7 +24,7 @@ from kasmina_fx.passes import GraphPass, find_matches, passes_for, run_passes
 from kasmina_fx.physical.operators import DECOMPOSITIONS
 
 _LOG = logging.getLogger(__name__)
-_OWN: Final = ("lowering", "strict", "disabled_passes", "debug_dir")
+_OWN: Final = ("lowering", "strict", "disabled_passes", "passes", "debug_dir")
 
 
 def kasmina(
@@ -42,8 +42,8 @@ def kasmina(
         example_inputs: As Dynamo gives them.
         mode: As of ``torch.compile``: "default", "reduce-overhead", "max-autotune", ...
         options: ``lowering``, ``strict`` (fail when a KasminaLayer was not rewritten),
-            ``disabled_passes``, ``debug_dir`` (write the graph before and after there); any other
-            key is an Inductor option.
+            ``disabled_passes``, ``passes`` (a pipeline of your own), ``debug_dir`` (write the graph
+            before and after there); any other key is an Inductor option.
 
     Raises:
         UnknownOption: A key that neither has; the message names the closest.
@@ -94,8 +94,16 @@ def split_options(
     disabled = given.pop("disabled_passes", ())
     if isinstance(disabled, str) or not isinstance(disabled, Sequence):
         raise InvalidArgument(f"disabled_passes={disabled!r}: give a list of pass names")
-    passes = passes_for(
-        given.pop("lowering", "auto"), strict=bool(given.pop("strict", False)), disabled=disabled
+    own = given.pop("passes", None)
+    if own is not None and not (
+        isinstance(own, Sequence) and all(isinstance(each, GraphPass) for each in own)
+    ):
+        raise InvalidArgument(f"passes={own!r}: give a list of passes, as DEFAULT_PASSES is one")
+    if own is not None and (given.keys() & {"lowering", "strict"} or disabled):
+        raise InvalidArgument("passes is the whole pipeline: give it, or lowering and the like")
+    strict = bool(given.pop("strict", False))
+    passes = tuple(own or ()) or passes_for(
+        given.pop("lowering", "auto"), strict=strict, disabled=disabled
     )
     given.pop("debug_dir", None)
     known = inductor_option_names()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal, TypeVar, overload
 
@@ -15,6 +15,7 @@ from kasmina_fx._torch.dynamo import compile_whole, static_below, uncompiled
 from kasmina_fx._torch.inductor import mode_options
 from kasmina_fx.arguments import check_count, check_instance, is_int
 from kasmina_fx.backend import kasmina, split_options
+from kasmina_fx.bases import fast_paths
 from kasmina_fx.checkpoint import model_state_dict
 from kasmina_fx.class_swap import SwappedLayer, swap_in, swap_out
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
@@ -25,20 +26,10 @@ from kasmina_fx.seeds import model_call
 from kasmina_fx.seeds.folding import fold_seeds, why_not_folded
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.store import SeedStore
-from kasmina_fx.targets import TargetReport, find_targets, skipped_targets
+from kasmina_fx.targets import TargetReport, find_targets, keep_targets, skipped_targets
 
 M = TypeVar("M", bound=nn.Module)
 _LOG: Final = logging.getLogger(__name__)
-
-#: Settings that would let the owner of a layer go past the layer's forward, and what turns them
-#: off. In eval mode torch's fused encoder kernel reads linear1.weight and never calls linear1; an
-#: encoder hands its layers nested tensors, which only that kernel takes.
-_FAST_PATHS: Final = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
-    (nn.TransformerEncoder, "use_nested_tensor", False),
-)
-#: Where the owner keeps the setting that it had.
-_KEPT: Final = "_kasmina_kept"
 
 
 @overload
@@ -146,6 +137,7 @@ def kasminify(
     if dry_run:
         return report
     _LOG.info("%s", report)
+    keep_targets(plain, report)
     siblings: Siblings[SeedStore] = Siblings()
     siblings.compares_ranks = compare_ranks
     static = static_below(plain)
@@ -177,10 +169,7 @@ def _finish(
     """What a model needs around its layers: hooks of its state dict, no fast paths, a call."""
     model_state_dict.attach(root)
     leave_to_each_rank(root, seed_buffers)
-    for owner, name, off in _fast_paths(root):
-        if any(isinstance(child, KasminaLayer) for child in owner.modules()):
-            setattr(owner, _KEPT, getattr(owner, name))
-            setattr(owner, name, off)
+    fast_paths.turn_off(root, lambda module: isinstance(module, KasminaLayer))
     compiled = None
     if compile:
         given = dict(options or {})
@@ -229,11 +218,9 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
             by_hand[layer] = layer.base
     model_call.remove(plain)
     leave_to_all(plain)
+    keep_targets(plain, None)
     root = _replace(plain, by_hand)
-    for owner, name, _ in _fast_paths(root):
-        if hasattr(owner, _KEPT):
-            setattr(owner, name, getattr(owner, _KEPT))
-            delattr(owner, _KEPT)
+    fast_paths.turn_on(root)
     return root
 
 
@@ -291,10 +278,3 @@ def _replace(root: M, replacements: Mapping[nn.Module, nn.Module]) -> M:
             if child is not None and child in replacements:
                 owner._modules[name] = replacements[child]
     return root
-
-
-def _fast_paths(root: nn.Module) -> Iterator[tuple[nn.Module, str, int]]:
-    for owner in root.modules():
-        for kind, name, off in _FAST_PATHS:
-            if isinstance(owner, kind) and hasattr(owner, name):
-                yield owner, name, off

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from torch import nn
 
@@ -31,6 +32,23 @@ class TargetReport:
         lines = [f"{name or '(model)'}: {seeds} seeds" for name, seeds in self.taken.items()]
         lines += [f"{name or '(model)'}: left: {why}" for name, why in self.left.items()]
         return "\n".join(lines)
+
+
+#: Where a model keeps the report of what was taken of it.
+_KEPT: Final = "_kasmina_targets"
+
+
+def keep_targets(model: nn.Module, report: TargetReport | None) -> None:
+    """Let a model remember what was taken of it; None: forget."""
+    model.__dict__.pop(_KEPT, None)
+    if report is not None:
+        model.__dict__[_KEPT] = report
+
+
+def targets_of(model: nn.Module) -> TargetReport | None:
+    """Return what was taken of a model, or None if nobody asked."""
+    report: TargetReport | None = model.__dict__.get(_KEPT)
+    return report
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,16 @@ def compile_events() -> Iterator[list[str]]:
     try:
         yield events
     finally:
-        torch._dynamo.callback.callback_handler.remove_start_callback(callback)
+        with contextlib.suppress(ValueError):  # reset() inside has removed it
+            torch._dynamo.callback.callback_handler.remove_start_callback(callback)
         metrics = torch._dynamo.utils.get_compilation_metrics()
         reasons = {m.compile_id: m.recompile_reason for m in metrics}
         events += [f"[{i}] {reasons.get(i) or 'the first compile of its code'}" for i in compiled]
+
+
+def graph_breaks() -> dict[str, int]:
+    """Return how often Dynamo has broken a graph in this process, by reason."""
+    return {str(why): int(n) for why, n in torch._dynamo.utils.counters["graph_break"].items()}
 
 
 _COMPILED: Final[ContextVar[set[str] | None]] = ContextVar("_COMPILED", default=None)

@@ -36,6 +36,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from kasmina_fx._torch.dynamo import uncompiled
 from kasmina_fx.checkpoint import optimizers
+from kasmina_fx.checkpoint.optimizer_checks import not_dense
 from kasmina_fx.checkpoint.sealed_file import Sealing, broken_seal, replacing
 from kasmina_fx.errors import CheckpointError
 from kasmina_fx.layer import KasminaLayer
@@ -166,6 +167,10 @@ def _checked(contents: Any, path: str) -> dict[str, Any]:
     named = isinstance(model, dict) and all(isinstance(name, str) for name in model)
     if not named or not (optimizer is None or isinstance(optimizer, dict)):
         raise CheckpointError(f"{path}: a malformed file: 'model' or 'optimizer' is no state dict")
+    for key, value in (model or {}).items():
+        dense = not_dense(value)
+        if dense is not None:
+            raise CheckpointError(f"{path}: {key} {dense}")
     _check_metadata(contents.get("metadata"), f"{path}: metadata")
     return contents
 

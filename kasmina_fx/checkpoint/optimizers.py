@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kasmina_fx.checkpoint.optimizer_checks import why_broken
 from kasmina_fx.class_swap import SwappedLayer
 from kasmina_fx.errors import CheckpointError
 from kasmina_fx.optim.compact import CompactParameter
@@ -57,6 +58,7 @@ def matched(
     if contents["optimizer"] is None:
         raise CheckpointError(f"{path} holds no optimizer: load the model alone")
     kind, saved = _saved_groups(contents["optimizer"], path)
+    saved_names = saved
     saved = [[_name_now(name, model) for name in names] for names in saved]
     given, now = type(optimizer).__qualname__, names_of(optimizer, model)
     if kind != given or len(saved) != len(now):
@@ -74,6 +76,11 @@ def matched(
                 f"{(fixed or sorted(gained))[:4]}. Build its groups in the same way"
             )
         groups.append([*theirs, *(name for name in ours if name in lost)])
+    shapes = {n: tuple(t.shape) for n, t in contents["model"].items() if isinstance(t, Tensor)}
+    renamed = {**contents["optimizer"], "names": saved_names}
+    why = why_broken(optimizer, renamed, shapes)
+    if why is not None:
+        raise CheckpointError(f"{path}: the optimizer's state could not go on: {why}")
     twice = [name for name, n in Counter(name for g in groups for name in g).items() if n > 1]
     if twice:
         raise CheckpointError(f"{path}: the optimizer was saved with {twice[:4]} in another group")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -9,7 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Tracer
 
-from kasmina_fx._torch.dynamo import placeholder_source, resolve_source, uncompiled
+from kasmina_fx._torch.dynamo import (
+    graph_breaks,
+    placeholder_source,
+    resolve_source,
+    uncompiled,
+)
 from kasmina_fx.class_swap import SwappedLayer
 from kasmina_fx.errors import InvalidArgument, RewriteError
 from kasmina_fx.layer import KasminaLayer
@@ -99,14 +105,41 @@ def _dynamo(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Gr
             ) from error
     finally:
         model._compiled_call_impl = implementation
-    gm = graphs[0]
+    _name_inputs(graphs[0], model)
+    return graphs[0]
+
+
+def _name_inputs(gm: GraphModule, model: nn.Module) -> None:
     names = _names(model)
     for node in gm.graph.find_nodes(op="placeholder"):
         source = placeholder_source(node)
         value = _value_at(source, model)
         role = _role_in(names, value)
         set_role(node, role or f"input {node.target.strip('_').removeprefix('L_')}")
-    return gm
+
+
+def capture_with_breaks(
+    model: nn.Module, *args: Any, **kwargs: Any
+) -> tuple[list[GraphModule], list[str]]:
+    """Return the graphs of a model that is not one graph, and why each break is there.
+
+    A copy of the model is run, since what lies between two graphs has to be.
+    """
+    copied, graphs = copy.deepcopy(model), []
+    copied._compiled_call_impl = None
+
+    def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    before = graph_breaks()
+    # Without gradients: Dynamo would warn of those of tensors between two graphs.
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.compile(copied, backend=keep)(*args, **kwargs)
+    breaks = [why for why, n in graph_breaks().items() if n > before.get(why, 0)]
+    for gm in graphs:
+        _name_inputs(gm, copied)
+    return graphs, [why.splitlines()[0] for why in breaks]
 
 
 def _value_at(source: str, model: nn.Module) -> Any:

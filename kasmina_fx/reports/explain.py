@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, Final
 
@@ -12,7 +12,8 @@ from torch.fx import GraphModule
 
 from kasmina_fx._torch.dynamo import uncompiled
 from kasmina_fx.banks.bank import Bank
-from kasmina_fx.graphs.capture import capture
+from kasmina_fx.errors import RewriteError
+from kasmina_fx.graphs.capture import capture, capture_with_breaks
 from kasmina_fx.graphs.text import op_counts
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.model import kasmina_layers
@@ -20,7 +21,7 @@ from kasmina_fx.passes import DEFAULT_PASSES, GraphPass, find_matches, run_passe
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.infra.matching import Match, argument
 from kasmina_fx.passes.infra.metadata import value_of
-from kasmina_fx.targets import skipped_targets
+from kasmina_fx.targets import skipped_targets, targets_of
 
 #: What a call costs on a compiled model.
 CALLS: Final = {
@@ -54,16 +55,24 @@ class LayerReport:
     slots: dict[str, str] = field(default_factory=dict)
     bytes: int = 0
     flops: int = 0
+    graph: int = 0
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The report of :func:`explain`; ``str()`` is a table."""
+    """The report of :func:`explain`; ``str()`` is a table.
+
+    Attributes:
+        breaks: Why the model is more than one graph, if it is.
+        left: The modules with parameters that ``kasminify`` left without seeds, and why.
+    """
 
     layers: tuple[LayerReport, ...]
     calls: dict[str, str]
     nodes_before: int
     nodes_after: int
+    breaks: tuple[str, ...] = ()
+    left: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -79,6 +88,8 @@ class Explanation:
             for row in rows
         ]
         lines.append(f"nodes: {self.nodes_before} before the passes, {self.nodes_after} after")
+        lines += [f"graph break: {why}" for why in self.breaks]
+        lines += [f"{name or '(model)'}: left: {why}" for name, why in self.left.items()]
         lines += [f"{call}: {cost}" for call, cost in self.calls.items()]
         return "\n".join(lines)
 
@@ -91,7 +102,8 @@ def explain(
 ) -> Explanation:
     """Which layers the passes find, what they choose and why, and what that costs.
 
-    The model isn't run.
+    The model isn't run; where Dynamo breaks its graph, a copy of it is, and layers are of several
+    graphs.
 
     Args:
         model: Compiled or not.
@@ -99,23 +111,43 @@ def explain(
         passes: The pipeline.
         **kwargs: More example inputs.
 
-    Bytes count the parameters and tables of a layer's banks; FLOPs those of one forward on such
-    inputs, two a multiply-add, for the slots in use.
+    Bytes count all that the seeds of a layer have on its device, dormant ones too; FLOPs those of
+    one forward on such inputs, two a multiply-add, for the slots in use.
     """
     plain: nn.Module = uncompiled(model)
-    gm = capture(plain, *args, **kwargs)
-    before = sum(op_counts(gm).values())
+    graphs, breaks = _graphs(plain, args, kwargs)
+    before = sum(sum(op_counts(gm).values()) for gm in graphs)
     chooser = next((p for p in passes if isinstance(p, ChooseLowerings)), ChooseLowerings())
-    matches = {match.layer: match for match in find_matches(gm) if match.is_blend}
+    matches = {
+        match.layer: (number, match)
+        for number, gm in enumerate(graphs)
+        for match in find_matches(gm)
+        if match.is_blend
+    }
     reports = [
-        _report(name, layer, matches.get(name), chooser)
+        replace(_report(name, layer, match, chooser), graph=number)
         for name, layer in kasmina_layers(plain).items()
+        for number, match in [matches.get(name, (0, None))]
     ]
     reports += [
         LayerReport(name, False, why, "none", why)
         for name, why in skipped_targets(plain, (nn.Linear,))
     ]
-    return Explanation(tuple(reports), dict(CALLS), before, _nodes_after(gm, passes))
+    after = sum(_nodes_after(gm, passes) for gm in graphs)
+    report = targets_of(plain)
+    left = {} if report is None else report.left
+    return Explanation(tuple(reports), dict(CALLS), before, after, breaks, left)
+
+
+def _graphs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[GraphModule], tuple[str, ...]]:
+    """The graphs of a model, and why it is more than one."""
+    try:
+        return [capture(model, *args, **kwargs)], ()
+    except RewriteError:
+        graphs, breaks = capture_with_breaks(model, *args, **kwargs)
+        return graphs, tuple(breaks)
 
 
 def _nodes_after(gm: GraphModule, passes: Sequence[GraphPass]) -> int:
@@ -127,7 +159,7 @@ def _report(
 ) -> LayerReport:
     if match is None:
         why = "the model does not call it on these inputs"
-        return LayerReport(name, False, why, "none", why, layer.num_seeds)
+        return LayerReport(name, False, why, "none", why, layer.num_seeds, bytes=bytes_of(layer))
     lowering = chooser.choose(match)
     banks: list[Bank] = layer.kasmina.bank_list()
     value = value_of(argument(match.node, "y"))
@@ -142,9 +174,16 @@ def _report(
         blended=int(layer.state.blended.sum()),
         layout=str(layer.chunks.layout),
         slots={b.key: _slots(b, layer) for b in banks},
-        bytes=sum(t.nbytes for b in banks for t in (*b.tensors(), *b.tables())),
+        bytes=bytes_of(layer),
         flops=sum(2 * rows * b.seeds.numel() * _multiplies(b) for b in banks),
     )
+
+
+def bytes_of(layer: KasminaLayer) -> int:
+    """Count the bytes of a layer's seeds: state, statistics, tables and blueprints."""
+    store = layer.kasmina
+    derived = (table for _, table in store.derived())
+    return sum(t.nbytes for t in (*store.parameters(), *store.buffers(), *derived))
 
 
 def _slots(bank: Bank, layer: KasminaLayer) -> str:

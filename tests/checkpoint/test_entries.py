@@ -19,7 +19,7 @@ from checkpoint_cases import (
     refused,
     saved_contents,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from kasmina_fx import (
     LayoutMismatch,
@@ -203,6 +203,19 @@ def test_a_shared_layer_is_checked_by_each_of_its_names(path: Path) -> None:
     with pytest.raises(LayoutMismatch, match="alpha"):
         checkpoint.load(model, path)
     assert everything(model) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [(lambda t: t.to("meta"), "on the meta device"), (lambda t: t.to_sparse(), "no dense tensor")],
+)
+def test_tensors_without_plain_values_are_refused_before_anything_changes(
+    path: Path, change: Callable[[Tensor], Tensor], why: str
+) -> None:
+    contents = saved_contents()
+    contents["model"]["3.weight"] = change(contents["model"]["3.weight"])
+    forge(path, contents)
+    refused(path, f"3.weight .*{why}")
 
 
 HOST: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {

@@ -177,6 +177,45 @@ OTHER_OPTIMIZERS: dict[str, tuple[Callable[[dict[str, Any]], None], Any, str]] =
 }
 
 
+def _in_state(name: str, change: Callable[[Any], Any]) -> Callable[[dict[str, Any]], None]:
+    def changed(contents: dict[str, Any]) -> None:
+        state = next(iter(contents["optimizer"]["state"]["state"].values()))
+        state[name] = change(state[name])
+
+    return changed
+
+
+def _in_group(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], None]:
+    return lambda contents: change(contents["optimizer"]["state"]["param_groups"][0])
+
+
+def _of_two(m: Any) -> Any:
+    return _adam(m, 2)
+
+
+OTHER_OPTIMIZERS |= {
+    "no step": (_in_state("step", lambda t: None), _of_two, "step=None: a number"),
+    "a step that is NaN": (_in_state("step", lambda t: t * torch.nan), _of_two, "step=.*nan"),
+    "a step below 0": (_in_state("step", lambda t: -1), _of_two, "step=-1"),
+    "moments of another shape": (
+        _in_state("exp_avg", lambda t: t[:1]), _of_two, r"exp_avg is \(.*; its parameter is"
+    ),
+    "moments of another kind": (_in_state("exp_avg", lambda t: 3.0), _of_two, "exp_avg is float"),
+    "sparse moments": (_in_state("exp_avg", lambda t: t.to_sparse()), _of_two, "no dense tensor"),
+    "no learning rate": (_in_group(lambda g: g.pop("lr")), _of_two, "group 0: it lacks 'lr'"),
+    "a learning rate of another kind": (
+        _in_group(lambda g: g.update(lr="fast")), _of_two, "lr='fast'; the optimizer has"
+    ),
+    "a learning rate that is NaN": (
+        _in_group(lambda g: g.update(lr=float("nan"))), _of_two, "lr=nan is not finite"
+    ),
+    "one beta": (_in_group(lambda g: g.update(betas=(0.9,))), _of_two, "betas="),
+    "state of no parameter": (
+        _packed(lambda o: o["state"]["state"].update({99: {}})), _of_two, "state of 99"
+    ),
+}  # fmt: skip
+
+
 def _one_group(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": state["param_groups"][1:]}
 

@@ -67,7 +67,7 @@ def test_a_report_as_a_table(library: str) -> None:
         columns = {name: [value.as_py() for value in cells] for name, cells in columns.items()}
     assert columns["layer"] == ["up"] * 4 + ["down"] * 4
     assert columns["seed"] == [0, 1, 2, 3] * 2
-    assert columns["stage"] == [S.DORMANT] * 7 + [S.GRAFTING]
+    assert columns["stage"] == ["DORMANT"] * 7 + ["GRAFTING"]
     means = [*report["up"]["mean"].tolist(), *report["down"]["mean"].tolist()]
     assert columns["mean"] == pytest.approx(means)
 

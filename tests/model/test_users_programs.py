@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
 
 from kasmina_fx import (
+    DEFAULT_PASSES,
     InvalidArgument,
     InvalidType,
     KasminaLayer,
@@ -20,12 +22,16 @@ from kasmina_fx import (
     StillGrowing,
     TelemetryPolicy,
     capture,
+    explain,
     find_matches,
+    graph_text,
+    health_report,
     kasmina_layers,
     kasminify,
     unkasminify,
 )
-from kasmina_fx.testing import graft
+from kasmina_fx.controllers import HealthController
+from kasmina_fx.testing import assert_no_recompiles, graft
 
 X = torch.linspace(-1, 1, 8).view(2, 4)
 
@@ -307,3 +313,118 @@ def test_a_dry_run_changes_nothing_and_names_what_is_left(
 def test_switches_are_true_or_false(name: str) -> None:
     with pytest.raises(InvalidType, match=f"{name}='no'"):
         net(**{name: "no"})
+
+
+# What is called.
+
+
+class PassesBy(nn.Module):
+    """An owner that reads the weight of one child, and calls the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, *args: Tensor, **kwargs: Any) -> Tensor:
+        out: Tensor = nn.functional.linear(self.called(args[0]), self.read.weight)
+        return out
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_first_forward_names_what_it_never_calls(
+    compile: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="kasmina_fx"):
+        model = kasminify(PassesBy(), num_seeds=2, compile=compile)
+        for _ in range(2):
+            model(X)
+    (record,) = [r for r in caplog.records if r.name.endswith("model_call")]
+    assert record.getMessage().startswith("read: the model's first forward called none of these")
+
+
+def test_explain_finds_layers_of_a_forward_that_takes_whatever_comes() -> None:
+    model = kasminify(PassesBy(), num_seeds=2, compile=False)
+    graft(kasmina_layers(model)["called"], [0])
+    called, read = explain(model, X).layers
+    assert (called.layer, called.matched, called.blended) == ("called", True, 1)
+    assert (read.layer, read.matched) == ("read", False)
+    names = [node.target for node in capture(model, X).graph.find_nodes(op="placeholder")]
+    assert names  # and roles were found by the same paths
+    assert "param  called.weight" in graph_text(capture(model, X))
+
+
+# Reports and controllers.
+
+
+def test_a_report_prints_what_a_person_asks_for() -> None:
+    model = net()
+    graft(layer_of(model), [0])
+    assert str(health_report(model)) == "0: health unknown, 0 errors; 2 DORMANT, 1 GRAFTING"
+    model(X)
+    assert "0: health 0." in repr(health_report(model))
+
+
+def test_a_controller_leaves_epochs_to_the_loop_and_remembers() -> None:
+    model = net()
+    graft(layer_of(model), [0], stage=SeedLifecycle.STABILIZATION)
+    controller = HealthController(model, budget=1, settle_epochs=1, evaluate_epochs=1)
+    controller.step({"loss": 1.0}, advance_epoch=False)
+    assert layer_of(model).seeds[0].epochs_in_state == 0
+    controller.step({"loss": 1.0})
+    assert layer_of(model).seeds[0].stage is SeedLifecycle.EVALUATING
+    fresh = HealthController(model, budget=1, evaluate_epochs=1)
+    fresh.load_state_dict(json.loads(json.dumps(controller.state_dict())))
+    fresh.step({"loss": 2.0})
+    assert layer_of(model).seeds[0].stage is SeedLifecycle.CULLED
+    with pytest.raises(InvalidArgument, match="no state of a controller"):
+        fresh.load_state_dict({"losses": [1]})
+    with pytest.raises(InvalidType, match="advance_epoch"):
+        fresh.step({"loss": 1.0}, advance_epoch=1)  # type: ignore[arg-type]
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        out: Tensor = self.norm(self.second(x))
+        return out
+
+
+def test_explain_goes_on_behind_a_graph_break_and_says_what_was_left() -> None:
+    torch._dynamo.reset()
+    model = kasminify(Broken(), num_seeds=2, compile=False)
+    graft(kasmina_layers(model)["second"], [0])
+    counted = kasmina_layers(model)["first"].get_health_report()["count"].tolist()
+    said = explain(model, X)
+    assert [(r.layer, r.matched, r.graph) for r in said.layers] == [
+        ("first", True, 0),
+        ("second", True, 1),
+    ]
+    assert len(said.breaks) == 1
+    assert said.left == {"norm": "a LayerNorm is none of the targets"}
+    assert f"graph break: {said.breaks[0]}" in str(said)
+    assert "norm: left: a LayerNorm is none of the targets" in str(said)
+    assert all(report.bytes > 0 for report in said.layers)
+    assert kasmina_layers(model)["first"].get_health_report()["count"].tolist() == counted
+    assert not explain(unkasminify(kasminify(Broken(), num_seeds=2)), X).left
+
+
+def test_a_pipeline_of_ones_own_is_an_option_of_the_backend() -> None:
+    torch._dynamo.reset()
+    model = net()
+    given: Any = {"passes": list(DEFAULT_PASSES)}
+    run: Any = torch.compile(model, backend="kasmina", options=given)
+    torch.testing.assert_close(run(X), model(X))
+    options: dict[str, Any]
+    for options in ({"passes": 5}, {"passes": [5]}, {"passes": DEFAULT_PASSES, "strict": True}):
+        with pytest.raises(InvalidArgument, match="passes"):
+            net(options=options)
+
+
+def test_a_reset_inside_a_watched_block_is_no_error() -> None:
+    with assert_no_recompiles():
+        torch._dynamo.reset()
