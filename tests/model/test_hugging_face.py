@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from kasmina_fx import InvalidArgument, kasmina_layers, kasminify
 from kasmina_fx.testing import graft
 
-# Of peft's own calls of transformers.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+# Of peft's own calls of transformers, and of transformers' of older releases of torch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers: Any = pytest.importorskip("transformers")
 peft: Any = pytest.importorskip("peft")

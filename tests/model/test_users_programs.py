@@ -26,6 +26,7 @@ from kasmina_fx import (
     find_matches,
     graph_text,
     health_report,
+    kasmina,
     kasmina_layers,
     kasminify,
     unkasminify,
@@ -417,7 +418,7 @@ def test_a_pipeline_of_ones_own_is_an_option_of_the_backend() -> None:
     torch._dynamo.reset()
     model = net()
     given: Any = {"passes": list(DEFAULT_PASSES)}
-    run: Any = torch.compile(model, backend="kasmina", options=given)
+    run: Any = torch.compile(model, backend=kasmina, options=given)
     torch.testing.assert_close(run(X), model(X))
     options: dict[str, Any]
     for options in ({"passes": 5}, {"passes": [5]}, {"passes": DEFAULT_PASSES, "strict": True}):
