@@ -127,9 +127,17 @@ def capture_with_breaks(
     """
     copied, graphs = copy.deepcopy(model), []
     copied._compiled_call_impl = None
+    names = _names(copied)
 
     def keep(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         graphs.append(gm)
+        _name_inputs(gm, copied)
+        # A graph may be of a part of the model, whose paths start there: go by the tensors.
+        placeholders = gm.graph.find_nodes(op="placeholder")
+        for node, value in zip(placeholders, example_inputs, strict=True):
+            role = _role_in(names, value)
+            if role is not None:
+                set_role(node, role)
         return gm.forward
 
     before = graph_breaks()
@@ -137,8 +145,6 @@ def capture_with_breaks(
     with torch.random.fork_rng(), torch.no_grad():
         torch.compile(copied, backend=keep)(*args, **kwargs)
     breaks = [why for why, n in graph_breaks().items() if n > before.get(why, 0)]
-    for gm in graphs:
-        _name_inputs(gm, copied)
     return graphs, [why.splitlines()[0] for why in breaks]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any, Final
@@ -20,7 +20,8 @@ from kasmina_fx.model import kasmina_layers
 from kasmina_fx.passes import DEFAULT_PASSES, GraphPass, find_matches, run_passes
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.infra.matching import Match, argument
-from kasmina_fx.passes.infra.metadata import value_of
+from kasmina_fx.passes.infra.metadata import role_of, value_of
+from kasmina_fx.seeds.entry_names import OWN
 from kasmina_fx.targets import skipped_targets, targets_of
 
 #: What a call costs on a compiled model.
@@ -118,15 +119,16 @@ def explain(
     graphs, breaks = _graphs(plain, args, kwargs)
     before = sum(sum(op_counts(gm).values()) for gm in graphs)
     chooser = next((p for p in passes if isinstance(p, ChooseLowerings)), ChooseLowerings())
+    layers = kasmina_layers(plain)
     matches = {
-        match.layer: (number, match)
+        match.layer or _named_by_inputs(match, layers): (number, match)
         for number, gm in enumerate(graphs)
         for match in find_matches(gm)
         if match.is_blend
     }
     reports = [
         replace(_report(name, layer, match, chooser), graph=number)
-        for name, layer in kasmina_layers(plain).items()
+        for name, layer in layers.items()
         for number, match in [matches.get(name, (0, None))]
     ]
     reports += [
@@ -148,6 +150,22 @@ def _graphs(
     except RewriteError:
         graphs, breaks = capture_with_breaks(model, *args, **kwargs)
         return graphs, tuple(breaks)
+
+
+def _named_by_inputs(match: Match, layers: Mapping[str, KasminaLayer]) -> str:
+    """The layer of a marker where the front end doesn't say (behind an LSTM, Dynamo doesn't).
+
+    It is the one whose tables the marker reads, or whose parameters its input is computed with.
+    """
+    computed_with = argument(match.node, "y").all_input_nodes
+    for node in (*match.node.all_input_nodes, *computed_with):
+        _, _, name = (role_of(node) or "").partition(" ")
+        path = (
+            name.strip().partition(f".{OWN}")[0] if OWN in name else name.strip().rpartition(".")[0]
+        )
+        if path in layers:
+            return path
+    return ""
 
 
 def _nodes_after(gm: GraphModule, passes: Sequence[GraphPass]) -> int:

@@ -429,3 +429,23 @@ def test_a_pipeline_of_ones_own_is_an_option_of_the_backend() -> None:
 def test_a_reset_inside_a_watched_block_is_no_error() -> None:
     with assert_no_recompiles():
         torch._dynamo.reset()
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.lstm(x)[0])
+        return out
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_explain_names_a_layer_behind_an_lstm(grown: bool) -> None:
+    torch._dynamo.reset()
+    model = kasminify(Recurrent(), num_seeds=2, compile=False)
+    if grown:
+        graft(kasmina_layers(model)["out"], [0])
+    (layer,) = explain(model, torch.randn(2, 3, 4)).layers
+    assert (layer.layer, layer.matched) == ("out", True)
