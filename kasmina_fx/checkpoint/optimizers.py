@@ -13,6 +13,7 @@ from kasmina_fx.checkpoint.optimizer_checks import why_broken
 from kasmina_fx.class_swap import SwappedLayer
 from kasmina_fx.errors import CheckpointError
 from kasmina_fx.optim.compact import CompactParameter
+from kasmina_fx.optim.follower import follower_of
 from kasmina_fx.seeds.entry_names import OWN
 
 
@@ -37,7 +38,10 @@ def names_of(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
     """Names in the model of each group's parameters."""
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(isinstance(parameter, CompactParameter) for parameter in given):
+    compacted = any(isinstance(parameter, CompactParameter) for parameter in given)
+    # A stack that another thread grew is replaced at the end of the step under way.
+    outgrown = any(getattr(parameter, "successor", None) is not None for parameter in given)
+    if compacted or (outgrown and follower_of(optimizer).steps_elsewhere()):
         raise CheckpointError(
             f"the {type(optimizer).__name__} is in the middle of a step: save it from the thread "
             "that steps it, or between its steps"

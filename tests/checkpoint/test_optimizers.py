@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,29 @@ def test_an_optimizer_of_another_model_is_not_saved(path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"2 of the optimizer's 2 .*optim.sync"):
         checkpoint.save(nn.Linear(2, 2), path, optimizer=_adam(nn.Linear(2, 2)))
     assert list(path.parent.iterdir()) == []
+
+
+def test_a_save_while_another_threads_step_is_under_way_says_so(path: Path) -> None:
+    model = grown()
+    optimizer: Any = _sgd(model)
+    _train(model, optimizer, 1)
+    layer = kasmina_layers(model)["0"]
+    said: list[BaseException] = []
+
+    def control() -> None:
+        layer.reserve(16)
+        try:
+            checkpoint.save(model, path, optimizer=optimizer)
+        except CheckpointError as error:
+            said.append(error)
+
+    def closure() -> torch.Tensor:
+        thread = threading.Thread(target=control)
+        thread.start()
+        thread.join()
+        return torch.zeros(())
+
+    optimizer.step(closure)
+    (error,) = said
+    assert "in the middle of a step" in str(error)
+    checkpoint.save(model, path, optimizer=optimizer)  # the step has taken the larger stacks
