@@ -96,7 +96,7 @@ def as_seed_ids(seed_ids: SeedIds, num_seeds: int, where: str) -> Tensor:
         first = int(outside[0])
         wrong = int(seed_ids.reshape(-1)[first]) if isinstance(seed_ids, Tensor) else ints[first]
         raise SeedIndexError(
-            f"{where}: seed {wrong} does not exist; it has seeds 0 to {num_seeds - 1}"
+            f"{where}: seed {shown(wrong)} does not exist; it has seeds 0 to {num_seeds - 1}"
         )
     values, counts = ids.unique(return_counts=True)
     if len(values) != len(ids):
@@ -124,10 +124,10 @@ def _is_single(seed_ids: object) -> bool:
 
 def _as_int(value: Any, where: str) -> int:
     if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
-        raise InvalidType(f"{where}: seed id {value!r} is a bool; give an int")
+        raise InvalidType(f"{where}: seed id {shown(value)} is a bool; give an int")
     try:
         return operator.index(value)
     except TypeError:
         raise InvalidType(
-            f"{where}: seed id {value!r} is a {type(value).__name__}; give an int"
+            f"{where}: seed id {shown(value)} is a {type(value).__name__}; give an int"
         ) from None

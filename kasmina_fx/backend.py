@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from kasmina_fx._torch.dynamo import note_compiled
 from kasmina_fx._torch.inductor import compile_with_inductor, inductor_option_names, mode_options
-from kasmina_fx.errors import InvalidArgument, UnknownOption
+from kasmina_fx.errors import InvalidArgument, UnknownOption, shown
 from kasmina_fx.passes import GraphPass, find_matches, passes_for, run_passes
 from kasmina_fx.physical.operators import DECOMPOSITIONS
 
@@ -89,16 +89,18 @@ def split_options(
     """
     asked: object = {} if options is None else options
     if not isinstance(asked, Mapping) or not all(isinstance(key, str) for key in asked):
-        raise InvalidArgument(f"options={options!r}: give a dict of names and values")
+        raise InvalidArgument(f"options={shown(options)}: give a dict of names and values")
     given = dict(asked)
     disabled = given.pop("disabled_passes", ())
     if isinstance(disabled, str) or not isinstance(disabled, Sequence):
-        raise InvalidArgument(f"disabled_passes={disabled!r}: give a list of pass names")
+        raise InvalidArgument(f"disabled_passes={shown(disabled)}: give a list of pass names")
     own = given.pop("passes", None)
     if own is not None and not (
         isinstance(own, Sequence) and all(isinstance(each, GraphPass) for each in own)
     ):
-        raise InvalidArgument(f"passes={own!r}: give a list of passes, as DEFAULT_PASSES is one")
+        raise InvalidArgument(
+            f"passes={shown(own)}: give a list of passes, as DEFAULT_PASSES is one"
+        )
     if own is not None and (given.keys() & {"lowering", "strict"} or disabled):
         raise InvalidArgument("passes is the whole pipeline: give it, or lowering and the like")
     strict = bool(given.pop("strict", False))
@@ -110,10 +112,10 @@ def split_options(
     for key in given:
         if key.replace("-", "_") not in known:
             close = difflib.get_close_matches(key, [*_OWN, *known], n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = f"did you mean {shown(close[0])}? " if close else ""
             raise UnknownOption(
-                f"unknown option {key!r}: {hint}kasmina's own are {', '.join(_OWN)}; all others "
-                "are names of torch._inductor.config"
+                f"unknown option {shown(key)}: {hint}kasmina's own are {', '.join(_OWN)}; all "
+                "others are names of torch._inductor.config"
             )
     patches = mode_options(mode) | {key.replace("-", "_"): value for key, value in given.items()}
     return passes, patches

@@ -51,8 +51,8 @@ class ChunkManager:
         _as_int("feature_dim", feature_dim)
         if not 1 <= num_chunks <= layer_dim:
             raise InvalidArgument(
-                f"num_chunks={num_chunks}: a layer of {layer_dim} features takes 1 to {layer_dim} "
-                "chunks, one feature each at the least"
+                f"num_chunks={shown(num_chunks)}: a layer of {layer_dim} features takes 1 to "
+                f"{layer_dim} chunks, one feature each at the least"
             )
         if chunk_sizes is None:
             size, extra = divmod(layer_dim, num_chunks)
@@ -185,13 +185,15 @@ def as_sizes(sizes: Iterable[Any]) -> tuple[int, ...]:
     """
     given: Any = sizes
     if not isinstance(given, Iterable):
-        raise InvalidArgument(f"chunk_sizes={given!r}: give the sizes of all chunks, in a list")
+        raise InvalidArgument(
+            f"chunk_sizes={shown(given)}: give the sizes of all chunks, in a list"
+        )
     return tuple(_as_int("chunk size", size) for size in given)
 
 
 def _as_int(name: str, value: Any) -> int:
     if isinstance(value, bool):
-        raise InvalidType(f"{name}={value!r}: give an int, not a bool")
+        raise InvalidType(f"{name}={shown(value)}: give an int, not a bool")
     try:
         return operator.index(value)
     except (TypeError, RuntimeError):

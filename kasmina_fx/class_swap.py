@@ -22,7 +22,7 @@ from torch import nn
 
 from kasmina_fx.bases.features import COUNTS, find_features
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
-from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.errors import InvalidArgument, shown
 from kasmina_fx.layer import KasminaLayer, SeededModule, seeds_for
 from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.seeds import model_call
@@ -56,9 +56,9 @@ class SwappedLayer(KasminaLayer):
             before = self.__dict__[name]
             if bool((self.state.stages != SeedLifecycle.DORMANT).any()):
                 raise InvalidArgument(
-                    f"{self.layer_id}: {name} can't become {value!r}, seeds have grown into the "
-                    f"{self.chunks.layer_dim} features of before: reset them, or resize the plain "
-                    "model and kasminify it then"
+                    f"{self.layer_id}: {name} can't become {shown(value)}, seeds have grown into "
+                    f"the {self.chunks.layer_dim} features of before: reset them, or resize the "
+                    "plain model and kasminify it then"
                 )
             plain.__setattr__(name, value)
             try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kasmina_fx.arguments import check_count, check_number
-from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.errors import InvalidArgument, shown
 from kasmina_fx.grafting.config import GraftingConfig
 from kasmina_fx.lifecycle import DEFAULT_EMBARGO, MOST_EPOCHS
 
@@ -42,16 +42,16 @@ class SeedConfig:
     def __post_init__(self) -> None:
         """Refuse values outside what is allowed."""
         if not isinstance(self.grafting, GraftingConfig):
-            raise InvalidArgument(f"grafting={self.grafting!r}: give a GraftingConfig")
+            raise InvalidArgument(f"grafting={shown(self.grafting)}: give a GraftingConfig")
         if self.ramp_every not in RAMP_EVERY:
             raise InvalidArgument(
-                f"ramp_every={self.ramp_every!r}: allowed are {', '.join(RAMP_EVERY)}"
+                f"ramp_every={shown(self.ramp_every)}: allowed are {', '.join(RAMP_EVERY)}"
             )
         check_embargo(self.embargo_epochs)
         if self.error_limit is not None:
             check_count("error_limit", self.error_limit)
         if self.pad not in (None, True, False):
-            raise InvalidArgument(f"pad={self.pad!r}: give True, False or None")
+            raise InvalidArgument(f"pad={shown(self.pad)}: give True, False or None")
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class TelemetryPolicy:
         check_count("every", self.every, least=1)
         check_number("fraction", self.fraction)
         if not 0 < self.fraction <= 1:
-            raise InvalidArgument(f"fraction={self.fraction!r}: give a number above 0 up to 1")
+            raise InvalidArgument(f"fraction={shown(self.fraction)}: give a number above 0 up to 1")
         if not isinstance(self.in_eval, bool):
-            raise InvalidArgument(f"in_eval={self.in_eval!r}: give True or False")
+            raise InvalidArgument(f"in_eval={shown(self.in_eval)}: give True or False")
 
     @property
     def one_in(self) -> int:

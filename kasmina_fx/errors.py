@@ -84,5 +84,8 @@ class GraphMismatch(KasminaError, AssertionError):
 
 def shown(given: object) -> str:
     """Return what a message shows of a bad argument: its repr, cut off where it is long."""
-    text = repr(given)
+    try:
+        text = repr(given)
+    except Exception:  # of an int with too many digits, or of anything of a user's
+        text = f"a {type(given).__name__}"
     return text if len(text) <= 80 else f"{text[:76]} ..."

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypeVar, overload
 
 from torch import nn
 
-from kasmina_fx._torch.distributed import leave_to_all, leave_to_each_rank
+from kasmina_fx._torch.distributed import announce_seed, leave_to_all, leave_to_each_rank
 from kasmina_fx._torch.dynamo import compile_whole, static_below, uncompiled
 from kasmina_fx._torch.inductor import mode_options
 from kasmina_fx.arguments import check_count, check_instance, is_int
@@ -19,14 +19,14 @@ from kasmina_fx.bases import fast_paths
 from kasmina_fx.checkpoint import model_state_dict
 from kasmina_fx.class_swap import SwappedLayer, swap_in, swap_out
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
-from kasmina_fx.errors import InvalidType, NoTargets, StillGrowing
+from kasmina_fx.errors import InvalidType, NoTargets, StillGrowing, shown
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.model import kasmina_layers, seed_buffers
 from kasmina_fx.seeds import model_call
 from kasmina_fx.seeds.folding import fold_seeds, why_not_folded
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.store import SeedStore
-from kasmina_fx.targets import TargetReport, find_targets, keep_targets, skipped_targets
+from kasmina_fx.targets import TargetReport, find_targets, keep_targets, skipped_targets, targets_of
 
 M = TypeVar("M", bound=nn.Module)
 _LOG: Final = logging.getLogger(__name__)
@@ -127,8 +127,10 @@ def kasminify(
     if patches.get("triton.cudagraphs") and (config is None or config.pad is None):
         config = replace(config or SeedConfig(), pad=True)
     plain: M = uncompiled(model)
-    if any(isinstance(module, KasminaLayer) for module in plain.modules()) and not dry_run:
-        return model
+    layers = kasmina_layers(plain)
+    if layers:
+        taken = {name: layer.num_seeds for name, layer in layers.items()}
+        return (targets_of(plain) or TargetReport(taken, {})) if dry_run else model
     found = find_targets(plain, wanted, filter_fn)
     if not found.taken:
         raise _none_found(plain, wanted, filter_fn is not None, found.left)
@@ -169,6 +171,7 @@ def _finish(
     """What a model needs around its layers: hooks of its state dict, no fast paths, a call."""
     model_state_dict.attach(root)
     leave_to_each_rank(root, seed_buffers)
+    announce_seed()
     fast_paths.turn_off(root, lambda module: isinstance(module, KasminaLayer))
     compiled = None
     if compile:
@@ -234,26 +237,26 @@ def _check_arguments(
     dry_run: Any,
 ) -> None:
     if not isinstance(model, nn.Module):
-        raise InvalidType(f"kasminify({model!r}): give an nn.Module")
+        raise InvalidType(f"kasminify({shown(model)}): give an nn.Module")
     if not is_int(num_seeds):
-        raise InvalidType(f"num_seeds={num_seeds!r}: give an int")
+        raise InvalidType(f"num_seeds={shown(num_seeds)}: give an int")
     check_count("num_seeds", num_seeds, least=1)
     if filter_fn is not None and not callable(filter_fn):
-        raise InvalidType(f"filter_fn={filter_fn!r}: give a function (module, fqn) -> bool")
+        raise InvalidType(f"filter_fn={shown(filter_fn)}: give a function (module, fqn) -> bool")
     if config is not None:
         check_instance("config", config, SeedConfig)
     for name, given in (("compile", compile), ("dry_run", dry_run)):
         if not isinstance(given, bool):
-            raise InvalidType(f"{name}={given!r}: give True or False")
+            raise InvalidType(f"{name}={shown(given)}: give True or False")
     if dynamic not in (None, True, False):
-        raise InvalidType(f"dynamic={dynamic!r}: give True, False or None")
+        raise InvalidType(f"dynamic={shown(dynamic)}: give True, False or None")
 
 
 def _checked_targets(targets: Any) -> tuple[type[nn.Module], ...]:
     given = tuple(targets) if isinstance(targets, Iterable) else (targets,)
     for target in given:
         if not (isinstance(target, type) and issubclass(target, nn.Module)):
-            raise InvalidType(f"targets holds {target!r}: give nn.Module classes")
+            raise InvalidType(f"targets holds {shown(target)}: give nn.Module classes")
     return given
 
 

@@ -8,6 +8,7 @@ Both hold one :class:`~kasmina_fx.seeds.store.SeedStore` under the name ``kasmin
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -101,9 +102,9 @@ class SeededModule(SeedCommands, nn.Module):
     kasmina: SeedStore
 
     @property
+    @abstractmethod
     def base(self) -> nn.Module:
         """The module that the seeds watch: what it returns is what they are given."""
-        raise NotImplementedError
 
     def seeds_on(self, out: Any) -> Any:
         """What blended seeds make of the base's output; the statistics see it."""

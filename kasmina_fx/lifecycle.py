@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from kasmina_fx.errors import InvalidArgument, InvalidType
+from kasmina_fx.errors import InvalidArgument, InvalidType, shown
 
 
 class SeedLifecycle(IntEnum):
@@ -42,11 +42,11 @@ def as_stage(given: SeedLifecycle | int | str, where: str) -> SeedLifecycle:
     """
     allowed = ", ".join(f"{stage.name} ({stage.value})" for stage in SeedLifecycle)
     if isinstance(given, bool) or not isinstance(given, (int, str)):
-        raise InvalidType(f"{where}: stage {given!r}; allowed are {allowed}")
+        raise InvalidType(f"{where}: stage {shown(given)}; allowed are {allowed}")
     try:
         return SeedLifecycle[given] if isinstance(given, str) else SeedLifecycle(given)
     except (KeyError, ValueError):
-        raise InvalidArgument(f"{where}: stage {given!r}; allowed are {allowed}") from None
+        raise InvalidArgument(f"{where}: stage {shown(given)}; allowed are {allowed}") from None
 
 
 class GraftingStrategy(IntEnum):

@@ -26,7 +26,7 @@ def column_of(name: str, where: str) -> int:
         InvalidArgument: There is none of that name.
     """
     if name not in COLUMN_NAMES:
-        raise InvalidArgument(f"{where}: no column {name!r}; it has {COLUMN_NAMES}")
+        raise InvalidArgument(f"{where}: no column {shown(name)}; it has {COLUMN_NAMES}")
     return COLUMN_NAMES.index(name)
 
 

@@ -14,6 +14,7 @@ from kasmina_fx.errors import (
     InvalidArgument,
     InvalidType,
     LayoutMismatch,
+    shown,
 )
 from kasmina_fx.lifecycle import (
     DEFAULT_EMBARGO,
@@ -225,7 +226,9 @@ class StateTensor(StagedState):
                 raise TypeError
             values = torch.as_tensor(alpha, dtype=torch.float32, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise InvalidType(f"{self.name}: alpha {alpha!r}; give a number or a tensor") from None
+            raise InvalidType(
+                f"{self.name}: alpha {shown(alpha)}; give a number or a tensor"
+            ) from None
         if values.shape not in ((), (1,), (len(ids),)):
             raise InvalidArgument(
                 f"{self.name}: alpha of shape {tuple(values.shape)} for {len(ids)} seeds; give a "

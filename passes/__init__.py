@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from kasmina_fx.arguments import check_instance
-from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.errors import InvalidArgument, shown
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.eliminate_dead_code import EliminateDeadCode
 from kasmina_fx.passes.eliminate_dormant import EliminateDormant
@@ -70,7 +70,7 @@ def passes_for(
     known = [step.name for step in DEFAULT_PASSES]
     for name in disabled:
         if name not in known:
-            raise InvalidArgument(f"no pass is named {name!r}; there are {', '.join(known)}")
+            raise InvalidArgument(f"no pass is named {shown(name)}; there are {', '.join(known)}")
     options: dict[type[Any], dict[str, Any]] = {
         ChooseLowerings: {"lowering": lowering},
         Verify: {"strict": strict},

@@ -12,7 +12,7 @@ from typing import ClassVar, Final
 
 from torch.fx import GraphModule
 
-from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.errors import InvalidArgument, shown
 from kasmina_fx.passes.infra.matching import Match, known_matches
 from kasmina_fx.passes.infra.metadata import Lowering, set_lowering
 from kasmina_fx.passes.infra.pass_base import GraphPass
@@ -35,7 +35,7 @@ class ChooseLowerings(GraphPass):
         """Refuse a lowering that does not exist."""
         if self.lowering not in LOWERINGS:
             raise InvalidArgument(
-                f"lowering {self.lowering!r}: this release has {', '.join(LOWERINGS)}"
+                f"lowering {shown(self.lowering)}: this release has {', '.join(LOWERINGS)}"
             )
 
     def call(self, gm: GraphModule) -> bool:

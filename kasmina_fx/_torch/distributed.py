@@ -14,6 +14,7 @@ from torch import nn
 #: Where ``DistributedDataParallel`` looks for names of buffers that it does not broadcast (torch
 #: 2.11 to 2.13; the function that sets it is private as well).
 _IGNORED: Final = "_ddp_params_and_buffers_to_ignore"
+_SEED: Final = "kasmina_fx/seed"
 
 
 def ranks() -> tuple[int, int]:
@@ -53,15 +54,33 @@ def exchange(key: str, value: str, waits: float) -> list[str]:
     return told
 
 
-def shared_seed() -> int:
-    """Return ``torch.initial_seed()``; of several ranks, that of rank 0 when it first asked."""
+def announce_seed() -> None:
+    """Let other ranks draw from this rank's seed, if it is the first of several; waits for none."""
     rank, size = ranks()
-    if size == 1:
+    if rank == 0 and size > 1:
+        store = dist.distributed_c10d._get_default_store()
+        if not store.check([_SEED]):
+            store.set(_SEED, str(torch.initial_seed()))
+
+
+def shared_seed(waits: float = 300.0) -> int:
+    """Return ``torch.initial_seed()``; of several ranks, that which rank 0 announced.
+
+    Args:
+        waits: Seconds for rank 0 to do so.
+
+    Raises:
+        TimeoutError: It did not.
+    """
+    announce_seed()
+    if ranks()[1] == 1:
         return torch.initial_seed()
     store = dist.distributed_c10d._get_default_store()
-    if rank == 0 and not store.check(["kasmina_fx/seed"]):
-        store.set("kasmina_fx/seed", str(torch.initial_seed()))
-    return int(store.get("kasmina_fx/seed"))  # waits for rank 0
+    try:
+        store.wait([_SEED], timedelta(seconds=waits))
+    except (RuntimeError, ValueError) as error:  # torch's own errors: the store timed out
+        raise TimeoutError("rank 0 has announced no seed to draw from") from error
+    return int(store.get(_SEED))
 
 
 def unreduced(parameters: Iterable[nn.Parameter]) -> int:

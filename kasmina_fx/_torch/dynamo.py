@@ -66,7 +66,8 @@ def resolve_source(source: str, root: Any) -> Any:
     ``L['args'][0]`` where it takes whatever comes.
     """
     value: Any = root
-    tail = source.removeprefix("L['args'][0]") if "'args'" in source else source.partition("]")[2]
+    first = "L['args'][0]"
+    tail = source[len(first) :] if source.startswith(first) else source.partition("]")[2]
     parts = re.findall(r"\.(\w+)|\[(?:'([^']*)'|(\d+))\]", tail)
     for attribute, key, index in parts:
         try:

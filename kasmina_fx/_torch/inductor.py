@@ -9,7 +9,7 @@ import torch
 import torch._inductor
 from torch._inductor import config as inductor_config
 
-from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.errors import InvalidArgument, shown
 
 
 def inductor_option_names() -> frozenset[str]:
@@ -25,7 +25,7 @@ def mode_options(mode: Any) -> dict[str, Any]:
     """
     modes: dict[str, dict[str, Any]] = torch._inductor.list_mode_options()
     if mode is not None and (not isinstance(mode, str) or mode not in modes):
-        raise InvalidArgument(f"mode {mode!r}: there are {', '.join(modes)}")
+        raise InvalidArgument(f"mode {shown(mode)}: there are {', '.join(modes)}")
     return dict(modes[mode]) if mode is not None else {}
 
 

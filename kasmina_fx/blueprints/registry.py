@@ -32,7 +32,7 @@ def lookup(kind: str) -> Blueprint:
     if found is None:
         close = difflib.get_close_matches(kind, _BY_KIND, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(names())}"
-        raise UnknownBlueprint(f"no blueprint is named {kind!r}; {hint}")
+        raise UnknownBlueprint(f"no blueprint is named {shown(kind)}; {hint}")
     return found
 
 
@@ -76,13 +76,13 @@ def register(
     name = own if name is None else name
     if not _NAME.fullmatch(name):
         raise InvalidArgument(
-            f"blueprint name {name!r}: letters, digits, '_' and '-', no digit first"
+            f"blueprint name {shown(name)}: letters, digits, '_' and '-', no digit first"
         )
     if name in _BY_KIND:
-        raise InvalidArgument(f"blueprint name {name!r} is taken; choose another")
+        raise InvalidArgument(f"blueprint name {shown(name)} is taken; choose another")
     if isinstance(blueprint, Blueprint):
         if blueprint.kind != name:
-            raise InvalidArgument(f"this Blueprint names itself {own!r}, not {name!r}")
+            raise InvalidArgument(f"this Blueprint names itself {shown(own)}, not {shown(name)}")
         _BY_KIND[name] = blueprint
     else:
         _BY_KIND[name] = ModuleBlueprint(name, blueprint)

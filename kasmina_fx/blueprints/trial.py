@@ -14,7 +14,7 @@ from kasmina_fx.blueprints.base import Blueprint, aside
 from kasmina_fx.blueprints.builtin import BUILTINS
 from kasmina_fx.blueprints.from_module import ModuleBlueprint
 from kasmina_fx.blueprints.registry import lookup, register
-from kasmina_fx.errors import InvalidArgument, InvalidBlueprint, InvalidType
+from kasmina_fx.errors import InvalidArgument, InvalidBlueprint, InvalidType, shown
 
 _TRIED: dict[tuple[Any, ...], str | None] = {}
 
@@ -71,11 +71,13 @@ def register_for(
         InvalidBlueprint, UnknownBlueprint, InvalidType: Nothing was registered.
     """
     if name is not None and not isinstance(name, str):
-        raise InvalidType(f"name={name!r}: give a string")
+        raise InvalidType(f"name={shown(name)}: give a string")
     if isinstance(blueprint, str):
         candidate = lookup(blueprint)
         if name not in (None, candidate.kind):
-            raise InvalidArgument(f"name={name!r}: {blueprint!r} is registered, and keeps its name")
+            raise InvalidArgument(
+                f"name={shown(name)}: {shown(blueprint)} is registered, and keeps its name"
+            )
         require_fit(candidate, sizes, features, like)
         return candidate.kind
     if not callable(blueprint) and not isinstance(blueprint, Blueprint):
@@ -112,7 +114,7 @@ def _try(blueprint: Blueprint, size: int, features: Features, like: Tensor | Non
             stacks = [torch.stack([t, t]) for t in (*module.parameters(), *module.buffers())]
             changed = [n for n, b in module.named_buffers() if not torch.equal(b, before[n])]
             if changed:
-                return f"a forward in train mode writes to its buffer {changed[0]!r}"
+                return f"a forward in train mode writes to its buffer {shown(changed[0])}"
             pair = torch.stack([chunk, chunk]).unsqueeze(1)
             made = blueprint.stacked(stacks, pair, features.dim - chunk.dim() * (features.dim >= 0))
     except Exception as error:  # whatever a user's module raises is the reason

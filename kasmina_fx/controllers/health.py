@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kasmina_fx.arguments import check_count, check_instance, check_number
 from kasmina_fx.blueprints.registry import DEFAULT, lookup
 from kasmina_fx.controllers.base import Controller, Decision
-from kasmina_fx.errors import InvalidArgument, NoTargets
+from kasmina_fx.errors import InvalidArgument, NoTargets, shown
 from kasmina_fx.grafting.registry import strategy_number
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle as S
@@ -141,7 +141,7 @@ class HealthController(Controller):
         try:
             losses = {(str(layer), int(seed)): float(loss) for layer, seed, loss in state["losses"]}
         except (KeyError, TypeError, ValueError) as error:
-            raise InvalidArgument(f"no state of a controller: {error!r}") from error
+            raise InvalidArgument(f"no state of a controller: {shown(error)}") from error
         self._loss_at_evaluation = losses
 
     def _judged_by(self, metrics: Mapping[str, float]) -> float:
@@ -151,8 +151,8 @@ class HealthController(Controller):
             loss = math.nan
         if math.isnan(loss):
             raise InvalidArgument(
-                f"metrics are {metrics!r}; the controller judges by {self.metric!r}, a number that "
-                "is not NaN"
+                f"metrics are {shown(metrics)}; the controller judges by {shown(self.metric)}, a "
+                "number that is not NaN"
             )
         return loss
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kasmina_fx.arguments import check_count
-from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.errors import InvalidArgument, shown
 
 #: Steepness of the sigmoid: it runs from -STEEPNESS/2 to STEEPNESS/2.
 _STEEPNESS: Final = 10.0
@@ -74,16 +74,16 @@ class GraftingConfig:
         for name in ("high_drift_threshold", "grad_norm_lower", "grad_norm_upper"):
             number = getattr(self, name)
             if not isinstance(number, (int, float)) or isinstance(number, bool):
-                raise InvalidArgument(f"{name}={number!r}: give a number")
+                raise InvalidArgument(f"{name}={shown(number)}: give a number")
         curve: Any = self.curve
         if not isinstance(curve, str) or curve not in CURVES:
-            raise InvalidArgument(f"curve={curve!r}: allowed are {', '.join(CURVES)}")
+            raise InvalidArgument(f"curve={shown(curve)}: allowed are {', '.join(CURVES)}")
         if not 0 <= self.grad_norm_lower <= self.grad_norm_upper:
             raise InvalidArgument(
-                f"grad_norm_lower={self.grad_norm_lower!r}, "
-                f"grad_norm_upper={self.grad_norm_upper!r}: give 0 <= lower <= upper"
+                f"grad_norm_lower={shown(self.grad_norm_lower)}, "
+                f"grad_norm_upper={shown(self.grad_norm_upper)}: give 0 <= lower <= upper"
             )
         if not self.high_drift_threshold >= 0:
             raise InvalidArgument(
-                f"high_drift_threshold={self.high_drift_threshold!r}: give 0 or more"
+                f"high_drift_threshold={shown(self.high_drift_threshold)}: give 0 or more"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.errors import InvalidArgument, shown
 from kasmina_fx.grafting.strategies import (
     DriftControlled,
     FixedRamp,
@@ -42,12 +42,14 @@ def register_strategy(strategy: Strategy) -> int:
     """
     given: object = strategy
     if not isinstance(given, Strategy):
-        raise InvalidArgument(f"{strategy!r} is no grafting Strategy; subclass it")
+        raise InvalidArgument(f"{shown(strategy)} is no grafting Strategy; subclass it")
     name = getattr(given, "name", None)
     if not isinstance(name, str) or not name:
-        raise InvalidArgument(f"{strategy!r} has the name {name!r}; give its class a `name`")
+        raise InvalidArgument(
+            f"{shown(strategy)} has the name {shown(name)}; give its class a `name`"
+        )
     if any(known.name == name for known in _STRATEGIES):
-        raise InvalidArgument(f"a grafting strategy {name!r} is registered already")
+        raise InvalidArgument(f"a grafting strategy {shown(name)} is registered already")
     if len(_STRATEGIES) == _MOST:
         raise InvalidArgument(f"{_MOST} grafting strategies are registered: the column is full")
     _STRATEGIES.append(strategy)
@@ -66,7 +68,7 @@ def strategy_number(strategy: int | str, where: str) -> int:
     known = isinstance(strategy, int) and not isinstance(strategy, bool)
     if not known or not 0 <= int(strategy) < len(names):
         raise InvalidArgument(
-            f"{where}: grafting strategy {strategy!r}; allowed are "
+            f"{where}: grafting strategy {shown(strategy)}; allowed are "
             f"{[f'{name} {number}' for number, name in enumerate(names)]}"
         )
     return int(strategy)

@@ -17,7 +17,7 @@ from kasmina_fx._torch.dynamo import (
     uncompiled,
 )
 from kasmina_fx.class_swap import SwappedLayer
-from kasmina_fx.errors import InvalidArgument, RewriteError
+from kasmina_fx.errors import InvalidArgument, RewriteError, shown
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.model import kasmina_layers
 from kasmina_fx.passes.infra.metadata import propagate_if_missing, set_role
@@ -83,7 +83,7 @@ def capture(model: nn.Module, *args: Any, frontend: str = "dynamo", **kwargs: An
         RewriteError: Dynamo could not capture it as one graph.
     """
     if frontend not in FRONTENDS:
-        raise InvalidArgument(f"frontend {frontend!r}: there are {', '.join(FRONTENDS)}")
+        raise InvalidArgument(f"frontend {shown(frontend)}: there are {', '.join(FRONTENDS)}")
     plain: nn.Module = uncompiled(model)
     return {"dynamo": _dynamo, "fx": _fx, "export": _export}[frontend](plain, args, kwargs)
 

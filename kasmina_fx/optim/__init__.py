@@ -8,8 +8,7 @@ importing :mod:`kasmina_fx` registers two hooks that torch runs around every ``s
   would do to them;
 - a stack that outgrew its capacity is followed to the larger one, its state with it;
 - a slot given to a new seed starts with empty state;
-- ramps with ``SeedConfig(ramp_every="step")`` make their step.
-
+- ramps with ``SeedConfig(ramp_every="step")`` make their step;
 - a slot moves as far as its own age says, where an optimizer counts steps (Adam and its like).
 
 One thing is left to the caller: stacks that did not exist when the optimizer was made, those of a

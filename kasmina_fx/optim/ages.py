@@ -128,9 +128,9 @@ def correct(optimizer: Optimizer, stack: Tensor, group: dict[str, Any]) -> None:
     made = formula(rows, shared.to(torch.float32), state.get("mu_product"))
     right = formula(rows, age.view(beside), products.view(beside))
     now = stack.index_select(0, where).float()
-    own = (made[0], right[0])
-    gradient = _gradient(stack, where, group, now, made) if formula in (_nadam, _adagrad) else 0.0
-    change = (own[0] - own[1]) * gradient + (made[1] - right[1])
+    change = made[1] - right[1]
+    if formula in (_nadam, _adagrad):  # of the others, no part is the gradient's own
+        change = change + (made[0] - right[0]) * _gradient(stack, where, group, now, made)
     found = getattr(optimizer, "found_inf", None)  # a fused step under a GradScaler was left out
     if found is not None:
         change = torch.where(found > 0, torch.zeros_like(change), change)

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from kasmina_fx._torch.dynamo import uncompiled
 from kasmina_fx.banks.stack import StackedParameter
-from kasmina_fx.errors import InvalidType
+from kasmina_fx.errors import InvalidType, shown
 from kasmina_fx.optim.sync import SyncReport, sync
-from kasmina_fx.seeds.store import GROWING, SeedStore
+from kasmina_fx.seeds.store import GROWING
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -38,24 +38,18 @@ class _Following:
 
     def __init__(self, model: nn.Module, group: Group | None) -> None:
         self.model, self.group = weakref.ref(model), group
-        self.known: tuple[int, ...] = ()
+        self._made = 0
 
     def update(self, optimizer: Optimizer) -> SyncReport:
         """Add what is new."""
-        model = self.model()
+        model, self._made = self.model(), StackedParameter.made
         if model is None:
             return SyncReport((), ())
-        self.known = _banks_of(model)
         return sync(optimizer, model, group=self.group)
 
     def is_behind(self) -> bool:
-        """Say whether the model has banks that it had not at the last update."""
-        model = self.model()
-        return model is not None and _banks_of(model) != self.known
-
-
-def _banks_of(model: nn.Module) -> tuple[int, ...]:
-    return tuple(len(m.banks) for m in model.modules() if isinstance(m, SeedStore))
+        """Say whether any stack was made since the last update: cheap, before every step."""
+        return self._made != StackedParameter.made
 
 
 def follow(optimizer: Optimizer, model: nn.Module, group: Group | None = None) -> SyncReport:
@@ -80,7 +74,9 @@ def follow(optimizer: Optimizer, model: nn.Module, group: Group | None = None) -
         InvalidArgument: ``group`` gives an index that the optimizer has no group for.
     """
     if group is not None and not callable(group):
-        raise InvalidType(f"group={group!r}: give a function (name, stack) -> index of a group")
+        raise InvalidType(
+            f"group={shown(group)}: give a function (name, stack) -> index of a group"
+        )
     following = _Following(uncompiled(model), group or _by_weight_decay(optimizer))
     report = following.update(optimizer)
     others = _FOLLOWED.setdefault(optimizer, [])
@@ -107,7 +103,9 @@ def catch_up(optimizer: Optimizer) -> None:
     """Take what followed models have grown since the last step."""
     for following in _FOLLOWED.get(optimizer, ()):
         if following.is_behind():
-            _LOG.info("%s", following.update(optimizer))
+            report = following.update(optimizer)
+            if report.added:
+                _LOG.info("%s", report)
 
 
 def warn_once(optimizer: Optimizer) -> None:

@@ -10,7 +10,7 @@ from kasmina_fx.banks.bank import Bank
 from kasmina_fx.banks.placement import SMALLEST
 from kasmina_fx.blueprints.registry import DEFAULT, lookup
 from kasmina_fx.blueprints.trial import why_unfit
-from kasmina_fx.errors import InvalidType, UnknownBlueprint
+from kasmina_fx.errors import InvalidType, UnknownBlueprint, shown
 from kasmina_fx.seeds.store import SeedStore
 
 
@@ -21,12 +21,14 @@ def resolve(store: SeedStore, blueprint_id: int | str | None) -> tuple[int | Non
     if isinstance(blueprint_id, str):
         return None, lookup(blueprint_id).kind
     if not is_int(blueprint_id):
-        raise InvalidType(f"{store.name}: blueprint {blueprint_id!r}; give an id, a name or None")
+        raise InvalidType(
+            f"{store.name}: blueprint {shown(blueprint_id)}; give an id, a name or None"
+        )
     kind = store.blueprints.get(blueprint_id)
     if kind is None:
         known = sorted(store.blueprints) or "none: call register_blueprint first"
         raise UnknownBlueprint(
-            f"{store.name}: no blueprint has the id {blueprint_id}; registered: {known}"
+            f"{store.name}: no blueprint has the id {shown(blueprint_id)}; registered: {known}"
         )
     return blueprint_id, kind
 

@@ -86,9 +86,11 @@ def look_at_registered(siblings: Siblings[Any]) -> bool:
     """Take over what was written to registered tensors; say whether others stand in their place."""
     replaced = False
     for store in siblings:
-        if store.registered.written:
+        registered = store.registered
+        if registered.written:
             outside.take_over(store)
-        replaced = replaced or store.registered.replaced
+        elif registered.replaced:
+            replaced = True
     return replaced
 
 

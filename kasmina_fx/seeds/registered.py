@@ -38,22 +38,32 @@ class Registered:
         known = [tensor for _, _, tensor in self._state if not tensor.is_inference()]
         self._versions = [(tensor, tensor._version) for tensor in known]
 
+    # Asked before every call of a model, for all layers: loops, since a generator takes as long as
+    # what it looks at.
+
     @property
     def replaced(self) -> bool:
         """Whether another tensor has taken the place of one of them."""
-        return self.state_replaced or any(
-            holder.get(name) is not tensor for holder, name, tensor in self._stacks
-        )
+        for holder, name, tensor in self._stacks:
+            if holder.get(name) is not tensor:
+                return True
+        return self.state_replaced
 
     @property
     def state_replaced(self) -> bool:
         """Whether another tensor has taken the place of one of the state's."""
-        return any(holder.get(name) is not tensor for holder, name, tensor in self._state)
+        for holder, name, tensor in self._state:  # noqa: SIM110
+            if holder.get(name) is not tensor:
+                return True
+        return False
 
     @property
     def written(self) -> bool:
         """Whether one of the state's tensors was written to."""
-        return any(tensor._version != version for tensor, version in self._versions)
+        for tensor, version in self._versions:  # noqa: SIM110
+            if tensor._version != version:
+                return True
+        return False
 
     @property
     def all_written(self) -> bool:

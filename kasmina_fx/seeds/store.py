@@ -16,7 +16,7 @@ from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.bases.host import Host
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
-from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.errors import InvalidArgument, shown
 from kasmina_fx.lifecycle import holds_blueprint, roles
 from kasmina_fx.physical.graph_inputs import SHOWN, GraphInputs, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout
@@ -190,7 +190,7 @@ class SeedStore(Float32Module):
             InvalidArgument: Neither a bool nor a policy.
         """
         if not isinstance(policy, (bool, TelemetryPolicy)):
-            raise InvalidArgument(f"telemetry={policy!r}: give a bool or a TelemetryPolicy")
+            raise InvalidArgument(f"telemetry={shown(policy)}: give a bool or a TelemetryPolicy")
         chosen = policy if isinstance(policy, TelemetryPolicy) else TelemetryPolicy()
         self.observed, self.one_in = policy is not False, chosen.one_in
         self.in_eval = chosen.in_eval

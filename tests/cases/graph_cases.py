@@ -257,6 +257,21 @@ def assert_golden_of_inserted_nodes(case: Case) -> None:
     assert_golden(texts["dynamo"], f"inserted/{case.name}", golden_dir=GOLDEN)
 
 
+def golden_tests_of(name: str) -> tuple[Callable[[Case], None], Callable[[Case], None]]:
+    """Make the two golden tests of a pass: of Dynamo's whole graph, and of what is inserted."""
+
+    @each_case_of(name)
+    @spelled_as_torch_2_13
+    def test_golden_of_dynamos_graph(case: Case) -> None:
+        assert_golden_of_dynamos_graph(case)
+
+    @each_case_of(name)
+    def test_golden_of_inserted_nodes_is_one_for_all_front_ends(case: Case) -> None:
+        assert_golden_of_inserted_nodes(case)
+
+    return test_golden_of_dynamos_graph, test_golden_of_inserted_nodes_is_one_for_all_front_ends
+
+
 def assert_reference_after(name: str, *steps: Callable[[GraphModule], Any]) -> None:
     """A case computes what the reference does after these steps alone; the last changes nodes."""
     (case,) = [case for case in CASES if case.name == name]

@@ -48,9 +48,9 @@ def run(scenario: str, rank: int) -> str:
     elif scenario == "other seeds":
         graft(layer, [rank])
         model(X)
-    elif scenario == "one rank alone":
+    elif scenario in ("rank 0 alone", "rank 1 alone"):
         ranks.WAITS = 3.0  # type: ignore[misc]
-        if rank == 0:
+        if scenario == f"rank {rank} alone":
             graft(layer, [0])
         model(X)
     else:

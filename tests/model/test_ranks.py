@@ -46,10 +46,11 @@ def test_other_seeds_on_another_rank_are_named(tmp_path: Path) -> None:
     assert second.startswith("ranks 1 and 0 hold different seeds in ['0']")
 
 
-def test_a_rank_that_changes_alone_is_told(tmp_path: Path) -> None:
-    first, second = said("one rank alone", tmp_path)
-    assert "ranks [1] did not get to a forward with other seeds" in first
-    assert second == "no error"
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_rank_that_changes_alone_is_told(alone: int, tmp_path: Path) -> None:
+    messages = said(f"rank {alone} alone", tmp_path)
+    assert f"ranks [{1 - alone}] did not get to a forward with other seeds" in messages[alone]
+    assert messages[1 - alone] == "no error"
 
 
 def test_stacks_that_ddp_does_not_know_are_refused(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ VALUES: dict[str, Any] = {
     "tensor": torch.ones(2),
     "meta": torch.empty(2, device="meta", dtype=torch.int64),
     "object": object(),
-    "huge": 10**400,
+    "huge": 10**5000,  # more digits than Python prints
     "nan": float("nan"),
     "dict": {},
     "bytes": b"x",

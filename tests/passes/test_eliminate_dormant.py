@@ -8,18 +8,15 @@ from typing import Any
 import pytest
 import torch
 from graph_cases import (
-    Case,
-    assert_golden_of_dynamos_graph,
-    assert_golden_of_inserted_nodes,
     assert_leaves_alone,
     assert_reference_after,
     dormant_graph,
     each_case_of,
     each_near_miss,
+    golden_tests_of,
     growing_graph,
     near_miss,
     plain_graph,
-    spelled_as_torch_2_13,
 )
 from torch import Tensor, nn
 
@@ -101,12 +98,6 @@ def test_a_graph_without_the_marker_computes_what_the_reference_does(case: str) 
     assert_reference_after(case, EliminateDormant())
 
 
-@each_case
-@spelled_as_torch_2_13
-def test_golden_of_dynamos_graph(case: Case) -> None:
-    assert_golden_of_dynamos_graph(case)
-
-
-@each_case
-def test_golden_of_inserted_nodes_is_one_for_all_front_ends(case: Case) -> None:
-    assert_golden_of_inserted_nodes(case)
+test_golden_of_dynamos_graph, test_golden_of_inserted_nodes_is_one_for_all_front_ends = (
+    golden_tests_of("eliminate_dormant")
+)

@@ -9,18 +9,16 @@ from graph_cases import (
     NEAR_MISSES,
     Case,
     OneLayer,
-    assert_golden_of_dynamos_graph,
-    assert_golden_of_inserted_nodes,
     assert_leaves_alone,
     assert_reference_after,
     dormant_graph,
     each_case_of,
     each_near_miss,
+    golden_tests_of,
     growing_graph,
     layer_of,
     near_miss,
     plain_graph,
-    spelled_as_torch_2_13,
     wrapped,
 )
 
@@ -114,15 +112,9 @@ def test_a_marker_that_is_left_for_no_reason_is_an_error() -> None:
         LowerBlend().ensures(growing_graph())
 
 
-@each_case
-@spelled_as_torch_2_13
-def test_golden_of_dynamos_graph(case: Case) -> None:
-    assert_golden_of_dynamos_graph(case)
-
-
-@each_case
-def test_golden_of_inserted_nodes_is_one_for_all_front_ends(case: Case) -> None:
-    assert_golden_of_inserted_nodes(case)
+test_golden_of_dynamos_graph, test_golden_of_inserted_nodes_is_one_for_all_front_ends = (
+    golden_tests_of("lower_blend")
+)
 
 
 @pytest.mark.parametrize("stage", sorted(RUNS), ids=lambda stage: stage.name)

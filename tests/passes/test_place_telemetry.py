@@ -6,17 +6,15 @@ import pytest
 import torch
 from graph_cases import (
     Case,
-    assert_golden_of_dynamos_graph,
-    assert_golden_of_inserted_nodes,
     assert_leaves_alone,
     assert_reference_after,
     dormant_graph,
     each_case_of,
     each_frontend,
+    golden_tests_of,
     growing_graph,
     layer_of,
     plain_graph,
-    spelled_as_torch_2_13,
 )
 from telemetry_cases import expected_of, summary
 from torch import Tensor, nn
@@ -139,12 +137,6 @@ def test_the_buffer_holds_statistics_of_the_references_output(case: Case) -> Non
     torch.testing.assert_close(found["variance"].double(), torch.tensor(variance).double())
 
 
-@each_case
-@spelled_as_torch_2_13
-def test_golden_of_dynamos_graph(case: Case) -> None:
-    assert_golden_of_dynamos_graph(case)
-
-
-@each_case
-def test_golden_of_inserted_nodes_is_one_for_all_front_ends(case: Case) -> None:
-    assert_golden_of_inserted_nodes(case)
+test_golden_of_dynamos_graph, test_golden_of_inserted_nodes_is_one_for_all_front_ends = (
+    golden_tests_of("place_telemetry")
+)

@@ -1,0 +1,48 @@
+"""What is taken of a model, what is left, and what is never called."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from small_net_cases import PassesBy, X, net
+from torch import nn
+
+from kasmina_fx import (
+    InvalidType,
+    kasminify,
+)
+
+
+def test_a_dry_run_changes_nothing_and_names_what_is_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2))
+    report = kasminify(made, num_seeds=3, filter_fn=lambda m, name: name != "2", dry_run=True)
+    assert report.taken == {"0": 3}
+    assert report.left == {"1": "a LayerNorm is none of the targets", "2": "filter_fn says no"}
+    assert type(made[0]) is nn.Linear
+    with caplog.at_level(logging.INFO, logger="kasmina_fx"):
+        kasminify(made, num_seeds=3, compile=False)
+    assert "1: left: a LayerNorm is none of the targets" in caplog.text
+    again = kasminify(made, num_seeds=5, dry_run=True)  # what was taken, now that it is
+    assert again.taken == {"0": 3, "2": 2}
+    assert again.left == {"1": "a LayerNorm is none of the targets"}
+
+
+@pytest.mark.parametrize("name", ["compile", "dry_run"])
+def test_switches_are_true_or_false(name: str) -> None:
+    with pytest.raises(InvalidType, match=f"{name}='no'"):
+        net(**{name: "no"})
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_first_forward_names_what_it_never_calls(
+    compile: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="kasmina_fx"):
+        model = kasminify(PassesBy(), num_seeds=2, compile=compile)
+        for _ in range(2):
+            model(X)
+    (record,) = [r for r in caplog.records if r.name.endswith("model_call")]
+    assert record.getMessage().startswith("read: the model's first forward called none of these")

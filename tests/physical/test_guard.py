@@ -1,0 +1,163 @@
+"""The operator that decides which gradients leave a blueprint."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operator_cases import BLAMES, INF, MODES, NAN, POSITIONS, F, L, R, bank, guarded
+from torch import Tensor
+from torch._inductor.utils import fresh_cache
+
+from kasmina_fx.physical import operators
+from kasmina_fx.physical.operators import DECOMPOSITIONS, GUARD, RECONSTRUCT
+
+
+def test_guard_is_the_identity_on_copies() -> None:
+    tensors, faults = bank(), torch.zeros(5, requires_grad=True)
+    for run in (GUARD, DECOMPOSITIONS[GUARD], operators._plain_guard):
+        *same, alone = run(tensors, MODES, POSITIONS, faults, BLAMES)
+        assert len(same) == len(tensors)
+        assert all(torch.equal(a, b) for a, b in zip(same, tensors, strict=True))
+        assert alone.tolist() == [0, 1, 1, 1]
+        assert alone.dtype == torch.float32
+    copies = GUARD(tensors, MODES, POSITIONS, faults, BLAMES)[:-1]
+    assert all(a is not b for a, b in zip(copies, tensors, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_guard_passes_opcheck(dtype: torch.dtype) -> None:
+    tensors = [t.detach().to(dtype).requires_grad_() for t in bank()]
+    faults = torch.zeros(5, requires_grad=True)
+    torch.library.opcheck(GUARD, (tensors, MODES, POSITIONS, faults, BLAMES))
+
+
+def test_guard_lets_gradients_through_by_mode() -> None:
+    tensors = bank()
+    grads = [torch.randn_like(t) for t in tensors]
+    (rows, *params), faults = guarded(tensors, grads)
+    for slot, (to_host, to_params) in enumerate([(1, 1), (1, 0), (0, 1), (1, 0)]):
+        assert torch.equal(rows[slot], grads[0][slot] * to_host)
+        for passed, grad in zip(params, grads[1:], strict=True):
+            assert torch.equal(passed[slot], grad[slot] * to_params)
+    assert faults == [0] * 5
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["rows", "first", "second"])
+@pytest.mark.parametrize("slot", [0, 1, 2])
+def test_guard_stops_a_slot_with_any_gradient_that_is_not_finite(
+    slot: int, which: int, value: float
+) -> None:
+    tensors = bank()
+    grads = [torch.randn_like(t) for t in tensors]
+    clean, _ = guarded(tensors, grads)
+    grads[which][slot].view(-1)[-1] = value
+    passed, faults = guarded(tensors, grads)
+    for now, before in zip(passed, clean, strict=True):
+        assert not now[slot].any()
+        others = [i for i in range(4) if i != slot]
+        assert torch.equal(now[others], before[others])
+    assert faults == [float(position == slot) for position in POSITIONS.tolist()]
+
+
+@pytest.mark.parametrize("op", [GUARD, RECONSTRUCT], ids=lambda op: op.name())
+def test_inductor_finds_what_is_not_finite(op: torch._ops.OpOverload) -> None:
+    # It folds ``x * 0`` to 0, so a check by that product passes everywhere but there.
+    def step(*given: Tensor) -> Tensor:
+        *tensors, weight, faults = given
+        if op is GUARD:
+            rows, *_ = op(tensors, MODES, POSITIONS, faults, BLAMES)
+        else:
+            rows = tensors[0]
+            rows = op(
+                rows, torch.zeros_like(rows), torch.tensor([-1]), torch.ones(()), BLAMES[:, 0]
+            )
+        total: Tensor = (rows * weight).sum()
+        return total
+
+    tensors, weight = bank(), torch.ones(4, 1, 3, 2, dtype=torch.float64)
+    weight[0, 0, 1, 1], weight[2, 0, 0, 0] = INF, NAN
+    faults = torch.zeros(5, requires_grad=True)
+    leaves = [tensors[0], faults] if op is GUARD else [tensors[0]]
+    with fresh_cache():  # plain Inductor's knows an operator by its name, whatever its backward
+        out = torch.compile(step, fullgraph=True)(*tensors, weight, faults)
+        found = torch.autograd.grad(out, leaves)
+    expected = torch.autograd.grad(step(*tensors, weight, faults), leaves)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    assert expected[0].isfinite().all()
+    assert not expected[0][[0, 2]].any()
+
+
+def test_a_fault_in_a_free_slot_is_nobodys() -> None:
+    tensors = bank()
+    grads = [torch.randn_like(t) for t in tensors]
+    grads[0][3] = NAN
+    passed, faults = guarded(tensors, grads)
+    assert not passed[0][3].any()
+    assert faults == [0] * 5
+
+
+def test_seeds_that_share_a_slot_have_their_own_rows_and_one_set_of_parameters() -> None:
+    tensors = [torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)]
+    grads = [torch.randn_like(t) for t in tensors]
+    modes, positions = torch.tensor([[F, R, L], [F, F, F]]), torch.tensor([1, 0, 2, 3])
+    (rows, param), faults = guarded(tensors, grads, modes, positions)
+    assert torch.equal(rows, grads[0] * (modes != R).unsqueeze(-1))
+    assert torch.equal(param[0], grads[1][0])
+    assert not param[1].any()
+    grads[0][0, 2, 1] = INF
+    (rows, param), faults = guarded(tensors, grads, modes, positions)
+    assert not rows[0].any()
+    assert not param.any()
+    assert torch.equal(rows[1], grads[0][1])
+    assert faults == [1, 1, 1, 0]
+
+
+def test_guard_blames_a_blueprint_for_nothing_but_its_own_faults() -> None:
+    tensors = bank()
+    grads = [torch.full_like(t, NAN) for t in tensors]
+    blames = torch.tensor([[True], [False], [True], [True]])
+    (rows, *params), faults = guarded(tensors, grads, blames=blames)
+    assert not any(t.any() for t in (rows, *params))
+    assert faults == [1, 0, 1, 0, 0]  # slots 2 and 0; 1 is not blamed
+
+
+def test_guard_undoes_what_gradients_were_scaled_down_by() -> None:
+    tensors = bank()
+    grads = [torch.randn_like(t) for t in tensors]
+    (rows, *params), _ = guarded(tensors, grads, less=torch.tensor([0.0, 0.0, 7.0, 0.0]))
+    (same, *before), _ = guarded(tensors, grads)
+    assert torch.equal(rows, same)
+    for now, then in zip(params, before, strict=True):
+        assert torch.equal(now, then * torch.tensor([1, 1, 8, 1]).view(-1, *[1] * (now.dim() - 1)))
+
+
+def test_guard_takes_tensors_that_have_no_gradient() -> None:
+    rows, weight = (torch.randn(4, 1, 2, requires_grad=True), torch.randn(4, 2, requires_grad=True))
+    counter = torch.arange(4)
+    faults = torch.zeros(5, requires_grad=True)
+    out = GUARD([rows, weight, counter], MODES, POSITIONS, faults, BLAMES)
+    assert torch.equal(out[2], counter)
+    (out[0].sum() + out[1].sum()).backward()
+    assert weight.grad is not None
+    assert weight.grad.any(1).tolist() == [True, False, True, False]
+
+
+def test_guard_takes_parameters_of_one_number() -> None:
+    tensors = [torch.randn(4, 1, 2, requires_grad=True), torch.randn(4, requires_grad=True)]
+    (_, gain), faults = guarded(tensors, [torch.ones_like(t) for t in tensors])
+    assert gain.tolist() == [1, 0, 1, 0]
+    assert faults == [0] * 5
+
+
+def test_guard_without_its_operator_has_the_same_gradients_where_they_are_finite() -> None:
+    tensors = bank()
+    grads = [torch.randn_like(t) for t in tensors]
+    expected, _ = guarded(tensors, grads)
+    faults = torch.zeros(5, requires_grad=True)
+    found = torch.autograd.grad(
+        operators._plain_guard(tensors, MODES, POSITIONS, faults, BLAMES)[:-1], tensors, grads
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)

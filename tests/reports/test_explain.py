@@ -1,0 +1,80 @@
+"""explain() names every layer, whatever the graph looks like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_net_cases import PassesBy, X
+from torch import Tensor, nn
+
+from kasmina_fx import (
+    capture,
+    explain,
+    graph_text,
+    kasmina_layers,
+    kasminify,
+    unkasminify,
+)
+from kasmina_fx.testing import graft
+
+
+def test_explain_finds_layers_of_a_forward_that_takes_whatever_comes() -> None:
+    model = kasminify(PassesBy(), num_seeds=2, compile=False)
+    graft(kasmina_layers(model)["called"], [0])
+    called, read = explain(model, X).layers
+    assert (called.layer, called.matched, called.blended) == ("called", True, 1)
+    assert (read.layer, read.matched) == ("read", False)
+    names = [node.target for node in capture(model, X).graph.find_nodes(op="placeholder")]
+    assert names  # and roles were found by the same paths
+    assert "param  called.weight" in graph_text(capture(model, X))
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        out: Tensor = self.norm(self.second(x))
+        return out
+
+
+def test_explain_goes_on_behind_a_graph_break_and_says_what_was_left() -> None:
+    torch._dynamo.reset()
+    model = kasminify(Broken(), num_seeds=2, compile=False)
+    graft(kasmina_layers(model)["second"], [0])
+    counted = kasmina_layers(model)["first"].get_health_report()["count"].tolist()
+    said = explain(model, X)
+    assert [(r.layer, r.matched, r.graph) for r in said.layers] == [
+        ("first", True, 0),
+        ("second", True, 1),
+    ]
+    assert len(said.breaks) == 1
+    assert said.left == {"norm": "a LayerNorm is none of the targets"}
+    assert f"graph break: {said.breaks[0]}" in str(said)
+    assert "norm: left: a LayerNorm is none of the targets" in str(said)
+    assert all(report.bytes > 0 for report in said.layers)
+    assert kasmina_layers(model)["first"].get_health_report()["count"].tolist() == counted
+    assert not explain(unkasminify(kasminify(Broken(), num_seeds=2)), X).left
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.lstm(x)[0])
+        return out
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_explain_names_a_layer_behind_an_lstm(grown: bool) -> None:
+    torch._dynamo.reset()
+    model = kasminify(Recurrent(), num_seeds=2, compile=False)
+    if grown:
+        graft(kasmina_layers(model)["out"], [0])
+    (layer,) = explain(model, torch.randn(2, 3, 4)).layers
+    assert (layer.layer, layer.matched) == ("out", True)
