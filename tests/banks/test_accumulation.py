@@ -86,3 +86,20 @@ def test_other_slots_that_reconstruct_start_another_count() -> None:
     accumulate(model, [x])
     accumulate(fresh, [x])
     torch.testing.assert_close(gradients(model), gradients(fresh))
+
+
+def test_a_slot_that_learns_from_the_models_loss_as_well_accumulates_as_torch_does() -> None:
+    def grown() -> KasminaLayer:
+        torch.manual_seed(0)
+        layer = KasminaLayer(nn.Linear(4, 6), 3, telemetry=False, layer_id="fc")
+        shared = layer.register_blueprint("affine")
+        graft(layer, [0], shared, 0.5, SeedLifecycle.TRAINING)
+        graft(layer, [1], shared, 0.5)
+        return layer
+
+    x, twice, once = torch.randn(12, 4), grown(), grown()
+    accumulate(once, [x])
+    for _ in range(2):
+        accumulate(twice, [x])
+    for got, single in zip(gradients(twice), gradients(once), strict=True):
+        torch.testing.assert_close(got, 2 * single)

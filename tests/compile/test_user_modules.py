@@ -202,3 +202,25 @@ def test_a_module_that_writes_to_its_input_writes_to_nobody_elses() -> None:
         torch.testing.assert_close(run(x), expected)
     with reference_mode(net):
         torch.testing.assert_close(net(x), expected)
+
+
+class _Shifts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.add_(self.by)
+
+
+def test_seeds_that_share_a_module_which_writes_to_its_input_run_it_on_what_came_in() -> None:
+    # Their blueprint runs twice, once for those that learn and once for those that do not.
+    net = kasminify(nn.Sequential(nn.Linear(IN, SIZE)), num_seeds=2, telemetry=False, compile=False)
+    layer = kasmina_layers(net)["0"]
+    shared = layer.register_blueprint(lambda n: _Shifts(), name="shifts_in_place")
+    graft(layer, [0, 1], shared, alpha=0.25)
+    layer.advance([1], "STABILIZATION")
+    x = torch.randn(5, IN)
+    expected = layer.base(x) + 0.25
+    for run in (net, torch.compile(net, backend=kasmina)):
+        torch.testing.assert_close(run(x), expected)

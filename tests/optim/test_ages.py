@@ -28,6 +28,8 @@ OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
     "NAdam, decoupled": lambda p: optim.NAdam(
         p, lr=RATE, weight_decay=0.1, decoupled_weight_decay=True
     ),
+    "NAdam, maximize": lambda p: optim.NAdam(p, lr=RATE, weight_decay=0.1, maximize=True),
+    "Adagrad, maximize": lambda p: optim.Adagrad(p, lr=RATE, lr_decay=0.1, maximize=True),
     "RAdam": lambda p: optim.RAdam(p, lr=RATE),
     "Adamax": lambda p: optim.Adamax(p, lr=RATE),
     "Adagrad": lambda p: optim.Adagrad(p, lr=RATE, lr_decay=0.1),
