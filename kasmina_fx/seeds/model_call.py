@@ -101,10 +101,11 @@ def _watched(
     """Call a model for the first time, and warn of layers that it never called."""
     with compiled_layers() as paths:
         out = call(*args, **kwargs)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if not paths <= modules.keys():  # behind a graph break, say: nobody knows what was called
-        return out
-    met = {id(modules[path].kasmina) for path in paths}
+    named = model.named_modules(remove_duplicate=False)
+    stores = {path: module._modules.get("kasmina") for path, module in named}
+    if any(stores.get(path) is None for path in paths):
+        return out  # behind a graph break, say, paths start elsewhere: nobody knows what was called
+    met = {id(stores[path]) for path in paths}
     missed = [s.name for s in siblings if id(s) not in met and not s.__dict__.get("called")]
     if missed:
         _LOG.warning(

@@ -36,3 +36,29 @@ class PassesBy(nn.Module):
     def forward(self, *args: Tensor, **kwargs: Any) -> Tensor:
         out: Tensor = nn.functional.linear(self.called(args[0]), self.read.weight)
         return out
+
+
+class Broken(nn.Module):
+    """A model of two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        out: Tensor = self.norm(self.second(x))
+        return out
+
+
+class Recurrent(nn.Module):
+    """A layer behind an LSTM, which Dynamo does not trace."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.lstm(x)[0])
+        return out

@@ -18,6 +18,7 @@ import kasmina_fx
 from kasmina_fx import (
     InvalidArgument,
     KasminaLayer,
+    TelemetryPolicy,
     kasmina_layers,
     kasminify,
     reference,
@@ -364,3 +365,23 @@ def test_what_the_seeds_call_their_host_has_nothing_of_the_seeds() -> None:
     own = [p.grad for n, p in model[0].named_parameters() if not n.startswith("kasmina.")]
     expected = torch.stack([g.norm() for g in own if g is not None]).norm()
     torch.testing.assert_close(host.gradient_norm(), expected)
+
+
+def test_a_module_that_is_resized_has_seeds_with_the_same_settings_and_siblings() -> None:
+    policy = TelemetryPolicy(fraction=0.5, in_eval=True)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    kasminify(model, num_seeds=6, telemetry=policy, compile=False)
+    resized, other = kasmina_layers(model).values()
+    plain: Any = model[0]
+    plain.weight, plain.bias = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4))
+    plain.out_features = 4
+    assert (resized.num_seeds, resized.chunks.layer_dim) == (4, 4)  # capped, as by kasminify
+    store = resized.kasmina
+    assert (store.observed, store.one_in, store.in_eval) == (True, 2, True)
+    assert resized(torch.ones(2, 4)).shape == (2, 4)
+    graft(other, [0], "affine")  # which allocates in every layer of the model
+    assert store.has_bank("affine", shared=False)
+    graft(resized, [1], "affine")
+    with pytest.raises(InvalidArgument, match="out_features can't become 8, seeds have grown"):
+        plain.out_features = 8
+    assert plain.out_features == 4

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
-from small_net_cases import PassesBy, X, net
-from torch import nn
+import torch
+from small_net_cases import Broken, PassesBy, Recurrent, X, net
+from torch import Tensor, nn
 
 from kasmina_fx import (
     InvalidType,
@@ -46,3 +48,14 @@ def test_a_first_forward_names_what_it_never_calls(
             model(X)
     (record,) = [r for r in caplog.records if r.name.endswith("model_call")]
     assert record.getMessage().startswith("read: the model's first forward called none of these")
+
+
+@pytest.mark.parametrize(("build", "x"), [(Broken, X), (Recurrent, X.view(1, 2, 4))])
+def test_behind_a_graph_break_a_first_forward_runs_and_accuses_nobody(
+    build: Callable[[], nn.Module], x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.reset()
+    model = kasminify(build(), num_seeds=2, options={"compile_threads": 1})
+    with caplog.at_level(logging.WARNING, logger="kasmina_fx"):
+        model(x)
+    assert not [record for record in caplog.records if record.name.startswith("kasmina_fx")]

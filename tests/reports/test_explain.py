@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_net_cases import PassesBy, X
-from torch import Tensor, nn
+from small_net_cases import Broken, PassesBy, Recurrent, X
 
 from kasmina_fx import (
     capture,
@@ -29,18 +28,6 @@ def test_explain_finds_layers_of_a_forward_that_takes_whatever_comes() -> None:
     assert "param  called.weight" in graph_text(capture(model, X))
 
 
-class Broken(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        torch._dynamo.graph_break()
-        out: Tensor = self.norm(self.second(x))
-        return out
-
-
 def test_explain_goes_on_behind_a_graph_break_and_says_what_was_left() -> None:
     torch._dynamo.reset()
     model = kasminify(Broken(), num_seeds=2, compile=False)
@@ -58,16 +45,6 @@ def test_explain_goes_on_behind_a_graph_break_and_says_what_was_left() -> None:
     assert all(report.bytes > 0 for report in said.layers)
     assert kasmina_layers(model)["first"].get_health_report()["count"].tolist() == counted
     assert not explain(unkasminify(kasminify(Broken(), num_seeds=2)), X).left
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.out = nn.LSTM(4, 4, batch_first=True), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(self.lstm(x)[0])
-        return out
 
 
 @pytest.mark.parametrize("grown", [False, True])
