@@ -51,6 +51,7 @@ def test_a_first_forward_names_what_it_never_calls(
 
 
 @pytest.mark.parametrize(("build", "x"), [(Broken, X), (Recurrent, X.view(1, 2, 4))])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's, of any model with a break
 def test_behind_a_graph_break_a_first_forward_runs_and_accuses_nobody(
     build: Callable[[], nn.Module], x: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
