@@ -1,16 +1,18 @@
-"""How `overhead.py` measures: interleaved rounds, peak memory, and what machine it was."""
+"""How the benchmarks measure: interleaved rounds, peak memory, and what machine it was."""
 
 from __future__ import annotations
 
 import ctypes
 import datetime
 import gc
+import importlib
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,32 @@ def sample(step: Step, inputs: Sequence[Tensor], calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def clocked_ms(call: Callable[[], object], steps: int, clock: Callable[[], float]) -> float:
+    """Return the median of a host clock's times of a call that finds nothing queued."""
+    taken = []
+    for _ in range(steps):
+        begin = clock()
+        call()
+        taken.append(clock() - begin)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    return 1e3 * statistics.median(taken)
+
+
+def device_ms(call: Callable[[], object], steps: int) -> float:
+    """Return the median time of a call; on CUDA of calls in a row that nobody waits for."""
+    if not torch.cuda.is_initialized():
+        return clocked_ms(call, steps, time.perf_counter)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    return float(statistics.median(begin.elapsed_time(end) for begin, end in pairwise(events)))
+
+
 def peak_growth(step: Step, x: Tensor, times: int = 3) -> int | None:
     """Bytes by which memory grows at most during a step; None where it can't be read.
 
@@ -159,4 +187,5 @@ def machine(device: str) -> dict[str, Any]:
     }
     if device == "cuda":
         about |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+        about["triton"] = importlib.import_module("triton").__version__
     return about

@@ -158,6 +158,7 @@ def _renew(layer: SwappedLayer) -> None:
         without=_SEEDS,
     )
     store.observed, store.one_in, store.in_eval = old.observed, old.one_in, old.in_eval
+    store.rows_seen = old.rows_seen
     old.siblings.discard(old)
     store.join(old.siblings)
     layer._modules[_SEEDS] = store

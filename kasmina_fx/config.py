@@ -60,6 +60,9 @@ class TelemetryPolicy:
 
     Args:
         every: Observe one step in so many, at least 1. Data: it may change without a recompile.
+        rows: Look at so many rows of a batch at most, spread evenly over it (a row is what a layer
+            returns for one token, or one pixel), at least 1; None: at all of them. Blueprints'
+            faults are seen on all rows in any case. Compiled in.
         fraction: The share of a batch's rows to look at (the first ones), above 0 up to 1; rounded
             to one in a whole number. Compiled in: a change recompiles, and saves what it leaves
             out.
@@ -73,6 +76,7 @@ class TelemetryPolicy:
     every: int = 1
     fraction: float = 1.0
     in_eval: bool = False
+    rows: int | None = 1024
 
     def __post_init__(self) -> None:
         """Refuse values outside what is allowed."""
@@ -80,6 +84,8 @@ class TelemetryPolicy:
         check_number("fraction", self.fraction)
         if not 0 < self.fraction <= 1:
             raise InvalidArgument(f"fraction={shown(self.fraction)}: give a number above 0 up to 1")
+        if self.rows is not None:
+            check_count("rows", self.rows, least=1)
         if not isinstance(self.in_eval, bool):
             raise InvalidArgument(f"in_eval={shown(self.in_eval)}: give True or False")
 

@@ -117,7 +117,7 @@ class SeededModule(SeedCommands, nn.Module):
         y, notes = markers.BLEND(*asked)
         if store.observed and (self.training or store.in_eval) and not _being_recorded():
             accumulated: Any = store._modules["telemetry"]._buffers["accumulated"]  # type: ignore[union-attr]  # never None
-            markers.OBSERVE(y, notes, accumulated, store.layout_text, store.one_in)
+            markers.OBSERVE(y, notes, accumulated, store.layout_text, store.one_in, store.rows_seen)
         return replaced(out, y)
 
     def _read(self, store: SeedStore) -> GraphInputs:

@@ -4,13 +4,14 @@
                                            [positions], [modes], [trainees], [w1, b1, w2, b2], ...)
     after   %chunks = view(%y)                                  (n, rows, size)
             %taken = kasmina.gather.default(%chunks, seeds, positions)   (K, rows, size)
-            %rows, %w1, ... = kasmina.guard.default([%taken, w1, ...], modes, positions, faults)
+            %rows, %w1, ..., %sane = kasmina.guard.default([%taken, w1, ...], modes, ...)
             %f = bmm(relu(bmm(%rows, %w1) + %b1), %w2) + %b2
-            %f = kasmina.reconstruct.default(%f, %taken, trainees, loss_scale)
+            %f = kasmina.reconstruct.default(%f, %taken, trainees, loss_scale, ...)
             %pulled = kasmina.pull.default(%f, positions, seeds)         (n, rows, size)
-            %finite = kasmina.pull.default(amax(abs(%f)) < inf, positions, seeds)         (n,)
-            %blended = %finite & (roles == BLENDS)
-            %out = where(%blended, %chunks + alpha * (%pulled - %chunks), %chunks)
+            %ran = kasmina.pull.default(%sane, positions, seeds)         (n,)
+            %grown = %chunks + alpha * (%pulled - %chunks)
+            %blended = %ran & (roles == BLENDS) & (abs(%grown) < inf)
+            %out = where(%blended, %grown, %chunks)
 
 The number of nodes depends on runs and blueprint classes, never on the number of seeds.
 """

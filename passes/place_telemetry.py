@@ -1,7 +1,8 @@
 """Observe markers become statistics of the layer's output, merged into their buffer.
 
-    before  kasmina.observe.default(%y, %notes, telemetry, 'dim=-1 runs=8x4', 1)
-    after   %merged = stack([count, mean, ...])     from sums of y over rows, then over chunks
+    before  kasmina.observe.default(%y, %notes, telemetry, 'dim=-1 runs=8x4', 1, 1024)
+    after   %seen = index(%y, [...])                at most 1,024 rows, spread evenly
+            %merged = stack([count, mean, ...])     from sums over rows, then over chunks
             copy_(telemetry, %merged)
 
 The write is the last of the inserted nodes and the only one; nothing of the host reads what it
@@ -47,7 +48,8 @@ class PlaceTelemetry(GraphPass):
         inputs = [n for n in (y, notes, telemetry) if n is not None]
         arguments = [fixed_argument(y, {match.chunks.feature_dim})]
         arguments += [fixed_argument(n, {0, 1}) for n in inputs[1:]]
-        meaning = _Observe(argument(node, "chunks"), argument(node, "one_in") or 1)
+        chunks, one_in, rows = (argument(node, n) for n in ("chunks", "one_in", "rows"))
+        meaning = _Observe(chunks, one_in or 1, rows or 0)
         template = trace_template(meaning, arguments, inputs, autocast_at(node))
         splice(match.graph_module, node, template, inputs, by=self.name)
         match.graph_module.graph.erase_node(node)
@@ -59,8 +61,10 @@ class _Observe(Meaning):
 
     chunks: str
     one_in: int
+    rows: int
 
     def __call__(self, *tensors: Tensor) -> tuple[()]:
         y, *notes, telemetry = tensors  # notes may be missing
-        statistics.observe(y, notes[0] if notes else None, telemetry, self.chunks, self.one_in)
+        said = notes[0] if notes else None
+        statistics.observe(y, said, telemetry, self.chunks, self.one_in, self.rows)
         return ()

@@ -38,6 +38,11 @@ def known_empty(t: torch.Tensor) -> bool:
     return statically_known_true(t.numel() == 0)
 
 
+def known_one(size: int | torch.SymInt) -> bool:
+    """Say whether a size is 1; False where only a symbol says."""
+    return statically_known_true(size == 1)
+
+
 class StorageOf:
     """Tells a tensor by its memory, which it does not keep alive.
 

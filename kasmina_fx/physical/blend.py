@@ -6,6 +6,10 @@ once per layout and splice the graph in place of the marker.
     y --narrow, unflatten--> chunks (n, ..., size, ...) --gather--> (K, M, ..., size, ...)
       --guard--> stacked blueprints --reconstruct--> --pull--> f, chunks + alpha * (f - chunks)
 
+Two things keep NaN and Inf from the host. A slot with one in its parameters does not run; else each
+element decides for itself, where what was made or its blend does not fit the host's dtype. Nothing
+in between looks at a whole batch: that would be a pass over memory between blueprint and blend.
+
 Three of the moves exist for what they do in backward: ``guard`` decides which gradients leave a
 blueprint (to its parameters, to its chunk), ``reconstruct`` adds the gradient of the reconstruction
 loss of seeds in TRAINING, ``gather`` and ``pull`` turn into each other.
@@ -20,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kasmina_fx._torch.tracing import known_empty
+from kasmina_fx._torch.tracing import known_empty, known_one
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.lifecycle import Mode, Role
 from kasmina_fx.physical import operators
@@ -56,23 +60,21 @@ def chunks_of(y: Tensor, run: Run, dim: int) -> Tensor:
 class _Outcome(NamedTuple):
     """Holds what blueprints made of a run's chunks, seed by seed; zeros where none did.
 
-    ``made`` is ``(n, ..., size, ...)``, ``finite`` bool ``(n,)``: a blueprint ran and can be
-    blended; ``faulty`` bool ``(n,)``: it ran, on a finite chunk, and can't; ``loss`` float32
-    ``(n,)``: its mean squared difference from the chunk.
+    ``made`` is ``(n, ..., size, ...)``; ``ran`` bool ``(n,)``: a blueprint ran, its parameters are
+    finite; ``said`` float32 ``(n, 3)``: 1 where it made something that can't be blended of a
+    finite chunk, its mean squared difference from the chunk, and 1 where that is finite.
     """
 
     made: Tensor
-    finite: Tensor
-    faulty: Tensor
-    loss: Tensor
+    ran: Tensor
+    said: Tensor
 
     def over(self, other: _Outcome) -> _Outcome:
         """Take this one where a blueprint ran, ``other`` elsewhere: a seed has one blueprint."""
-        mine = self.finite.view(column(self.made))
+        mine = self.ran.view(column(self.made))
         # A where, not a sum: what is not finite stays out.
         made = torch.where(mine, self.made, other.made)
-        finite, faulty = self.finite | other.finite, self.faulty | other.faulty
-        return _Outcome(made, finite, faulty, self.loss + other.loss)
+        return _Outcome(made, self.ran | other.ran, self.said + other.said)
 
 
 def _run_bank(host: Tensor, bank: BankInputs, layer: LayerTables, dim: int) -> _Outcome:
@@ -84,28 +86,39 @@ def _run_bank(host: Tensor, bank: BankInputs, layer: LayerTables, dim: int) -> _
     sound = finite_rows(rows)
     # Overflow in the backward of a scaled loss is how a GradScaler finds its scale.
     blames = (sound & (layer.loss_scale == 1)).view(tables.modes.shape)
-    made, alone = _run(bank, rows.unflatten(0, tables.seeds.shape), layer.faults, blames, dim)
-    made = made.flatten(0, 1)
-    made = move.reconstruct(made, rows.detach(), tables.trainees, layer.loss_scale, alone)
-    difference = _difference_of(made.detach(), rows.detach())
-    finite = _finite(difference, made, rows)
-    loss = difference.square().mean(inside(rows)).float().masked_fill(~finite, 0.0)
-    outcome = (made, finite, sound & ~finite, loss)
-    return _Outcome(*(move.pull(t, positions, index) for t in outcome))
+    made, alone, sane = _run(bank, rows.unflatten(0, tables.seeds.shape), layer.faults, blames, dim)
+    made, ran = made.flatten(0, 1), _in_places(sane, tables.seeds)
+    made = move.reconstruct(made, rows.detach(), tables.trainees, layer.loss_scale, alone, ran)
+    said = _said(made.detach(), rows.detach(), ran, sound)
+    return _Outcome(*(move.pull(t, positions, index) for t in (made, ran, said)))
 
 
-def _difference_of(made: Tensor, rows: Tensor) -> Tensor:
-    """Subtract in float32 or more."""
-    wide = torch.promote_types(torch.promote_types(rows.dtype, made.dtype), torch.float32)
-    return made.to(wide) - rows.to(wide)
+def _in_places(of_slots: Tensor, seeds: Tensor) -> Tensor:
+    """Repeat ``(K,)`` of slots for their places, ``(K * M,)``; ``seeds`` is ``(K, M)``."""
+    if known_one(seeds.shape[1]):
+        return of_slots
+    return of_slots.unsqueeze(1).expand(seeds.shape).reshape(-1)
 
 
-def _finite(difference: Tensor, made: Tensor, rows: Tensor) -> Tensor:
-    """Say, bool ``(P,)``, whether every blend with the chunk is finite in the host's dtype."""
+def _said(made: Tensor, rows: Tensor, ran: Tensor, sound: Tensor) -> Tensor:
+    """Return ``said`` of :class:`_Outcome` in the slots' places: nobody's blend waits for it."""
+    difference = made.to(_wide(rows, made)) - rows.to(_wide(rows, made))
     finite = finite_rows(difference)  # and so are both
-    if torch.finfo(made.dtype).max > torch.finfo(rows.dtype).max:
+    if _overflows(made, rows):
         finite = finite & finite_rows(made.to(rows.dtype))
-    return finite
+    fine = ran & finite
+    loss = difference.square().mean(inside(rows)).float().masked_fill(~fine, 0.0)
+    return torch.stack([(sound & ~fine).float(), loss, fine.float()], 1)
+
+
+def _wide(host: Tensor, made: Tensor) -> torch.dtype:
+    """Return a dtype that holds both, float32 or more."""
+    return torch.promote_types(torch.promote_types(host.dtype, made.dtype), torch.float32)
+
+
+def _overflows(made: Tensor, host: Tensor) -> bool:
+    """Say whether what was made may be finite, and not in the host's dtype."""
+    return torch.finfo(made.dtype).max > torch.finfo(host.dtype).max
 
 
 def _blend_run(
@@ -114,41 +127,44 @@ def _blend_run(
     """Return a run's chunks after the blend, and the notes on its seeds."""
     if not outcomes:
         return host, _no_notes(host, len(host))
-    outcome = reduce(_Outcome.over, outcomes)
-    beside = column(host)
+    made, ran, said = reduce(_Outcome.over, outcomes)
     # float32 for half types: the difference of two close values has few correct bits in them.
-    wide = torch.promote_types(torch.promote_types(host.dtype, outcome.made.dtype), torch.float32)
+    wide = _wide(host, made)
     exact = host.to(wide)
-    grown = exact + layer.alpha.view(beside).to(wide) * (outcome.made.to(wide) - exact)
-    # A where, not a product with 0: an unblended chunk keeps its bits, NaN, Inf and -0 included.
-    blended = outcome.finite & (layer.roles == Role.BLENDS)
-    out = torch.where(blended.view(beside), grown.to(host.dtype), host)
-    added = (layer.alpha * layer.alpha * outcome.loss).masked_fill(~blended, 0.0)
-    loss = outcome.loss.masked_fill(~outcome.finite, NO_LOSS)
-    return out, torch.stack([outcome.faulty.float(), loss, added])
+    alpha = layer.alpha.view(column(host)).to(wide)
+    grown = (exact + alpha * (made.to(wide) - exact)).to(host.dtype)
+    blends = ran & (layer.roles == Role.BLENDS)
+    # A where, not a product with 0: what is not blended keeps its bits, NaN, Inf and -0 included.
+    blended = blends.view(column(host)) & (grown.abs() < torch.inf)
+    if _overflows(made, host):
+        blended = blended & (made.to(host.dtype).abs() < torch.inf)
+    out = torch.where(blended, grown, host)
+    faulty, loss, fine = said.unbind(1)
+    added = (layer.alpha * layer.alpha * loss).masked_fill(~blends, 0.0)
+    return out, torch.stack([faulty, loss.masked_fill(fine == 0, NO_LOSS), added])
 
 
 def _run(
     bank: BankInputs, rows: Tensor, faults: Tensor, blames: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the stacked blueprints on guarded rows ``(K, M, ..., size, ...)``.
 
-    Returned are what they made and ``alone``, guard's last output.
+    Returned are what they made, ``alone`` and ``sane``, guard's last outputs.
     """
     spec, tables = bank.spec, bank.tables
     blueprint = lookup(spec.kind).in_mode(spec.training)
     stacks = [p[: rows.shape[0]] for p in bank.params]
-    rows, *stacks, alone = operators.current().guard(
+    rows, *stacks, alone, sane = operators.current().guard(
         [rows, *stacks], tables.modes, tables.positions, faults, blames
     )
     outcome = blueprint.stacked(stacks, rows, dim)
     if not spec.shared:
-        return outcome, alone
+        return outcome, alone, sane
     # Seeds that share parameters may be in different stages: what a frozen one sends back must not
     # train them. The two products are one in forward, after common subexpressions are merged.
     frozen = blueprint.stacked([p.detach() for p in stacks], rows, dim)
     learns = (tables.modes != Mode.FROZEN).view(*tables.modes.shape, *[1] * (rows.dim() - 2))
-    return torch.where(learns, outcome, frozen), alone
+    return torch.where(learns, outcome, frozen), alone, sane
 
 
 def _no_notes(y: Tensor, count: int) -> Tensor:

@@ -1,17 +1,19 @@
 """Operators that decide which gradients leave a blueprint.
 
 ``guard(tensors, modes, positions, faults, blames)``
-    The identity on a bank's rows ``(K, M, ...)`` and parameters ``(K, ...)``. Backward lets a
-    slot's gradients through if all of them are finite (0 x NaN is NaN: a blueprint rejected in
-    forward could still poison the host's gradient) and its mode allows: frozen parameters get none,
-    and no chunk gets any from a seed in TRAINING. What was refused is counted in the gradient of
-    ``faults`` ``(n,)``, where it can be nothing but the blueprint's fault (``blames``, bool
-    ``(K, M)``). One more output, float32 ``(K,)``, is 1 for slots that do not learn from the
-    model's loss: their gradients may be scaled down on the way here.
-``reconstruct(f, rows, trainees, loss_scale, alone)``
+    The identity on a bank's rows ``(K, M, ...)`` and parameters ``(K, ...)``. Backward lets through
+    what is finite (0 x NaN is NaN: what forward kept from the host could still poison its gradient)
+    and what a slot's mode allows: each element of the rows' gradient for itself, the parameters' of
+    a slot only together; frozen parameters get none, and no chunk gets any from a seed in TRAINING.
+    Slots of which something was refused are counted in the gradient of ``faults`` ``(n,)``, where
+    it can be nothing but the blueprint's fault (``blames``, bool ``(K, M)``). Two more outputs: ``alone``, float32 ``(K,)``, is 1 for slots that do not learn from
+    the model's loss, whose gradients may be scaled down on the way here; ``sane``, bool ``(K,)``,
+    says of which slots all parameters are finite.
+``reconstruct(f, rows, trainees, loss_scale, alone, ran)``
     The identity on ``f`` ``(P, ...)``. Backward adds the gradient of ``loss_scale`` times the mean
     squared difference of ``f`` from ``rows``, a sum over the places in ``trainees``: an auxiliary
     loss that needs no change of the training loop, as mixture-of-experts layers inject theirs.
+    Places that did not run (``ran``, bool ``(P,)``) and elements that are not finite add nothing.
     In float16 a GradScaler's scale is for the model's loss, and would overflow this one: slots that
     are ``alone`` get a power of two less, and guard multiplies it in again. How much comes there as
     the gradient of ``alone``.
@@ -20,7 +22,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any, Final
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from kasmina_fx.lifecycle import Mode
 from kasmina_fx.physical.moves import take
-from kasmina_fx.physical.rows import column, finite_rows, inside
+from kasmina_fx.physical.rows import column, finite_rows, inside, sane_slots
 
 
 @torch.library.custom_op(
@@ -40,40 +41,42 @@ from kasmina_fx.physical.rows import column, finite_rows, inside
 def _guard(
     tensors: Sequence[Tensor], modes: Tensor, positions: Tensor, faults: Tensor, blames: Tensor
 ) -> list[Tensor]:
-    return [*(t.clone() for t in tensors), alone_slots(modes)]
+    return [*(t.clone() for t in tensors), *of_slots(tensors, modes)]
 
 
 @_guard.register_fake
 def _(
     tensors: Sequence[Tensor], modes: Tensor, positions: Tensor, faults: Tensor, blames: Tensor
 ) -> list[Tensor]:
-    return [*(torch.empty_like(t) for t in tensors), alone_slots(modes)]
+    return [*(torch.empty_like(t) for t in tensors), *of_slots(tensors, modes)]
 
 
-def alone_slots(modes: Tensor) -> Tensor:
-    """Return float32 ``(K,)``: 1 for slots that don't learn from the model's loss."""
-    return (modes != Mode.LEARNS).all(1).to(torch.float32)
+def of_slots(tensors: Sequence[Tensor], modes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return guard's last outputs: ``alone`` and ``sane``."""
+    alone = (modes != Mode.LEARNS).all(1).to(torch.float32)
+    return alone, sane_slots(tensors[1:], modes)
 
 
 def _save_modes(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.save_for_backward(inputs[1], inputs[2], inputs[4])
+    ctx.save_for_backward(inputs[1], inputs[2], inputs[4], output[-1])
 
 
 def _guard_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    modes, positions, blames = ctx.saved_tensors
-    rows, *params, less = grads
+    modes, positions, blames, ran = ctx.saved_tensors
+    rows, *params, less, _ = grads
     # Floating-point outputs: autograd makes zeros where no gradient comes.
     assert rows is not None
     assert less is not None
     # Values that are no parameters (counters of a user's module) have no gradient to check.
     params = [g if g is None else g * (1 + less).to(g.dtype).view(column(g)) for g in params]
-    faulty = ~reduce(torch.logical_and, [finite_rows(g) for g in (rows, *params) if g is not None])
-    detached = (modes == Mode.RECONSTRUCTS) | faulty.unsqueeze(1)
-    frozen = (modes == Mode.FROZEN).all(1) | faulty
+    sane = sane_slots([g for g in params if g is not None], modes)
+    frozen = (modes == Mode.FROZEN).all(1) | ~sane
     places = (*modes.shape, *[1] * (rows.dim() - 2))
-    passed: list[Any] = [rows.masked_fill(detached.view(places), 0.0)]
+    detached = (modes == Mode.RECONSTRUCTS).view(places) | ~(rows.abs() < torch.inf)
+    passed: list[Any] = [rows.masked_fill(detached, 0.0)]
     passed += [g if g is None else g.masked_fill(frozen.view(column(g)), 0.0) for g in params]
-    blamed = (faulty & blames.all(1)).float().unsqueeze(1).expand(modes.shape).reshape(-1)
+    faulty = ~(sane & finite_rows(rows))
+    blamed = (faulty & ran & blames.all(1)).float().unsqueeze(1).expand(modes.shape).reshape(-1)
     return passed, None, None, torch.ops.kasmina.pull.default(blamed, positions, positions), None
 
 
@@ -86,16 +89,19 @@ _guard.register_autograd(_guard_backward, setup_context=_save_modes)
 @torch.library.custom_op(
     "kasmina::reconstruct",
     mutates_args=(),
-    schema="(Tensor f, Tensor rows, Tensor trainees, Tensor loss_scale, Tensor alone) -> Tensor",
+    schema="(Tensor f, Tensor rows, Tensor trainees, Tensor loss_scale, Tensor alone, "
+    "Tensor ran) -> Tensor",
 )
 def _reconstruct(
-    f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor
+    f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor, ran: Tensor
 ) -> Tensor:
     return f.clone()
 
 
 @_reconstruct.register_fake
-def _(f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor) -> Tensor:
+def _(
+    f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor, ran: Tensor
+) -> Tensor:
     return torch.empty_like(f)
 
 
@@ -105,9 +111,12 @@ def _as(dtype: torch.dtype, values: Tensor) -> Tensor:
 
 
 def _save_errors(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    f, rows, trainees, loss_scale, alone = inputs
+    f, rows, trainees, loss_scale, alone, ran = inputs
     wide = torch.promote_types(torch.promote_types(f.dtype, rows.dtype), torch.float32)
     error = _as(wide, take(f, trainees, trainees)) - _as(wide, take(rows, trainees, trainees))
+    fits = _as(rows.dtype, take(f, trainees, trainees)).abs() < torch.inf
+    ran = take(ran, trainees, trainees).view(column(error))
+    error = error.masked_fill(~(ran & fits & (error.abs() < torch.inf)), 0.0)
     ctx.save_for_backward(error, trainees, loss_scale, alone)
 
 
@@ -124,18 +133,20 @@ def _scaled_down(added: Tensor, slots: Tensor, alone: Tensor) -> tuple[Tensor, T
     return added / by.index_select(0, slots).view(column(added)), by
 
 
-def _reconstruct_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, Tensor | None]:
+def _reconstruct_backward(
+    ctx: Any, grad: Tensor
+) -> tuple[Tensor, None, None, None, Tensor | None, None]:
     error, trainees, loss_scale, alone = ctx.saved_tensors
     # A gradient that comes in as NaN or Inf (an overflow of a scaled loss) is not the blueprint's
     # fault: it goes no further, and the host's own gradient shows it anyway.
-    grad = grad.masked_fill(~finite_rows(grad).view(column(grad)), 0.0)
+    grad = grad.masked_fill(~(grad.abs() < torch.inf), 0.0)
     added = error * (2.0 / error[0].numel()) * loss_scale
     places, less = trainees.clamp_min(0), None
     if grad.dtype == torch.float16:
         added, by = _scaled_down(added, places // (grad.shape[0] // alone.shape[0]), alone)
         less = by - 1
     # Padding adds 0 to place 0; every other place occurs once, so the order does not matter.
-    return grad.index_add(0, places, added.to(grad.dtype)), None, None, None, less
+    return grad.index_add(0, places, added.to(grad.dtype)), None, None, None, less, None
 
 
 _reconstruct.register_autograd(_reconstruct_backward, setup_context=_save_errors)

@@ -8,9 +8,10 @@ functions of :mod:`kasmina_fx.physical.blend` with ordinary autograd; symbolic t
 :class:`~kasmina_fx.physical.graph_inputs.BlendArguments`. ``out`` is like ``y``; ``notes``, float32
 ``(3, S)``, say what the blueprints did: see ``NOTES`` there.
 
-``observe(y, notes, telemetry, chunks, one_in)`` merges one step's statistics of ``y`` into
-``telemetry`` (float32 ``(rows, S)``, see :mod:`kasmina_fx.physical.statistics`) in place, from
-the first of ``one_in`` equal parts of the batch; notes may be None.
+``observe(y, notes, telemetry, chunks, one_in, rows)`` merges one step's statistics of ``y`` into
+``telemetry`` (float32 ``(ROWS, S)``, see :mod:`kasmina_fx.physical.statistics`) in place, from
+the first of ``one_in`` equal parts of the batch and at most ``rows`` rows of it (0: all); notes may
+be None.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _TYPES: Final = {"y": "Tensor", "chunks": "str", "banks": "str"}
 _BLEND_TAKES: Final = ", ".join(f"{_TYPES.get(n, 'Tensor[]')} {n}" for n in BlendArguments._fields)
 _LIBRARY.define(f"blend({_BLEND_TAKES}) -> (Tensor out, Tensor notes)")
 _LIBRARY.define(
-    "observe(Tensor y, Tensor? notes, Tensor(a!) telemetry, str chunks, int one_in=1) -> ()"
+    "observe(Tensor y, Tensor? notes, Tensor(a!) telemetry, str chunks, int one_in=1, int rows=0)"
+    " -> ()"
 )
 
 
@@ -50,14 +52,14 @@ def _blend(*given: Any) -> tuple[Tensor, Tensor]:
 
 
 def _observe(
-    y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int = 1
+    y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int = 1, rows: int = 0
 ) -> None:
     if asks_for_shapes(y):
         with torch.no_grad():
             telemetry.zero_()
     # Eager activation checkpointing runs the forward again inside backward: not another step.
     elif not in_backward():
-        statistics.observe(y, notes, telemetry, chunks, one_in)
+        statistics.observe(y, notes, telemetry, chunks, one_in, rows)
 
 
 _LIBRARY.impl("blend", _blend, "CompositeImplicitAutograd")

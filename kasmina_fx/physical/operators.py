@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kasmina_fx._torch.tracing import in_functorch
 from kasmina_fx.lifecycle import Mode
-from kasmina_fx.physical.gradients import alone_slots
+from kasmina_fx.physical.gradients import of_slots
 from kasmina_fx.physical.moves import decomposed_move, take
 from kasmina_fx.physical.rows import column
 
@@ -23,8 +23,8 @@ RECONSTRUCT: Final = torch.ops.kasmina.reconstruct.default
 DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
     PULL: decomposed_move,
     GATHER: decomposed_move,
-    GUARD: lambda tensors, modes, positions, faults, blames: [*tensors, alone_slots(modes)],
-    RECONSTRUCT: lambda f, rows, trainees, loss_scale, alone: f,
+    GUARD: lambda tensors, modes, positions, faults, blames: [*tensors, *of_slots(tensors, modes)],
+    RECONSTRUCT: lambda f, rows, trainees, loss_scale, alone, ran: f,
 }
 
 
@@ -34,7 +34,7 @@ class Moves(NamedTuple):
     gather: Callable[[Tensor, Tensor, Tensor], Tensor]
     pull: Callable[[Tensor, Tensor, Tensor], Tensor]
     guard: Callable[[list[Tensor], Tensor, Tensor, Tensor, Tensor], list[Tensor]]
-    reconstruct: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    reconstruct: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _plain_guard(
@@ -46,12 +46,12 @@ def _plain_guard(
     return [
         torch.where(trains, rows.detach(), rows),
         *(torch.where(frozen.view(column(p)), p.detach(), p) for p in params),
-        alone_slots(modes),
+        *of_slots(tensors, modes),
     ]
 
 
 def _no_reconstruction(
-    f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor
+    f: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor, ran: Tensor
 ) -> Tensor:
     return f
 

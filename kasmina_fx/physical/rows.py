@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,17 @@ def finite_rows(values: Tensor) -> Tensor:
     # (Backward asks under a vmap that knows no detach; there nothing requires a gradient.)
     sizes = (values.detach() if values.requires_grad else values).abs()
     return (sizes.amax(inside(sizes)) if sizes.dim() > 1 else sizes) < torch.inf
+
+
+def sane_slots(stacks: Sequence[Tensor], slots: Tensor) -> Tensor:
+    """Say, bool ``(K,)``, whether all numbers of a slot are finite.
+
+    Each stack is ``(K, ...)``; ``slots`` is any tensor ``(K, ...)``, for modules without tensors.
+    """
+    sane = [finite_rows(p) for p in stacks if p.is_floating_point()]
+    if not sane:
+        return torch.ones_like(slots.flatten(1)[:, 0], dtype=torch.bool)
+    return reduce(torch.logical_and, sane)
 
 
 def inside(values: Tensor) -> list[int]:

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from kasmina_fx._torch.tracing import known_empty
+from kasmina_fx._torch.tracing import known_empty, statically_known_true
 from kasmina_fx.physical.graph_inputs import NOTE_LOSS, NOTE_REJECTED
 from kasmina_fx.physical.layout import ChunkLayout, Run
 
@@ -67,7 +67,12 @@ class _Features(NamedTuple):
 
 
 def merge_statistics(
-    y: Tensor, notes: Tensor | None, telemetry: Tensor, layout: ChunkLayout, one_in: int = 1
+    y: Tensor,
+    notes: Tensor | None,
+    telemetry: Tensor,
+    layout: ChunkLayout,
+    one_in: int = 1,
+    rows: int = 0,
 ) -> Tensor:
     """Return the telemetry after a step whose output is ``y``; pure.
 
@@ -77,12 +82,15 @@ def merge_statistics(
         telemetry: float32 ``(ROWS, S)`` before the step.
         layout: The layer's chunks.
         one_in: Look at the first of so many equal parts of the batch (dim 0).
+        rows: Of these, look at so many rows at most, spread evenly; 0 is all.
     """
     dim = layout.feature_dim % y.dim()
     if one_in > 1 and dim > 0:
         y = y.narrow(0, 0, (y.shape[0] + one_in - 1) // one_in)
-    features, rows = _sums(y, dim)
-    runs = [_of_run(features, rows, run) for run in layout.runs]
+    if rows and not _known_few(y, dim, rows):
+        y, dim = _sample(y, dim, rows), 1
+    features, seen_of_each = _sums(y, dim)
+    runs = [_of_run(features, seen_of_each, run) for run in layout.runs]
     step = _Step(*(torch.cat(t) if len(t) > 1 else t[0] for t in zip(*runs, strict=True)))
     finite = (step.start + step.deviations).abs() < torch.inf
     phase, every = telemetry[PHASE], telemetry[EVERY]
@@ -99,6 +107,35 @@ def merge_statistics(
             telemetry[REJECTED:] if notes is None else _averages(telemetry[REJECTED:], notes),
         ]
     )
+
+
+def sampled_places(count: int, rows: int, device: torch.device) -> Tensor:
+    """Return which of ``count`` rows to look at: at most ``rows``, one from each equal part.
+
+    From the first part it is the first, from the next the second, and so on: of texts, all of one
+    length, it is not always the same few words. The size is an expression without a condition, so
+    that graphs of any number of rows are one.
+    """
+    seen = torch.sym_min(rows, count)
+    number = torch.arange(seen, device=device)
+    return number * count // seen + number % (count // seen)
+
+
+def _known_few(y: Tensor, dim: int, rows: int) -> bool:
+    """Say whether a tensor is known to have no more than so many rows; ``dim`` holds features."""
+    return statically_known_true(y.numel() // y.shape[dim] <= rows)
+
+
+def _sample(y: Tensor, dim: int, rows: int) -> Tensor:
+    """Return ``(R, D)``: at most ``rows`` rows of ``y``, spread evenly over all its other dims."""
+    if dim == y.dim() - 1:
+        flat = y.flatten(0, -2)
+        return flat[sampled_places(flat.shape[0], rows, y.device)]
+    around = y.flatten(dim + 1)
+    around = around.flatten(0, dim - 1) if dim else around.unsqueeze(0)
+    inner = around.shape[2]
+    places = sampled_places(around.shape[0] * inner, rows, y.device)
+    return around[places // inner, :, places % inner]
 
 
 def _sums(y: Tensor, dim: int) -> tuple[_Features, int]:
@@ -175,10 +212,12 @@ def _averages(old: Tensor, notes: Tensor) -> Tensor:
     return torch.cat([counts, torch.where(ran, newer, averages)])
 
 
-def observe(y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int) -> None:
+def observe(
+    y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int, rows: int
+) -> None:
     """Compute ``kasmina::observe``; shapes in :mod:`kasmina_fx.physical.markers`."""
     if known_empty(y):
         return
     layout = ChunkLayout.parse(chunks)
     with torch.no_grad():
-        telemetry.copy_(merge_statistics(y.detach(), notes, telemetry, layout, one_in))
+        telemetry.copy_(merge_statistics(y.detach(), notes, telemetry, layout, one_in, rows))

@@ -26,19 +26,21 @@ def process_chunk(store: SeedStore, seed_id: int, chunk: Tensor) -> Tensor:
     stage = SeedLifecycle(int(store.state.stages[seed_id]))
     if store.bank_of(seed_id) is None or stage not in RUNS:
         return chunk
+    tensors = _parameters(store, seed_id, trains=stage in LEARNS_TASK | RECONSTRUCTS)
+    if not all(bool(t.isfinite().all()) for t in tensors.values()):
+        return chunk
     if stage in RECONSTRUCTS:
-        made = _apply_blueprint(store, seed_id, chunk.detach())
+        made = _apply_blueprint(store, seed_id, tensors, chunk.detach())
         error = _wide(made, chunk) - _wide(chunk, made).detach()
-        if not bool(error.isfinite().all()):
-            return chunk
-        loss = error.square().mean()
+        fits = made.detach().to(chunk.dtype).isfinite() & error.detach().isfinite()
+        loss = torch.where(fits, error, 0.0).square().mean()
         out: Tensor = WithLoss.apply(chunk, loss, store.scale())  # type: ignore[no-untyped-call]  # torch's, unannotated
         return out
-    made = _apply_blueprint(store, seed_id, chunk)
-    if not _can_be_blended(made.detach(), chunk.detach()):
-        return chunk
+    made = _apply_blueprint(store, seed_id, tensors, chunk)
     exact, alpha = _wide(chunk, made), float(store.state.alphas[seed_id])
-    return (exact + alpha * (_wide(made, chunk) - exact)).to(chunk.dtype)
+    blend = (exact + alpha * (_wide(made, chunk) - exact)).to(chunk.dtype)
+    fits = made.detach().to(chunk.dtype).isfinite() & blend.detach().isfinite()
+    return torch.where(fits, blend, chunk)
 
 
 def _wide(values: Tensor, other: Tensor) -> Tensor:
@@ -47,28 +49,57 @@ def _wide(values: Tensor, other: Tensor) -> Tensor:
     return values.to(torch.promote_types(wide, torch.float32))
 
 
-def _can_be_blended(made: Tensor, chunk: Tensor) -> bool:
-    """All of it fits the host's dtype, and so does any blend of the two."""
-    difference = _wide(made, chunk) - _wide(chunk, made)
-    fits = made.to(chunk.dtype).isfinite() & made.isfinite() & chunk.isfinite()
-    return bool((fits & difference.isfinite()).all())
-
-
-def _apply_blueprint(store: SeedStore, seed_id: int, chunk: Tensor) -> Tensor:
+def _parameters(store: SeedStore, seed_id: int, *, trains: bool) -> dict[str, Tensor]:
+    """The blueprint's tensors, named as in its module; detached where nothing may train them."""
     held = store.bank_of(seed_id)
     assert held is not None  # asked for by process_chunk alone
     bank, slot = held
+    tensors = bank.slot_tensors(slot)
+    return tensors if trains else {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _apply_blueprint(
+    store: SeedStore, seed_id: int, tensors: dict[str, Tensor], chunk: Tensor
+) -> Tensor:
+    held = store.bank_of(seed_id)
+    assert held is not None  # asked for by process_chunk alone
+    bank, _ = held
     with aside():  # its values don't matter
         module: Any = bank.blueprint.module(bank.run.size)
     module.to(chunk.device)
     module.train(store.training)
     if isinstance(module, PerFeature):  # acts on features wherever they are
         module.dim = store.chunks.feature_dim
-    tensors = bank.slot_tensors(slot)
-    if SeedLifecycle(int(store.state.stages[seed_id])) not in LEARNS_TASK | RECONSTRUCTS:
-        tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    out: Tensor = functional_call(module, tensors, chunk.clone())  # it may write to its input
+    # What is not finite goes no further: at the end each element, at the start each element of the
+    # chunk, and the parameters' gradients together.
+    names = list(tensors)
+    chunk, *guarded = OnlyFinite.apply(chunk, *tensors.values())  # type: ignore[no-untyped-call]  # torch's, unannotated
+    own = dict(zip(names, guarded, strict=True))
+    out: Tensor = functional_call(module, own, chunk.clone())  # it may write to its input
+    (out,) = OnlyFinite.apply(out)  # type: ignore[no-untyped-call]  # torch's, unannotated
     return out
+
+
+class OnlyFinite(torch.autograd.Function):
+    """Hands tensors on; backward drops what is not finite.
+
+    Of the first tensor's gradient that is each element for itself; those of the others are dropped
+    together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Hand them on."""
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Hand on what is finite."""
+        first, *others = grads
+        kept = torch.where(first.isfinite(), first, 0.0)
+        if all(bool(grad.isfinite().all()) for grad in others):
+            return (kept, *others)
+        return (kept, *(torch.zeros_like(grad) for grad in others))
 
 
 class WithLoss(torch.autograd.Function):

@@ -33,7 +33,7 @@ def per_seed(accumulated: Tensor, faults: Tensor) -> dict[str, Tensor]:
 
     ``non_finite`` steps in which the chunk held NaN or Inf; ``rejected`` and ``faults`` steps in
     which the blueprint's output, or a gradient of it, did. ``errors`` is the larger of the two: a
-    step that is rejected counts in both.
+    step that is rejected may count in both.
 
     ``reconstruction_loss``: moving average of the mean squared difference between the blueprint's
     output and its chunk; ``delta_norm``: root mean square of what it added to the output, likewise

@@ -40,8 +40,8 @@ class SeedStore(Float32Module):
         registered: The registered tensors that it was derived from.
         seal: int64 ``()``, a buffer: see :func:`kasmina_fx.seeds.registered.seal`; ``sealed`` is
             the same number.
-        observed: Forwards keep statistics, of the first of ``one_in`` equal parts of a batch;
-            ``in_eval``: those in evaluation too.
+        observed: Forwards keep statistics, of the first of ``one_in`` equal parts of a batch and at
+            most ``rows_seen`` rows of it (0: all); ``in_eval``: those in evaluation too.
     """
 
     seal: Tensor
@@ -51,6 +51,7 @@ class SeedStore(Float32Module):
     registered: Registered
     observed: bool
     one_in: int
+    rows_seen: int
     in_eval: bool
 
     def __init__(self, chunks: ChunkManager, host: Host, name: str, config: SeedConfig) -> None:
@@ -193,6 +194,7 @@ class SeedStore(Float32Module):
             raise InvalidArgument(f"telemetry={shown(policy)}: give a bool or a TelemetryPolicy")
         chosen = policy if isinstance(policy, TelemetryPolicy) else TelemetryPolicy()
         self.observed, self.one_in = policy is not False, chosen.one_in
+        self.rows_seen = chosen.rows or 0
         self.in_eval = chosen.in_eval
         self.telemetry.observe_every(chosen.every)
 

@@ -37,6 +37,8 @@ BLAMES = torch.ones(4, 1, dtype=torch.bool)
 
 
 ALONE = torch.ones(5)
+#: All of its places ran.
+RAN = torch.ones(5, dtype=torch.bool)
 
 
 def bank() -> list[Tensor]:
@@ -58,7 +60,7 @@ def guarded(
     blames = torch.ones_like(modes, dtype=torch.bool) if blames is None else blames
     out = GUARD(list(tensors), modes, positions, faults, blames)
     given = [*grads, torch.zeros(len(modes)) if less is None else less]
-    passed = torch.autograd.grad(out, [*tensors, faults], given)
+    passed = torch.autograd.grad(out[:-1], [*tensors, faults], given)
     return list(passed[:-1]), passed[-1].tolist()
 
 

@@ -70,3 +70,11 @@ def spoil(layer: KasminaLayer, seed: int, value: float = float("nan")) -> None:
     assert held is not None
     with torch.no_grad():
         held[0].slot_tensors(held[1])["scale"].fill_(value)
+
+
+def overflow_in_backward(layer: KasminaLayer, seed: int) -> Tensor:
+    """Step a layer whose affine blueprint is finite of such inputs, and whose gradient is not."""
+    dtype = next(layer.kasmina.banks.parameters()).dtype
+    spoil(layer, seed, torch.finfo(dtype).max)
+    y = torch.full((4, 7), 0.25, dtype=dtype, requires_grad=True)
+    return (layer(y) * 100).sum()

@@ -39,21 +39,33 @@ def guard(
     grad_stack: Tensor,
     grad_alone: Tensor,
 ) -> Any:
-    out = GUARD([rows, stack], modes, positions, faults, blames)
+    *out, _ = GUARD([rows, stack], modes, positions, faults, blames)
     return vjp(out, [rows, stack, faults], [grad, grad_stack, grad_alone])
 
 
 def reconstruct(
-    made: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor, grad: Tensor
+    made: Tensor,
+    rows: Tensor,
+    trainees: Tensor,
+    loss_scale: Tensor,
+    alone: Tensor,
+    ran: Tensor,
+    grad: Tensor,
 ) -> Any:
-    return vjp([RECONSTRUCT(made, rows, trainees, loss_scale, alone)], [made], [grad])
+    return vjp([RECONSTRUCT(made, rows, trainees, loss_scale, alone, ran)], [made], [grad])
 
 
 def reconstruct_in_float16(
-    made: Tensor, rows: Tensor, trainees: Tensor, loss_scale: Tensor, alone: Tensor, grad: Tensor
+    made: Tensor,
+    rows: Tensor,
+    trainees: Tensor,
+    loss_scale: Tensor,
+    alone: Tensor,
+    ran: Tensor,
+    grad: Tensor,
 ) -> Any:
     f, chunks = made.half(), rows.half()
-    out = RECONSTRUCT(f, chunks, trainees, loss_scale, alone)
+    out = RECONSTRUCT(f, chunks, trainees, loss_scale, alone, ran)
     return vjp([out], [f, alone], [grad.half()])
 
 
@@ -77,6 +89,7 @@ def test_golden_of_what_a_move_does_in_backward(move: Any) -> None:
         "loss_scale": torch.ones(()),
         "blames": torch.tensor([[True], [True]]),
         "alone": torch.ones(2, requires_grad=True),
+        "ran": torch.ones(2, dtype=torch.bool),
     }
     if move is not guard:
         named["rows"] = torch.randn(2, 2, 4, requires_grad=move is pull)

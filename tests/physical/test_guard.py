@@ -15,12 +15,13 @@ from kasmina_fx.physical.operators import DECOMPOSITIONS, GUARD, RECONSTRUCT
 def test_guard_is_the_identity_on_copies() -> None:
     tensors, faults = bank(), torch.zeros(5, requires_grad=True)
     for run in (GUARD, DECOMPOSITIONS[GUARD], operators._plain_guard):
-        *same, alone = run(tensors, MODES, POSITIONS, faults, BLAMES)
+        *same, alone, sane = run(tensors, MODES, POSITIONS, faults, BLAMES)
         assert len(same) == len(tensors)
         assert all(torch.equal(a, b) for a, b in zip(same, tensors, strict=True))
         assert alone.tolist() == [0, 1, 1, 1]
         assert alone.dtype == torch.float32
-    copies = GUARD(tensors, MODES, POSITIONS, faults, BLAMES)[:-1]
+        assert sane.tolist() == [True] * 4
+    copies = GUARD(tensors, MODES, POSITIONS, faults, BLAMES)[:-2]
     assert all(a is not b for a, b in zip(copies, tensors, strict=True))
 
 
@@ -43,20 +44,33 @@ def test_guard_lets_gradients_through_by_mode() -> None:
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("which", [0, 1, 2], ids=["rows", "first", "second"])
+@pytest.mark.parametrize("which", [1, 2], ids=["first", "second"])
 @pytest.mark.parametrize("slot", [0, 1, 2])
-def test_guard_stops_a_slot_with_any_gradient_that_is_not_finite(
-    slot: int, which: int, value: float
-) -> None:
+def test_guard_stops_the_parameters_of_a_slot_together(slot: int, which: int, value: float) -> None:
     tensors = bank()
     grads = [torch.randn_like(t) for t in tensors]
-    clean, _ = guarded(tensors, grads)
+    (rows, *clean), _ = guarded(tensors, grads)
     grads[which][slot].view(-1)[-1] = value
-    passed, faults = guarded(tensors, grads)
+    (same, *passed), faults = guarded(tensors, grads)
+    assert torch.equal(same, rows)
     for now, before in zip(passed, clean, strict=True):
         assert not now[slot].any()
         others = [i for i in range(4) if i != slot]
         assert torch.equal(now[others], before[others])
+    assert faults == [float(position == slot) for position in POSITIONS.tolist()]
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("slot", [0, 1, 2])
+def test_guard_stops_each_element_of_the_rows_for_itself(slot: int, value: float) -> None:
+    tensors = bank()
+    grads = [torch.randn_like(t) for t in tensors]
+    (rows, *clean), _ = guarded(tensors, grads)
+    grads[0][slot].view(-1)[-1] = value
+    (now, *passed), faults = guarded(tensors, grads)
+    rows[slot].view(-1)[-1] = 0.0
+    assert torch.equal(now, rows)
+    assert all(torch.equal(a, b) for a, b in zip(passed, clean, strict=True))
     assert faults == [float(position == slot) for position in POSITIONS.tolist()]
 
 
@@ -69,9 +83,8 @@ def test_inductor_finds_what_is_not_finite(op: torch._ops.OpOverload) -> None:
             rows, *_ = op(tensors, MODES, POSITIONS, faults, BLAMES)
         else:
             rows = tensors[0]
-            rows = op(
-                rows, torch.zeros_like(rows), torch.tensor([-1]), torch.ones(()), BLAMES[:, 0]
-            )
+            zeros, ran = torch.zeros_like(rows), BLAMES[:, 0]
+            rows = op(rows, zeros, torch.tensor([-1]), torch.ones(()), ran, ran)
         total: Tensor = (rows * weight).sum()
         return total
 
@@ -86,7 +99,29 @@ def test_inductor_finds_what_is_not_finite(op: torch._ops.OpOverload) -> None:
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
     assert expected[0].isfinite().all()
-    assert not expected[0][[0, 2]].any()
+    kept = torch.where(weight.isfinite(), weight, 0.0)
+    if op is GUARD:
+        kept = kept * (MODES != R).view(4, 1, 1, 1)
+    assert torch.equal(expected[0], kept)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_guard_says_which_slots_have_finite_parameters(value: float) -> None:
+    rows, first, second = (t.detach() for t in bank())
+    first[1].view(-1)[0], second[2].view(-1)[-1], rows[3] = value, value, value
+    faults = torch.zeros(5, requires_grad=True)
+    for run in (GUARD, DECOMPOSITIONS[GUARD], operators._plain_guard):
+        *_, sane = run([rows, first, second], MODES, POSITIONS, faults, BLAMES)
+        assert sane.tolist() == [True, False, False, True]
+
+
+def test_a_slot_that_did_not_run_is_not_blamed() -> None:
+    tensors = bank()
+    with torch.no_grad():
+        tensors[1][0] = NAN
+    grads = [torch.full_like(t, NAN) for t in tensors]
+    _, faults = guarded(tensors, grads)
+    assert faults == [float(position in (1, 2)) for position in POSITIONS.tolist()]
 
 
 def test_a_fault_in_a_free_slot_is_nobodys() -> None:
@@ -108,9 +143,14 @@ def test_seeds_that_share_a_slot_have_their_own_rows_and_one_set_of_parameters()
     assert not param[1].any()
     grads[0][0, 2, 1] = INF
     (rows, param), faults = guarded(tensors, grads, modes, positions)
-    assert not rows[0].any()
-    assert not param.any()
+    assert rows[0, 2, 1] == 0
+    assert torch.equal(rows[0, 2, 2:], grads[0][0, 2, 2:])
+    assert torch.equal(param[0], grads[1][0])
     assert torch.equal(rows[1], grads[0][1])
+    assert faults == [1, 1, 1, 0]
+    grads[1][0, 1] = NAN
+    (rows, param), faults = guarded(tensors, grads, modes, positions)
+    assert not param.any()
     assert faults == [1, 1, 1, 0]
 
 
@@ -157,7 +197,7 @@ def test_guard_without_its_operator_has_the_same_gradients_where_they_are_finite
     expected, _ = guarded(tensors, grads)
     faults = torch.zeros(5, requires_grad=True)
     found = torch.autograd.grad(
-        operators._plain_guard(tensors, MODES, POSITIONS, faults, BLAMES)[:-1], tensors, grads
+        operators._plain_guard(tensors, MODES, POSITIONS, faults, BLAMES)[:-2], tensors, grads
     )
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)

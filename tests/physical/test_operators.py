@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import ALONE, BLAMES, MODES, POSITIONS, TRAINEES, bank, maps
+from operator_cases import ALONE, BLAMES, MODES, POSITIONS, RAN, TRAINEES, bank, maps
 from torch import Tensor
 
 from kasmina_fx.physical import operators
@@ -18,7 +18,7 @@ def _arguments(op: torch._ops.OpOverload) -> tuple[Any, ...]:
         return bank(), MODES, POSITIONS, torch.zeros(5, requires_grad=True), BLAMES
     f = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
     if op is RECONSTRUCT:
-        return f, torch.randn_like(f), TRAINEES, torch.ones(()), ALONE
+        return f, torch.randn_like(f), TRAINEES, torch.ones(()), ALONE, RAN
     return f, *maps()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from operator_cases import ALONE, NAN, TRAINEES
+from operator_cases import ALONE, NAN, RAN, TRAINEES
 from torch import Tensor
 
 from kasmina_fx.physical.operators import RECONSTRUCT
@@ -22,7 +22,7 @@ def _loss(f: Tensor, rows: Tensor, places: Sequence[int]) -> Tensor:
 def _check_reconstruct(shape: Sequence[int], trainees: list[int], scale: float) -> None:
     f = torch.randn(5, *shape, dtype=torch.float64, requires_grad=True)
     rows, grad = torch.randn_like(f, requires_grad=True), torch.randn_like(f)
-    out = RECONSTRUCT(f, rows, torch.tensor(trainees), torch.tensor(scale), ALONE)
+    out = RECONSTRUCT(f, rows, torch.tensor(trainees), torch.tensor(scale), ALONE, RAN)
     assert torch.equal(out, f)
     assert out is not f
     (found,) = torch.autograd.grad(out, f, grad)
@@ -47,7 +47,7 @@ def test_reconstruct_adds_it_to_the_last_digit_for_any_number_of_elements() -> N
 
 def test_reconstruct_sends_nothing_to_the_chunks() -> None:
     f, rows = (torch.randn(5, 3, requires_grad=True) for _ in range(2))
-    RECONSTRUCT(f, rows, TRAINEES, torch.ones(()), ALONE).sum().backward()
+    RECONSTRUCT(f, rows, TRAINEES, torch.ones(()), ALONE, RAN).sum().backward()
     assert rows.grad is None or not rows.grad.any()
 
 
@@ -56,7 +56,7 @@ def test_padding_adds_nothing_even_where_the_first_place_is_not_finite() -> None
     with torch.no_grad():
         f[0] = NAN
     (found,) = torch.autograd.grad(
-        RECONSTRUCT(f, torch.zeros(5, 3), TRAINEES, torch.ones(()), ALONE).sum(), f
+        RECONSTRUCT(f, torch.zeros(5, 3), TRAINEES, torch.ones(()), ALONE, RAN).sum(), f
     )
     assert found[[0, 2, 4]].tolist() == [[1.0] * 3] * 3
 
@@ -64,7 +64,7 @@ def test_padding_adds_nothing_even_where_the_first_place_is_not_finite() -> None
 def test_the_loss_scale_is_read_as_it_was_in_forward() -> None:
     f, rows = torch.ones(2, 1, requires_grad=True), torch.zeros(2, 1)
     scale = torch.tensor(4.0)
-    out = RECONSTRUCT(f, rows, torch.tensor([0, -1]), scale, torch.ones(2))
+    out = RECONSTRUCT(f, rows, torch.tensor([0, -1]), scale, torch.ones(2), RAN[:2])
     (found,) = torch.autograd.grad(out, f, torch.zeros(2, 1))
     assert found.tolist() == [[8.0], [0.0]]
 
@@ -74,7 +74,7 @@ def test_reconstruct_computes_in_float32_and_keeps_the_dtype(dtype: torch.dtype)
     f = (300 + torch.randn(5, 64)).to(dtype).requires_grad_()
     rows = torch.randn(5, 64).to(dtype)
     (found,) = torch.autograd.grad(
-        RECONSTRUCT(f, rows, TRAINEES, torch.ones(()), ALONE * 0), f, torch.zeros_like(f)
+        RECONSTRUCT(f, rows, TRAINEES, torch.ones(()), ALONE * 0, RAN), f, torch.zeros_like(f)
     )
     assert found.dtype == dtype
     wide = f.detach().double().requires_grad_()
@@ -89,7 +89,7 @@ def test_in_float16_a_scaled_loss_that_would_overflow_enters_smaller() -> None:
     rows, f = torch.zeros(6, 3, dtype=torch.float16), f.requires_grad_()
     alone = torch.tensor([1.0, 1.0, 0.0]).requires_grad_()  # 3 slots of 2 places; the last learns
     places = torch.tensor([0, 2, 3, 4])
-    out = RECONSTRUCT(f, rows, places, scale, alone)
+    out = RECONSTRUCT(f, rows, places, scale, alone, torch.ones(6, dtype=torch.bool))
     found, less = torch.autograd.grad(out, [f, alone], torch.zeros_like(f))
     by = 1 + less
     wide = f.detach().double()
@@ -108,7 +108,7 @@ def test_in_float16_a_scaled_loss_that_would_overflow_enters_smaller() -> None:
 def test_reconstruct_passes_opcheck(dtype: torch.dtype) -> None:
     f = torch.randn(5, 3, 2, dtype=dtype, requires_grad=True)
     rows = torch.randn(5, 3, 2, dtype=dtype)
-    torch.library.opcheck(RECONSTRUCT, (f, rows, TRAINEES, torch.ones(()), ALONE))
+    torch.library.opcheck(RECONSTRUCT, (f, rows, TRAINEES, torch.ones(()), ALONE, RAN))
 
 
 def test_reconstruct_passes_gradcheck_with_its_loss() -> None:
@@ -130,7 +130,7 @@ def test_reconstruct_passes_gradcheck_with_its_loss() -> None:
             (f,) = ctx.saved_tensors
             with torch.enable_grad():
                 leaf = f.detach().requires_grad_()
-                total = RECONSTRUCT(leaf, rows, TRAINEES, scale, ALONE).sum()
+                total = RECONSTRUCT(leaf, rows, TRAINEES, scale, ALONE, RAN).sum()
             found: Tensor = torch.autograd.grad(total, leaf)[0]
             return found * grad
 

@@ -52,7 +52,7 @@ def test_a_slot_is_blamed_only_if_all_of_its_places_are(
     weight = torch.ones(1, 3, requires_grad=True)
     modes, positions = torch.full((1, 2), int(Mode.LEARNS)), torch.tensor([0, 1])
     faults = torch.zeros(2, requires_grad=True)
-    guarded, weights, _ = GUARD(
+    guarded, weights, *_ = GUARD(
         [rows, weight], modes, positions, faults, torch.tensor([blames], dtype=torch.bool)
     )
     (guarded * weights.unsqueeze(1) * torch.tensor(torch.inf)).sum().backward()
@@ -70,7 +70,7 @@ def test_a_slot_learns_alone_only_if_no_place_of_it_learns_from_the_models_loss(
             [Mode.LEARNS, Mode.LEARNS],
         ]
     )
-    *_, alone = GUARD(
+    *_, alone, _ = GUARD(
         [torch.zeros(3, 2, 1)],
         modes,
         torch.arange(6),

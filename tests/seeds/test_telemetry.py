@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from telemetry_cases import spoil, summary, watched
+from telemetry_cases import overflow_in_backward, spoil, summary, watched
 from torch import Tensor
 
 from kasmina_fx import SeedLifecycle
@@ -129,33 +129,31 @@ def test_what_is_observed_is_the_output_and_not_the_base() -> None:
 def test_faults_count_the_steps_whose_gradients_are_not_finite() -> None:
     layer = watched()
     graft(layer, [0, 1], "affine", 0.5)
-    spoil(layer, 1)
     for _ in range(3):
+        overflow_in_backward(layer, 1).backward()
+    spoil(layer, 1)
+    for _ in range(4):  # does not run: nothing comes back
         layer(torch.randn(4, 7, requires_grad=True)).sum().backward()
-    with torch.no_grad():
-        layer(torch.randn(4, 7))
     seen = layer.kasmina.telemetry
     assert seen.faults.tolist() == [0, 3, 0]
     report = layer.get_health_report()
     assert report["rejected"].tolist() == [0, 4, 0]
     assert report["faults"].tolist() == [0, 3, 0]
-    assert report["errors"].tolist() == [0, 4, 0]  # a step that does both is one error
+    assert report["errors"].tolist() == [0, 4, 0]  # a step that does both would be one error
 
 
 def test_faults_go_on_counting_after_seeds_change_and_layers_move() -> None:
     layer = watched(config=SeedConfig(error_limit=None))
     graft(layer, 0, "affine", 0.5)
-    spoil(layer, 0)
-    y = torch.randn(4, 7, requires_grad=True)
-    layer(y).sum().backward()
+    overflow_in_backward(layer, 0).backward()
     layer.set_alpha(0, 0.75)
-    layer(y).sum().backward()
+    overflow_in_backward(layer, 0).backward()
     graft(layer, 1, "mlp", 0.5)
-    layer(y).sum().backward()
+    overflow_in_backward(layer, 0).backward()
     layer.double()
-    layer(y.double()).sum().backward()
+    overflow_in_backward(layer, 0).backward()
     layer.load_state_dict(layer.state_dict())
-    layer(y.double()).sum().backward()
+    overflow_in_backward(layer, 0).backward()
     assert layer.kasmina.telemetry.faults.tolist() == [5, 0, 0]
 
 
@@ -163,10 +161,8 @@ def test_faults_go_on_counting_after_seeds_change_and_layers_move() -> None:
 def test_faults_count_with_a_graph_of_the_gradient_too() -> None:
     layer = watched()
     graft(layer, 0, "affine", 0.5)
-    spoil(layer, 0)
-    y = torch.randn(4, 7, requires_grad=True)
-    layer(y).sum().backward(create_graph=True)
-    layer(y).sum().backward()
+    overflow_in_backward(layer, 0).backward(create_graph=True)
+    overflow_in_backward(layer, 0).backward()
     assert layer.kasmina.telemetry.faults.tolist() == [2, 0, 0]
 
 

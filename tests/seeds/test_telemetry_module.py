@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from telemetry_cases import spoil, watched
+from telemetry_cases import overflow_in_backward, spoil, watched
 from torch import nn
 
 from kasmina_fx import KasminaLayer
@@ -28,8 +28,7 @@ def test_without_telemetry_nothing_is_kept() -> None:
 def test_reset_forgets_everything_but_how_often_to_look() -> None:
     layer = watched(telemetry=TelemetryPolicy(every=3))
     graft(layer, 0, "affine", 0.5)
-    spoil(layer, 0)
-    layer(torch.randn(4, 7, requires_grad=True)).sum().backward()
+    overflow_in_backward(layer, 0).backward()
     seen = layer.kasmina.telemetry
     seen.previous_loss.fill_(2.0)
     kept, faults = seen.accumulated, seen.faults

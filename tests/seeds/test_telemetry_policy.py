@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from telemetry_cases import expected_of, merged, spoil, watched
+from telemetry_cases import expected_of, merged, spoil, summary, watched
 
 from kasmina_fx import InvalidArgument
 from kasmina_fx.config import TelemetryPolicy
 from kasmina_fx.physical.layout import ChunkLayout
-from kasmina_fx.physical.statistics import PHASE
+from kasmina_fx.physical.statistics import PHASE, ROWS, merge_statistics, sampled_places
 from kasmina_fx.testing import graft
 
 
@@ -86,9 +87,50 @@ def test_a_fraction_of_a_convolution_is_of_its_batch_and_features_alone_stay_who
     assert alone["count"].tolist() == [2, 2]
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 16, 17, 24, 25, 1000])
+def test_at_most_so_many_rows_are_seen_spread_evenly(count: int) -> None:
+    places = sampled_places(count, 8, torch.device("cpu")).tolist()
+    assert len(places) == min(count, 8)
+    assert all(0 <= place < count for place in places)
+    assert all(later > sooner for sooner, later in pairwise(places))
+    assert places == list(range(count)) or max(places) >= count * 3 // 4
+    layer = watched(telemetry=TelemetryPolicy(rows=8))
+    y = torch.randn(count, 7)
+    layer(y)
+    mean, variance = expected_of([y[places]], layer.chunks.layout)
+    report = layer.get_health_report()
+    torch.testing.assert_close(report["mean"], torch.tensor(mean))
+    torch.testing.assert_close(report["variance"], torch.tensor(variance))
+    assert report["count"].tolist() == [3 * len(places), 2 * len(places), 2 * len(places)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((6, 5, 4), -1), ((6, 4, 3, 3), 1), ((4, 9), 0), ((2, 4, 30), 1), ((4,), -1)]
+)
+def test_rows_are_counted_over_all_dims_but_the_features(shape: tuple[int, ...], dim: int) -> None:
+    layout, y = ChunkLayout.of([2, 2], dim), torch.randn(shape)
+    rows = y.movedim(dim, -1).reshape(-1, 4)
+    places = sampled_places(len(rows), 8, torch.device("cpu"))
+    telemetry = torch.zeros(ROWS, 2)
+    found = summary(merge_statistics(y, None, telemetry, layout, rows=8))
+    mean, variance = expected_of([rows[places]], ChunkLayout.of([2, 2], -1))
+    torch.testing.assert_close(found["mean"], torch.tensor(mean))
+    torch.testing.assert_close(found["variance"], torch.tensor(variance), equal_nan=True)
+
+
+def test_by_default_a_thousand_rows_are_seen_and_none_may_be_asked_for() -> None:
+    for telemetry, seen in ((True, 1024), (TelemetryPolicy(rows=None), 2048)):
+        layer = watched(telemetry=telemetry)
+        layer(torch.randn(2, 1024, 7))
+        assert layer.get_health_report()["count"].tolist() == [3 * seen, 2 * seen, 2 * seen]
+
+
 @pytest.mark.parametrize(
     "values",
     [
+        {"rows": 0},
+        {"rows": 1.5},
+        {"rows": True},
         {"every": 0},
         {"every": 1.5},
         {"every": True},

@@ -1,0 +1,108 @@
+#!/usr/bin/env bash
+# Runs what needs a CUDA device, and appends all that it printed to a file named after date, card
+# and torch.
+#
+#     [PYTHON=python] benchmarks/gpu_check.sh [FOLDER [PART ...]]
+#
+# FOLDER is docs/measurements by default. Parts: tests, overhead, gpt, memcheck; all by default. A
+# part that fails stops no other one; the exit status is 1 if any has failed.
+set -euo pipefail
+
+python=${PYTHON:-python}
+[[ $python != */* || $python == /* ]] || python=$PWD/$python
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+mkdir -p "${1:-$root/docs/measurements}"
+folder=$(cd "${1:-$root/docs/measurements}" && pwd)
+shift $(($# > 0 ? 1 : 0))
+parts=("$@")
+[[ $# -gt 0 ]] || parts=(tests overhead gpt memcheck)
+for part in "${parts[@]}"; do
+    case $part in
+    tests | overhead | gpt | memcheck) ;;
+    *) echo "unknown part $part: there are tests, overhead, gpt, memcheck" >&2 && exit 2 ;;
+    esac
+done
+cd "$root"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+{ read -r card && read -r versions && read -r torch; } < <("$python" - <<'PY'
+import platform
+
+import torch
+
+if torch.cuda.is_available():
+    import triton
+
+    print(torch.cuda.get_device_name())
+    names = {"Python": platform.python_version(), "torch": torch.__version__}
+    names |= {"triton": triton.__version__, "CUDA": torch.version.cuda}
+    print(", ".join(f"{name} {version}" for name, version in names.items()))
+    print(torch.__version__.partition("+")[0])
+PY
+) || true
+if [[ -z ${torch:-} ]]; then
+    echo "$python finds no CUDA device, or no torch and triton" >&2
+    exit 1
+fi
+driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || true
+revision=$(git describe --always --dirty 2>/dev/null) || revision="not available"
+slug=$(tr -cs '[:alnum:]' - <<<"$card" | tr '[:upper:]' '[:lower:]' | sed 's/^-*//; s/-*$//')
+file="$folder/$(date -u +%F)-$slug-torch$torch.md"
+failed=()
+
+# Takes out what names the machine: a path in the checkout becomes relative, one of a package starts
+# at site-packages, of any other absolute one the last part stays.
+clean() {
+    local host
+    host=$(hostname 2>/dev/null || uname -n)
+    sed -uE -e "s#$root/##g; s#$root\b#.#g; s#\b${host:-no host}\b#(host)#g" \
+        -e 's#(/[[:alnum:]_.+@~-]+)+/site-packages/#site-packages/#g' \
+        -e 's#(^|[^[:alnum:]_.:/])(/[[:alnum:]_.+@~-]+)+/([[:alnum:]_.+@~-]+)#\1.../\3#g'
+}
+
+# run COMMAND...: "python" stands for the interpreter, in the heading and in COMMAND.
+run() {
+    local status=0 command=() word
+    for word in "$@"; do
+        [[ $word != python ]] || word=$python
+        command+=("$word")
+    done
+    printf '\n### `%s`\n\n```text\n' "$*" >>"$file"
+    echo "== $*"
+    "${command[@]}" 2>&1 | clean | tee -a "$file" || status=$?
+    printf '```\n\nExit status %s.\n' "$status" >>"$file"
+    [[ $status -eq 0 ]] || failed+=("$*")
+}
+
+skip() {
+    echo "== $1"
+    printf '\n%s\n' "$1" >>"$file"
+}
+
+memcheck() {
+    if ! command -v compute-sanitizer >/dev/null; then
+        skip "No memcheck: compute-sanitizer is not installed."
+    elif ! "$python" -m pytest -q -m gpu -k fused --collect-only >/dev/null 2>&1; then
+        skip "No memcheck: no gpu test has fused in its name, or collecting them failed."
+    else
+        # Each tensor is an allocation of its own, so that a write past its end is seen.
+        run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
+            --target-processes all --error-exitcode 86 python -m pytest -m gpu -k fused
+    fi
+}
+
+[[ -e $file ]] || printf '# %s, torch %s\n' "$card" "$torch" >"$file"
+printf '\n## %s\n\n' "$(date -u '+%F %H:%M UTC')" >>"$file"
+printf '%s\n' "- card: $card, driver ${driver:-unknown}" "- $versions" "- revision: $revision" >>"$file"
+for part in "${parts[@]}"; do
+    case $part in
+    tests) run python -m pytest -m gpu ;;
+    overhead) run python benchmarks/overhead.py --device cuda --seeds 1024 ;;
+    gpt) run python benchmarks/gpt.py --blocks 12 ;;
+    memcheck) memcheck ;;
+    esac
+done
+if [[ ${#failed[@]} -gt 0 ]]; then
+    printf 'failed: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
