@@ -1,6 +1,7 @@
 """Say for each blend marker what becomes of it, and why; changes no node.
 
 ``dormant``  no bank anywhere: the marker vanishes
+``fused``    one kernel a bank on the chunks of active seeds, in place
 ``matmul``   stacked products on gathered chunks, pulled back
 ``none``     it can't be rewritten; it runs as the composite operator that it is
 """
@@ -12,12 +13,14 @@ from typing import ClassVar, Final
 
 from torch.fx import GraphModule
 
+from kasmina_fx._torch.tracing import usual
 from kasmina_fx.errors import InvalidArgument, shown
-from kasmina_fx.passes.infra.matching import Match, known_matches
-from kasmina_fx.passes.infra.metadata import Lowering, set_lowering
+from kasmina_fx.lowerings import LOWERINGS, Site
+from kasmina_fx.passes.infra.matching import Match, blend_arguments, known_matches
+from kasmina_fx.passes.infra.metadata import Lowering, set_lowering, value_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
 
-LOWERINGS: Final = ("auto", "matmul")
+CHOICES: Final = ("auto", *(lowering.name for lowering in LOWERINGS))
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class ChooseLowerings(GraphPass):
     """Annotate every marker with a :class:`Lowering`.
 
     Args:
-        lowering: "auto" lets the pass choose; "matmul" forces that lowering where a bank exists.
+        lowering: "auto" takes the first of :data:`kasmina_fx.lowerings.LOWERINGS` that can; a name
+            forces that one where a bank exists and it can.
     """
 
     name: ClassVar[str] = "choose_lowerings"
@@ -33,9 +37,9 @@ class ChooseLowerings(GraphPass):
 
     def __post_init__(self) -> None:
         """Refuse a lowering that does not exist."""
-        if self.lowering not in LOWERINGS:
+        if self.lowering not in CHOICES:
             raise InvalidArgument(
-                f"lowering {shown(self.lowering)}: this release has {', '.join(LOWERINGS)}"
+                f"lowering {shown(self.lowering)}: this release has {', '.join(CHOICES)}"
             )
 
     def call(self, gm: GraphModule) -> bool:
@@ -52,5 +56,27 @@ class ChooseLowerings(GraphPass):
             return Lowering("statistics", "telemetry is on")
         if not match.banks:
             return Lowering("dormant", "no blueprint slot is allocated")
-        why = "forced by the option" if self.lowering != "auto" else "the only one that is built"
-        return Lowering("matmul", why)
+        site, refused = site_of(match), []
+        for candidate in LOWERINGS:
+            if self.lowering in ("auto", candidate.name):
+                why_not = candidate.why_not(site)
+                if why_not is None:
+                    why = "forced by the option" if self.lowering != "auto" else "the first that can"
+                    return Lowering(candidate.name, "; ".join([why, *refused]))
+                refused.append(f"not {candidate.name}: {why_not}")
+        return Lowering(LOWERINGS[-1].name, "; ".join(refused))
+
+
+def site_of(match: Match) -> Site:
+    """Describe a blend to lowerings."""
+    asked = blend_arguments(match.node)
+    y, rest = value_of(asked.y), iter(asked.params)
+    # Asked for as they usually are: a guard on a stride would be one more compile.
+    strides, dense, expected = [usual(s) for s in y.stride()], True, 1
+    for stride, size in zip(reversed(strides), reversed(y.shape), strict=True):
+        dense, expected = dense and stride == expected, expected * usual(size)
+    sizes = [
+        tuple(tuple(int(n) for n in value_of(next(rest)).shape[1:]) for _ in range(bank.num_params))
+        for bank in match.banks
+    ]
+    return Site(match.chunks, match.banks, y.dtype, y.device, y.dim(), dense, tuple(sizes))

@@ -1,7 +1,7 @@
 """Blend markers become chunked subgraphs over their banks.
 
     before  %blend = kasmina.blend.default(%y, [alpha, roles, faults, loss_scale], [seeds],
-                                           [positions], [modes], [trainees], [w1, b1, w2, b2], ...)
+                                           [positions], [modes], [trainees], [order], [w1, b1, w2, b2], ...)
     after   %chunks = view(%y)                                  (n, rows, size)
             %taken = kasmina.gather.default(%chunks, seeds, positions)   (K, rows, size)
             %rows, %w1, ..., %sane = kasmina.guard.default([%taken, w1, ...], modes, ...)
@@ -21,10 +21,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from kasmina_fx.errors import RewriteError
+from kasmina_fx.lowerings import LOWERINGS, Wanted, lowering_named
 from kasmina_fx.passes.eliminate_dormant import outputs_of
 from kasmina_fx.passes.infra.matching import (
     Match,
@@ -34,7 +36,7 @@ from kasmina_fx.passes.infra.matching import (
     graph_modules,
     require_normal,
 )
-from kasmina_fx.passes.infra.metadata import has_value, set_value, value_of
+from kasmina_fx.passes.infra.metadata import has_value, lowering_of, set_value, value_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
 from kasmina_fx.passes.infra.regions import autocast_at
 from kasmina_fx.passes.infra.splicing import splice
@@ -46,7 +48,6 @@ from kasmina_fx.passes.infra.templates import (
     named_argument,
     trace_template,
 )
-from kasmina_fx.physical.blend import blend
 from kasmina_fx.physical.graph_inputs import LISTS, BlendArguments
 from kasmina_fx.physical.markers import BLEND
 
@@ -74,7 +75,7 @@ class LowerBlend(GraphPass):
         counts = tuple(len(getattr(asked, name)) for name in LISTS)
         inputs = asked.tensors()
         template = trace_template(
-            _Blend(asked.chunks, asked.banks, counts),
+            _Blend(self._chosen(match), self._wanted(node), asked.chunks, asked.banks, counts),
             _described(match, asked),
             inputs,
             autocast_at(node),
@@ -87,6 +88,15 @@ class LowerBlend(GraphPass):
                 old.replace_all_uses_with(result)
                 graph.erase_node(old)
         graph.erase_node(node)
+
+    def _chosen(self, match: Match) -> str:
+        lowering = lowering_of(match.node)
+        return LOWERINGS[-1].name if lowering is None else lowering.name
+
+    def _wanted(self, node: Node) -> Wanted:
+        _, notes = outputs_of(node)
+        # Dynamo guards on the mode, so a graph for inference is never asked for a backward.
+        return Wanted(torch.is_grad_enabled(), any(n.users for n in notes))
 
     def ensures(self, gm: GraphModule) -> None:
         """See :meth:`GraphPass.ensures`."""
@@ -103,8 +113,10 @@ class LowerBlend(GraphPass):
 
 @dataclass(frozen=True)
 class _Blend(Meaning):
-    """The meaning of a blend whose lists hold ``counts`` tensors."""
+    """The meaning of a blend whose lists hold ``counts`` tensors, in some lowering."""
 
+    lowering: str
+    wanted: Wanted
     chunks: str
     banks: str
     counts: tuple[int, ...]
@@ -113,7 +125,8 @@ class _Blend(Meaning):
         y, *flat = tensors
         rest = iter(flat)
         lists: list[Any] = [[next(rest) for _ in range(count)] for count in self.counts]
-        return blend(BlendArguments(*[y, *lists, self.chunks, self.banks]))
+        asked = BlendArguments(*[y, *lists, self.chunks, self.banks])
+        return lowering_named(self.lowering).blend(asked, self.wanted)
 
 
 def _described(match: Match, asked: Any) -> list[Argument]:
@@ -126,6 +139,7 @@ def _described(match: Match, asked: Any) -> list[Argument]:
     arguments += [fixed_argument(n, {0}) for n in asked.positions]
     arguments += [named_argument(n, *s) for n, s in zip(asked.modes, shapes, strict=True)]
     arguments += [named_argument(n, Size(f"t{i}")) for i, n in enumerate(asked.trainees)]
+    arguments += [named_argument(n, Size(f"q{i}")) for i, n in enumerate(asked.order)]
     owners = [i for i, bank in enumerate(match.banks) for _ in range(bank.num_params)]
     for i, node in zip(owners, asked.params, strict=True):
         arguments.append(named_argument(node, Size(f"c{i}", hint=101)))

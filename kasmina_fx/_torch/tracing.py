@@ -38,6 +38,11 @@ def known_empty(t: torch.Tensor) -> bool:
     return statically_known_true(t.numel() == 0)
 
 
+def known_at_most(size: int | torch.SymInt, most: int) -> bool:
+    """Say whether a size is known to be no more than ``most``; asking adds no guard."""
+    return statically_known_true(size <= most)
+
+
 def known_one(size: int | torch.SymInt) -> bool:
     """Say whether a size is 1; False where only a symbol says."""
     return statically_known_true(size == 1)

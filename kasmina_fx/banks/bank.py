@@ -61,7 +61,7 @@ class Bank(nn.Module):
         self.register_buffer("slots", torch.zeros(0, dtype=torch.int64, device=device))
         # No buffers: what is derived is nobody's to load, average or broadcast.
         empty = torch.empty(0, dtype=torch.int64, device=device)
-        self.seeds = self.positions = self.modes = self.trainees = empty
+        self.seeds = self.positions = self.modes = self.trainees = self.order = empty
         self.reconstructing = empty  # slots that learn from their reconstruction loss alone
         self.frozen_slots = empty  # slots whose parameters nothing may change
         self._froze = self.held  # ids of blueprints that nothing might change, when last published
@@ -211,7 +211,7 @@ class Bank(nn.Module):
 
     def tables(self) -> BankTables:
         """What the graph reads."""
-        return BankTables(self.seeds, self.positions, self.modes, self.trainees)
+        return BankTables(self.seeds, self.positions, self.modes, self.trainees, self.order)
 
     def mark(self) -> None:
         """Tell Dynamo which dimensions change as a layer grows."""
@@ -223,7 +223,7 @@ class Bank(nn.Module):
                 if stack.bank is None and stack.requires_grad:
                     stack.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
                 stack.bank = weakref.ref(self)
-        for table in (self.seeds, self.modes, self.trainees):
+        for table in (self.seeds, self.modes, self.trainees, self.order):
             for dim, size in enumerate(table.shape):
                 if size >= SMALLEST:
                     mark_dynamic(table, dim)

@@ -74,14 +74,19 @@ def derive(
         held = torch.where(kept, held, 0)
     seeds, positions = place(torch.where(runs(stages), slot, -1), held, shared, round_up)
     does = torch.where(seeds >= 0, modes(stages)[seeds.clamp_min(0)], Mode.FROZEN)
-    trainees = (does.view(-1) == Mode.RECONSTRUCTS).nonzero().flatten()
-    places = round_up(max(SMALLEST, len(trainees)))
-    trainees = nn.functional.pad(trainees, (0, places - len(trainees)), value=-1)
+    trainees = _padded((does.view(-1) == Mode.RECONSTRUCTS).nonzero().flatten(), round_up)
+    order = _padded(positions[positions >= 0], round_up)
     frozen = held > 0
     frozen[: len(does)] &= (does == Mode.FROZEN).all(1)
     starts = (does == Mode.RECONSTRUCTS).any(1) & torch.isin(held[: len(does)], froze)
-    tables = BankTables(seeds, positions, does, trainees)
+    tables = BankTables(seeds, positions, does, trainees, order)
     return Placement(held, left, tables, frozen, starts.nonzero().flatten())
+
+
+def _padded(places: Tensor, round_up: Callable[[int], int]) -> Tensor:
+    """Add -1 at the end, up to a size that may grow."""
+    size = round_up(max(SMALLEST, len(places)))
+    return nn.functional.pad(places, (0, size - len(places)), value=-1)
 
 
 def place(

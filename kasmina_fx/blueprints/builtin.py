@@ -44,6 +44,19 @@ class Mlp(PerFeature):
         return out
 
 
+class ResidualMlp(Mlp):
+    """Adds ``down(relu(up(x)))``; down starts at zero, so that it starts as the identity."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Compute ``x + down(relu(up(x)))``."""
+        return x + super().rows(x)
+
+
 class Lora(PerFeature):
     """Adds ``up(down(x))`` at low rank; up starts at zero (Hu et al., "LoRA", 2021)."""
 
@@ -121,6 +134,28 @@ class MlpBlueprint(Blueprint):
         return [*_uniform_linear(size, 2 * size, count), *_uniform_linear(2 * size, size, count)]
 
 
+class ResidualMlpBlueprint(Blueprint):
+    """The blueprint ``residual_mlp``: ``mlp`` as a residual that starts at zero."""
+
+    kind = "residual_mlp"
+
+    def module(self, size: int) -> nn.Module:
+        """See :class:`ResidualMlp`."""
+        return ResidualMlp(size)
+
+    def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
+        """See :meth:`Blueprint.stacked`."""
+        up, up_bias, down, down_bias = params
+        rows = as_rows(chunks, dim)
+        hidden = F.relu(_linear(rows, up, up_bias))
+        return from_rows(rows + _linear(hidden, down, down_bias), chunks, dim)
+
+    def initial(self, size: int, count: int) -> list[Tensor]:
+        """Return what ``count`` fresh modules hold, drawn at once."""
+        zeros = [torch.zeros(count, size, 2 * size), torch.zeros(count, size)]
+        return [*_uniform_linear(size, 2 * size, count), *zeros]
+
+
 class LoraBlueprint(Blueprint):
     """The blueprint ``lora``: a residual of rank ``min(4, size)``."""
 
@@ -192,7 +227,13 @@ class BottleneckBlueprint(Blueprint):
         ]
 
 
-BUILTINS = (MlpBlueprint(), LoraBlueprint(), AffineBlueprint(), BottleneckBlueprint())
+BUILTINS = (
+    MlpBlueprint(),
+    ResidualMlpBlueprint(),
+    LoraBlueprint(),
+    AffineBlueprint(),
+    BottleneckBlueprint(),
+)
 
 
 def _matmul_dtype(rows: Tensor, weight: Tensor) -> torch.dtype:

@@ -37,7 +37,7 @@ def blend(asked: BlendArguments) -> tuple[Tensor, Tensor]:
     """Compute ``kasmina::blend``: the output, like ``y``, and the notes, float32 ``(3, S)``."""
     y, layout, banks = asked.y, ChunkLayout.parse(asked.chunks), asked.bank_inputs()
     if not banks or known_empty(y):
-        return y.clone(), _no_notes(y, layout.num_seeds)
+        return y.clone(), no_notes(y, layout.num_seeds)
     dim = layout.feature_dim % y.dim() - y.dim()
     whole = LayerTables(*asked.layer)
     parts, notes = [], []
@@ -126,7 +126,7 @@ def _blend_run(
 ) -> tuple[Tensor, Tensor]:
     """Return a run's chunks after the blend, and the notes on its seeds."""
     if not outcomes:
-        return host, _no_notes(host, len(host))
+        return host, no_notes(host, len(host))
     made, ran, said = reduce(_Outcome.over, outcomes)
     # float32 for half types: the difference of two close values has few correct bits in them.
     wide = _wide(host, made)
@@ -167,7 +167,7 @@ def _run(
     return torch.where(learns, outcome, frozen), alone, sane
 
 
-def _no_notes(y: Tensor, count: int) -> Tensor:
+def no_notes(y: Tensor, count: int) -> Tensor:
     """Return notes of ``count`` seeds whose blueprint did not run."""
     zeros = y.new_zeros(count, dtype=torch.float32)
     return torch.stack([zeros, torch.full_like(zeros, NO_LOSS), zeros])

@@ -6,9 +6,10 @@
     and what a slot's mode allows: each element of the rows' gradient for itself, the parameters' of
     a slot only together; frozen parameters get none, and no chunk gets any from a seed in TRAINING.
     Slots of which something was refused are counted in the gradient of ``faults`` ``(n,)``, where
-    it can be nothing but the blueprint's fault (``blames``, bool ``(K, M)``). Two more outputs: ``alone``, float32 ``(K,)``, is 1 for slots that do not learn from
-    the model's loss, whose gradients may be scaled down on the way here; ``sane``, bool ``(K,)``,
-    says of which slots all parameters are finite.
+    it can be nothing but the blueprint's fault (``blames``, bool ``(K, M)``). Two more outputs:
+    ``alone``, float32 ``(K,)``, is 1 for slots that do not learn from the model's loss, whose
+    gradients may be scaled down on the way here; ``sane``, bool ``(K,)``, says of which slots all
+    parameters are finite.
 ``reconstruct(f, rows, trainees, loss_scale, alone, ran)``
     The identity on ``f`` ``(P, ...)``. Backward adds the gradient of ``loss_scale`` times the mean
     squared difference of ``f`` from ``rows``, a sum over the places in ``trainees``: an auxiliary

@@ -46,13 +46,15 @@ class BankTables(NamedTuple):
     ``seeds`` int64 ``(K, M)``: which seed of the run sits at slot k, place m, -1 for none.
     ``positions`` int64 ``(n,)``: the inverse, ``k * M + m`` or -1. ``modes`` int64 ``(K, M)``: the
     :class:`~kasmina_fx.lifecycle.Mode` of the seed there. ``trainees`` int64 ``(T,)``: the places
-    of seeds in TRAINING, padded with -1.
+    of seeds in TRAINING, padded with -1. ``order`` int64 ``(Q,)``: the places of all seeds that
+    run, in the order of their chunks, padded with -1.
     """
 
     seeds: Tensor
     positions: Tensor
     modes: Tensor
     trainees: Tensor
+    order: Tensor
 
 
 #: Rows of a blend's second output, float32 ``(NOTES, S)``: was the blueprint rejected (1), its mean
@@ -70,8 +72,8 @@ class BlendArguments(NamedTuple):
 
     ``y``: floating point, any shape, the layout's features along its feature dim. ``layer``: the
     tensors of :class:`LayerTables`; empty if there is no bank. ``seeds``, ``positions``, ``modes``,
-    ``trainees``: one each a bank, as in :class:`BankTables`. ``params``: the banks' stacked tensors
-    in a row, each ``(capacity >= K, ...)``. ``chunks``: ``str(ChunkLayout)``. ``banks``:
+    ``trainees``, ``order``: one each a bank, as in :class:`BankTables`. ``params``: the banks' stacked
+    tensors in a row, each ``(capacity >= K, ...)``. ``chunks``: ``str(ChunkLayout)``. ``banks``:
     ``format_banks(...)``.
     """
 
@@ -81,6 +83,7 @@ class BlendArguments(NamedTuple):
     positions: Sequence[Tensor]
     modes: Sequence[Tensor]
     trainees: Sequence[Tensor]
+    order: Sequence[Tensor]
     params: Sequence[Tensor]
     chunks: str
     banks: str
@@ -92,7 +95,7 @@ class BlendArguments(NamedTuple):
     def bank_inputs(self) -> list[BankInputs]:
         """Return the specs, tables and parameters of each bank."""
         found, first = [], 0
-        tables = zip(self.seeds, self.positions, self.modes, self.trainees, strict=True)
+        tables = zip(*(getattr(self, name) for name in BankTables._fields), strict=True)
         for spec, of_bank in zip(parse_banks(self.banks), tables, strict=True):
             params = self.params[first : first + spec.num_params]
             found.append(BankInputs(spec, BankTables(*of_bank), params))
@@ -109,7 +112,7 @@ class BankInputs(NamedTuple):
 
 
 #: The fields of :class:`BlendArguments` that hold tables, and with ``params`` all that hold lists.
-TABLES: Final = ("layer", "seeds", "positions", "modes", "trainees")
+TABLES: Final = ("layer", "seeds", "positions", "modes", "trainees", "order")
 LISTS: Final = (*TABLES, "params")
 
 
@@ -122,7 +125,7 @@ class GraphInputs:
     Attributes:
         banks: The banks as markers name them; ``banks_in_eval``: those of a layer in evaluation.
         layer: As of :class:`BlendArguments`; so are ``seeds``, ``positions``, ``modes``,
-            ``trainees`` and ``params``.
+            ``trainees``, ``order`` and ``params``.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class GraphInputs:
         self.positions = [bank.positions for bank in tables]
         self.modes = [bank.modes for bank in tables]
         self.trainees = [bank.trainees for bank in tables]
+        self.order = [bank.order for bank in tables]
         self.params: list[Tensor] = list(params)
 
     def blend_arguments(self, y: Tensor, chunks: str, training: bool) -> BlendArguments:
@@ -152,6 +156,7 @@ class GraphInputs:
             self.positions,
             self.modes,
             self.trainees,
+            self.order,
             self.params,
             chunks,
             banks,

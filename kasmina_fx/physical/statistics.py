@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from kasmina_fx._torch.tracing import known_empty, statically_known_true
+from kasmina_fx._torch.tracing import known_at_most, known_empty
 from kasmina_fx.physical.graph_inputs import NOTE_LOSS, NOTE_REJECTED
 from kasmina_fx.physical.layout import ChunkLayout, Run
 
@@ -87,7 +87,7 @@ def merge_statistics(
     dim = layout.feature_dim % y.dim()
     if one_in > 1 and dim > 0:
         y = y.narrow(0, 0, (y.shape[0] + one_in - 1) // one_in)
-    if rows and not _known_few(y, dim, rows):
+    if rows and not known_at_most(y.numel() // y.shape[dim], rows):
         y, dim = _sample(y, dim, rows), 1
     features, seen_of_each = _sums(y, dim)
     runs = [_of_run(features, seen_of_each, run) for run in layout.runs]
@@ -118,12 +118,8 @@ def sampled_places(count: int, rows: int, device: torch.device) -> Tensor:
     """
     seen = torch.sym_min(rows, count)
     number = torch.arange(seen, device=device)
-    return number * count // seen + number % (count // seen)
-
-
-def _known_few(y: Tensor, dim: int, rows: int) -> bool:
-    """Say whether a tensor is known to have no more than so many rows; ``dim`` holds features."""
-    return statically_known_true(y.numel() // y.shape[dim] <= rows)
+    places: Tensor = number * count // seen + number % (count // seen)
+    return places
 
 
 def _sample(y: Tensor, dim: int, rows: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-BUILTINS = ("mlp", "lora", "affine", "bottleneck")
+BUILTINS = ("mlp", "residual_mlp", "lora", "affine", "bottleneck")
 
 
 class Elementwise(nn.Module):

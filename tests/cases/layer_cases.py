@@ -14,7 +14,7 @@ from kasmina_fx import (
 )
 from kasmina_fx.testing import graft
 
-BUILTINS = ("mlp", "lora", "affine", "bottleneck")
+BUILTINS = ("mlp", "residual_mlp", "lora", "affine", "bottleneck")
 
 
 class Case(NamedTuple):
@@ -76,7 +76,7 @@ def no_seed(layer: KasminaLayer) -> None:
 
 
 def all_builtins(layer: KasminaLayer) -> None:
-    for seed, (kind, alpha) in enumerate(zip(BUILTINS, (0.3, 1.0, 0.0, 0.7), strict=True)):
+    for seed, (kind, alpha) in enumerate(zip(BUILTINS, (0.3, 0.6, 1.0, 0.0, 0.7), strict=True)):
         graft(layer, seed, kind, alpha)
 
 

@@ -77,4 +77,5 @@ def overflow_in_backward(layer: KasminaLayer, seed: int) -> Tensor:
     dtype = next(layer.kasmina.banks.parameters()).dtype
     spoil(layer, seed, torch.finfo(dtype).max)
     y = torch.full((4, 7), 0.25, dtype=dtype, requires_grad=True)
-    return (layer(y) * 100).sum()
+    total: Tensor = (layer(y) * 100).sum()
+    return total

@@ -1,0 +1,60 @@
+"""What a lowering is, and what it is asked about."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kasmina_fx.physical.graph_inputs import BlendArguments
+from kasmina_fx.physical.layout import BankSpec, ChunkLayout
+
+
+@dataclass(frozen=True)
+class Site:
+    """Describes one blend: what a lowering may know before it says whether it can do it.
+
+    Attributes:
+        chunks: The layer's layout.
+        banks: The banks that act on it.
+        dtype: Of the host's output; ``device`` and ``rank`` (number of dims) likewise.
+        dense: The output is contiguous, as far as its strides say.
+        sizes: Of each bank, the shape of a slot in each of its stacks.
+    """
+
+    chunks: ChunkLayout
+    banks: tuple[BankSpec, ...]
+    dtype: torch.dtype
+    device: torch.device
+    rank: int
+    dense: bool
+    sizes: tuple[tuple[tuple[int, ...], ...], ...]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Says what a graph needs of a blend beside its output.
+
+    Attributes:
+        backward: What a backward needs is kept.
+        notes: Somebody reads the second output.
+    """
+
+    backward: bool = True
+    notes: bool = True
+
+
+class Lowering(ABC):
+    """A way to compute a blend; ``name`` is what options and reports call it."""
+
+    name: str
+
+    @abstractmethod
+    def why_not(self, site: Site) -> str | None:
+        """Say why it can't compute this blend, or None if it can."""
+
+    @abstractmethod
+    def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, Tensor]:
+        """Compute ``kasmina::blend``: the passes trace it, on fake tensors."""

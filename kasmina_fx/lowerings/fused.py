@@ -1,0 +1,94 @@
+"""One kernel a bank, forward and backward, that touches the chunks of active seeds alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kasmina_fx._torch.triton import launches_on
+from kasmina_fx.lifecycle import Role
+from kasmina_fx.lowerings.base import Lowering, Site, Wanted
+from kasmina_fx.lowerings.plan import LARGEST_HIDDEN, LARGEST_SIZE, Plan
+from kasmina_fx.lowerings.tiles import FUSED, KERNELS
+from kasmina_fx.physical.blend import no_notes
+from kasmina_fx.physical.graph_inputs import NO_LOSS, BankInputs, BlendArguments, LayerTables
+from kasmina_fx.physical.layout import ChunkLayout, Run
+
+
+class Fused(Lowering):
+    """The lowering for built-in blueprints where Triton compiles kernels."""
+
+    name = "fused"
+
+    def why_not(self, site: Site) -> str | None:
+        """See :meth:`Lowering.why_not`."""
+        if not launches_on(site.device):
+            return f"no Triton kernel runs on {site.device.type} here"
+        if site.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"kernels compute in float32, bfloat16 and float16, not in {site.dtype}"
+        if site.chunks.feature_dim % site.rank != site.rank - 1 or not site.dense:
+            return "kernels read features of the last dim of a contiguous output"
+        for bank, shapes in zip(site.banks, site.sizes, strict=True):
+            if bank.kind not in KERNELS:
+                return f"blueprint {bank.kind} has no kernel"
+            size, hidden = site.chunks.runs[bank.run].size, hidden_size(bank.kind, shapes[0])
+            if size > LARGEST_SIZE or hidden > LARGEST_HIDDEN:
+                return f"chunks of {size} features are more than a program's registers hold"
+        return None
+
+    def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, Tensor]:
+        """See :mod:`kasmina_fx.lowerings.tiles`: banks act on one output, one after the other."""
+        layout, whole = ChunkLayout.parse(asked.chunks), LayerTables(*asked.layer)
+        banks, out, notes = asked.bank_inputs(), asked.y, []
+        for index, run in enumerate(layout.runs):
+            said = no_notes(asked.y, run.count)
+            for bank in (bank for bank in banks if bank.spec.run == index):
+                out, said = _run_bank(out, said, bank, whole, run, wanted)
+            notes.append(said)
+        return out, torch.cat(notes, 1) if len(notes) > 1 else notes[0]
+
+
+def hidden_size(kind: str, first: tuple[int, ...]) -> int:
+    """Return how wide a blueprint's hidden layer is, by the shape of its first weight."""
+    return first[0] if KERNELS[kind].module == "two_layer" else 0
+
+
+def _run_bank(
+    out: Tensor, notes: Tensor, bank: BankInputs, whole: LayerTables, run: Run, wanted: Wanted
+) -> tuple[Tensor, Tensor]:
+    tables, mine = bank.tables, whole.of(run)
+    plan = Plan(
+        bank.spec.kind,
+        size=run.size,
+        hidden=hidden_size(bank.spec.kind, tuple(bank.params[0].shape[1:])),
+        offset=run.offset,
+        first_seed=run.first_seed,
+        count=run.count,
+        dot=str(_product_dtype(out, bank.params[0])).removeprefix("torch."),
+    )
+    given = [tables.order, tables.seeds, tables.positions, tables.modes]
+    given += [whole.alpha, whole.roles, mine.faults, whole.loss_scale]
+    out, _, said = FUSED(
+        out, given, list(bank.params), str(plan), wanted.backward, wanted.notes
+    )
+    if wanted.notes:
+        elements = out.numel() // out.shape[-1] * run.size
+        notes = _notes(said, mine, tables.positions >= 0, elements, notes)
+    return out, notes
+
+
+def _product_dtype(y: Tensor, weight: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(y.device.type):
+        return torch.get_autocast_dtype(y.device.type)
+    return torch.promote_types(y.dtype, weight.dtype)
+
+
+def _notes(said: Tensor, layer: LayerTables, ran: Tensor, elements: int, others: Tensor) -> Tensor:
+    """Return the notes ``(3, n)``: a bank's own where it ran a blueprint, else ``others``."""
+    squares, wrong, unsound = said.sum(0).unbind(0)
+    fine = wrong == 0
+    loss = squares / elements
+    added = (layer.alpha * layer.alpha * loss).masked_fill(~(fine & (layer.roles == Role.BLENDS)), 0.0)
+    faulty = (~fine & (unsound == 0)).float()
+    own = torch.stack([faulty, loss.masked_fill(~fine, NO_LOSS), added])
+    return torch.where(ran, own, others)

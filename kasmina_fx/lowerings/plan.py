@@ -1,0 +1,78 @@
+"""What a fused blend of one bank is, apart from its tensors: a short string, and a geometry.
+
+>>> plan = Plan("mlp", size=4, hidden=8, offset=0, first_seed=0, count=1024, dot="bfloat16")
+>>> str(plan)
+'mlp size=4 hidden=8 offset=0 first_seed=0 count=1024 dot=bfloat16'
+>>> Plan.parse(str(plan)) == plan
+True
+>>> plan.tiling
+Tiling(seeds=4, columns=16, hidden=32)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from typing import Final, NamedTuple
+
+#: Tensor cores multiply no smaller pieces.
+SMALLEST_TILE: Final = 16
+#: Beyond, weights and the sums of their gradients do not fit a program's registers.
+LARGEST_SIZE: Final = 64
+LARGEST_HIDDEN: Final = 128
+
+
+class Tiling(NamedTuple):
+    """Says how many active seeds a program handles, and how wide it is with its padding."""
+
+    seeds: int
+    columns: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Describes a fused blend of one bank.
+
+    Attributes:
+        kind: Name of the blueprint.
+        size: Features of a chunk.
+        hidden: Features of a blueprint's hidden layer; 0 for none.
+        offset: First feature of the bank's run, and ``first_seed`` its first seed.
+        count: Seeds of the run.
+        dot: Dtype of the products: "float32", "bfloat16" or "float16".
+    """
+
+    kind: str
+    size: int
+    hidden: int
+    offset: int
+    first_seed: int
+    count: int
+    dot: str
+
+    def __str__(self) -> str:
+        """Return the form that operators carry."""
+        kind, *others = asdict(self).items()
+        return " ".join([kind[1], *(f"{name}={value}" for name, value in others)])
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def parse(text: str) -> Plan:
+        """Read what ``str(plan)`` wrote."""
+        kind, *others = text.split()
+        fields = dict(other.split("=") for other in others)
+        dot = fields.pop("dot")
+        return Plan(kind, **{name: int(value) for name, value in fields.items()}, dot=dot)
+
+    @cached_property
+    def tiling(self) -> Tiling:
+        """How many seeds share a program."""
+        seeds = max(1, SMALLEST_TILE // self.size)
+        columns = max(SMALLEST_TILE, power_of_two(seeds * self.size))
+        return Tiling(seeds, columns, max(SMALLEST_TILE, power_of_two(seeds * self.hidden)))
+
+
+def power_of_two(size: int) -> int:
+    """Return the smallest power of two that is no less than ``size``."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0

@@ -1,0 +1,221 @@
+"""One operator a bank: active chunks alone are read, blended and written, in place.
+
+``kasmina::fused_tiles(y, tables, params, plan, keep, notes) -> (out, kept, said)``
+    The blend of one bank. ``y`` ``(..., D)`` is contiguous; ``out`` is like it. It is functional,
+    and made so that Inductor sees through: ``out = y.clone(); kernel(out)``, of which it drops the
+    copy where nobody else needs ``y``. ``kept`` ``(rows, active * size)``: the chunks of the active
+    seeds as they were, which with tables and parameters is all that backward needs; empty unless
+    ``keep``. ``said`` float32 ``(R, 3, n)``: for each of R parts of the rows and each seed that
+    runs, the sum of squared differences, how many elements can't be blended, and how many of the
+    chunk are not finite; empty unless ``notes``.
+``kasmina::fused_tiles_backward(dout, kept, tables, params, plan) -> [dy, blame, *dparams]``
+    Sums of a slot's gradients are float32, in a fixed order: the same bits every time.
+
+``tables`` are those of :data:`TABLES`. Neither operator knows how many seeds are active: that is
+the length of ``order``, a dynamic dimension.
+"""
+
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from kasmina_fx._torch.triton import launching
+from kasmina_fx.lowerings.plan import Plan, power_of_two
+
+#: What ``tables`` holds, in order; of a bank but for the last four, which are the layer's.
+TABLES: Final = ("order", "seeds", "positions", "modes", "alpha", "roles", "faults", "loss_scale")
+
+_DOTS: Final = {"float32": 0, "bfloat16": 1, "float16": 2}
+#: Programs to start, so that every multiprocessor has several.
+_PROGRAMS: Final = 2112
+#: Numbers that all parts' sums of gradients may hold together, and how many parts there may be.
+_SUMS: Final = 1 << 22
+_PARTS: Final = 64
+
+
+class Kernels(NamedTuple):
+    """Says which kernels run a blueprint of some kind, and with which switches."""
+
+    module: str
+    switches: tuple[int, ...]  # ACT, BIAS, RESIDUAL
+
+
+#: The blueprints that have kernels.
+KERNELS: Final[dict[str, Kernels]] = {
+    "mlp": Kernels("two_layer", (1, 1, 0)),
+    "lora": Kernels("two_layer", (0, 0, 1)),
+    "residual_mlp": Kernels("two_layer", (1, 1, 1)),
+    "affine": Kernels("affine", ()),
+}
+
+
+class _Launch(NamedTuple):
+    """Holds what the launches of one call share; sizes may be symbols."""
+
+    rows: Any
+    active: Any
+    tiles: Any
+    block: int
+    warps: int
+
+    @classmethod
+    def of(cls, y: Tensor, order: Tensor, plan: Plan) -> "_Launch":
+        tiling = plan.tiling
+        active = order.shape[0]
+        wide = tiling.columns * max(tiling.hidden, 16) > 1024
+        return cls(
+            y.numel() // y.shape[-1],
+            active,
+            (active + tiling.seeds - 1) // tiling.seeds,
+            32,
+            4 if wide else 2,
+        )
+
+    def splits(self, most: Any) -> Any:
+        """Say into how many parts the rows fall."""
+        blocks = (self.rows + self.block - 1) // self.block
+        wanted = torch.sym_min(blocks, torch.sym_min(most, _PROGRAMS // self.tiles))
+        return torch.sym_max(1, wanted)
+
+
+def _numbers(params: list[Tensor]) -> list[int]:
+    """Return how many numbers a slot has in each stack."""
+    return [int(p[0].numel()) for p in params]
+
+
+@triton_op("kasmina::fused_tiles", mutates_args={})
+def fused_tiles(
+    y: Tensor, tables: list[Tensor], params: list[Tensor], plan: str, keep: bool, notes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``kasmina::fused_tiles``, see above."""
+    out, kept, said = _outputs(y, tables, plan, keep, notes)
+    order, seeds, _, _, alpha, roles, *_ = tables
+    asked, splits = Plan.parse(plan), said.shape[0]
+    launch, kernels = _Launch.of(y, order, asked), KERNELS[asked.kind]
+    tiling = asked.tiling
+    sizes = [y.shape[-1], asked.offset, asked.first_seed, asked.count, launch.active]
+    sizes += [seeds.shape[1], launch.rows, splits]
+    kernel = launching(kernels.module, "forward")[(launch.tiles, splits)]
+    if kernels.module == "affine":
+        kernel(
+            out, kept, said, order, seeds, alpha, roles, *params, *sizes,
+            asked.size, tiling.seeds, tiling.columns, launch.block, keep, notes,
+            num_warps=launch.warps,
+        )  # fmt: skip
+    else:
+        act, bias, residual = kernels.switches
+        kernel(
+            out, kept, said, order, seeds, alpha, roles, *_four(params), *sizes,
+            asked.size, asked.hidden, *tiling, launch.block, _alone(asked), act, bias, residual,
+            keep, notes, _DOTS[asked.dot], num_warps=launch.warps,
+        )  # fmt: skip
+    return out, kept, said
+
+
+def _alone(plan: Plan) -> int:
+    """Return how often a block may be computed again: once a seed, unless there is but one."""
+    return plan.tiling.seeds if plan.tiling.seeds > 1 else 0
+
+
+def _four(params: list[Tensor]) -> list[Tensor]:
+    """Return weight, bias, weight, bias; without biases the weights stand for them."""
+    return params if len(params) == 4 else [params[0], params[0], params[1], params[1]]
+
+
+def _outputs(
+    y: Tensor, tables: list[Tensor], plan: str, keep: bool, notes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    asked = Plan.parse(plan)
+    launch = _Launch.of(y, tables[0], asked)
+    kept = y.new_empty((launch.rows, launch.active * asked.size) if keep else (0, 0))
+    parts = launch.splits(_PARTS)
+    said = y.new_empty((parts, 3 if notes else 0, asked.count), dtype=torch.float32)
+    return y.clone(memory_format=torch.contiguous_format), kept, said
+
+
+@fused_tiles.register_fake
+def _(
+    y: Tensor, tables: list[Tensor], params: list[Tensor], plan: str, keep: bool, notes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(y, tables, plan, keep, notes)
+
+
+@triton_op("kasmina::fused_tiles_backward", mutates_args={})
+def fused_tiles_backward(
+    dout: Tensor, kept: Tensor, tables: list[Tensor], params: list[Tensor], plan: str
+) -> list[Tensor]:
+    """Compute ``kasmina::fused_tiles_backward``, see above."""
+    order, seeds, positions, modes, alpha, roles, _, loss_scale = tables
+    dy, blame, *grads = _gradients(dout, tables, params, plan)
+    asked = Plan.parse(plan)
+    launch, kernels = _Launch.of(dout, order, asked), KERNELS[asked.kind]
+    numbers, tiling = _numbers(params), asked.tiling
+    width = sum(numbers) + 2
+    slots, places = seeds.shape
+    splits = launch.splits(torch.sym_min(_PARTS, torch.sym_max(1, _SUMS // (slots * places * width))))
+    sums = dout.new_empty((splits, slots * places, width), dtype=torch.float32)
+    sizes = [dout.shape[-1], asked.offset, asked.first_seed, launch.active]
+    sizes += [places, slots, launch.rows, splits]
+    kernel = launching(kernels.module, "backward")[(launch.tiles, splits)]
+    common = (dy, sums, kept, order, seeds, alpha, roles, modes, loss_scale)
+    if kernels.module == "affine":
+        kernel(
+            *common, *params, *sizes, asked.size, tiling.seeds, tiling.columns, launch.block, width,
+            num_warps=launch.warps,
+        )  # fmt: skip
+    else:
+        act, bias, residual = kernels.switches
+        kernel(
+            *common, *_four(params), *sizes, asked.size, asked.hidden, *tiling, launch.block,
+            _alone(asked), act, bias, residual, _DOTS[asked.dot], width, num_warps=launch.warps,
+        )  # fmt: skip
+    block = min(1024, power_of_two(width - 2))
+    padded = [*grads, *[grads[0]] * (4 - len(grads))]
+    capacity = params[0].shape[0]
+    launching("finish", "finish")[(capacity,)](
+        sums, seeds, positions, loss_scale, blame, *padded,
+        asked.count, capacity, slots, places, splits,
+        *numbers, *[0] * (4 - len(numbers)), width, block, max(1, 2048 // block), 64, num_warps=4,
+    )  # fmt: skip
+    return [dy, blame, *grads]
+
+
+def _gradients(
+    dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: str
+) -> list[Tensor]:
+    count = Plan.parse(plan).count
+    blame = tables[TABLES.index("faults")].new_empty(count)
+    return [dout.clone(memory_format=torch.contiguous_format), blame, *(torch.empty_like(p) for p in params)]
+
+
+@fused_tiles_backward.register_fake
+def _(
+    dout: Tensor, kept: Tensor, tables: list[Tensor], params: list[Tensor], plan: str
+) -> list[Tensor]:
+    return _gradients(dout, tables, params, plan)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, tables, params, plan, keep, _ = inputs
+    if not keep:
+        raise RuntimeError("compiled for inference, without what a backward needs")
+    ctx.save_for_backward(output[1], *tables, *params)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+    ctx.plan = plan
+
+
+def _backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
+    kept, *others = ctx.saved_tensors
+    tables, params = others[: len(TABLES)], others[len(TABLES) :]
+    dy, blame, *grads = fused_tiles_backward(dout.contiguous(), kept, tables, params, ctx.plan)
+    faults = TABLES.index("faults")
+    of_tables = [blame if i == faults else None for i in range(len(TABLES))]
+    return dy, of_tables, grads, None, None, None
+
+
+fused_tiles.register_autograd(_backward, setup_context=_save)
+
+FUSED: Final = torch.ops.kasmina.fused_tiles.default

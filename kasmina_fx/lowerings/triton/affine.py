@@ -1,0 +1,136 @@
+"""Kernels for the blueprint ``affine``: ``x * scale + shift``.
+
+A program handles the chunks of ``PER`` active seeds, and every R-th block of rows; the rest is as in
+:mod:`kasmina_fx.lowerings.triton.two_layer`. Elements never meet, so no block is computed twice.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def forward(
+    out, kept, said, order, seeds, alpha, roles, scale, shift,
+    features, offset, first_seed, count, active, places, rows, splits,
+    c: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    KEEP: tl.constexpr, NOTES: tl.constexpr,
+):  # fmt: skip
+    """Blend in place; put what was there aside in ``kept``, and what happened in ``said``."""
+    inf = float("inf")
+    split = tl.program_id(1)
+    i = tl.arange(0, TILE)
+    member = i // c
+    at = tl.program_id(0) * PER + member
+    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
+    on = place >= 0
+    seed = tl.load(seeds + place, mask=on, other=0)
+    slot = place // places
+    col = offset + seed * c + i % c
+    a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
+    blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
+    gain = tl.load(scale + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
+    more = tl.load(shift + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
+    ill = (~(tl.abs(gain) < inf) | ~(tl.abs(more) < inf)).to(tl.int32)
+    sick = tl.max(tl.where(member[:, None] == member[None, :], ill[None, :], 0), 1)
+    blends = blends & (sick == 0)
+    squares = tl.zeros([ROWS, TILE], tl.float32)
+    wrong = tl.zeros([ROWS, TILE], tl.float32)
+    unsound = tl.zeros([ROWS, TILE], tl.float32)
+    for block in range(split, tl.cdiv(rows, ROWS), splits):
+        row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        here = (row < rows)[:, None] & on[None, :]
+        where = out + row[:, None] * features + col[None, :]
+        raw = tl.load(where, mask=here, other=0.0)
+        if KEEP:
+            aside = kept + row[:, None] * (active * c) + (at * c + i % c)[None, :]
+            tl.store(aside, raw, mask=here)
+        z = raw.to(tl.float32)
+        f = z * gain[None, :] + more[None, :]
+        delta = f - z
+        grown = (z + a[None, :] * delta).to(raw.dtype)
+        fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
+        fine = fits & (tl.abs(grown.to(tl.float32)) < inf)
+        tl.store(where, grown, mask=here & fine & blends[None, :])
+        if NOTES:
+            fits = fits & (tl.abs(delta) < inf)
+            squares += tl.where(fits & here, delta * delta, 0.0)
+            wrong += tl.where(~fits & here, 1.0, 0.0)
+            unsound += tl.where(~(tl.abs(z) < inf) & here, 1.0, 0.0)
+    if NOTES:
+        squared, wrongs = tl.sum(squares, 0), tl.sum(wrong, 0) + sick.to(tl.float32)
+        unsounds = tl.sum(unsound, 0)
+        for p in tl.static_range(PER):
+            number = tl.program_id(0) * PER + p
+            mine = (member == p) & on
+            whose = tl.load(order + number, mask=number < active, other=-1)
+            to = said + split * 3 * count + tl.load(seeds + whose, mask=whose >= 0, other=0)
+            tl.store(to, tl.sum(tl.where(mine, squared, 0.0)), mask=whose >= 0)
+            tl.store(to + count, tl.sum(tl.where(mine, wrongs, 0.0)), mask=whose >= 0)
+            tl.store(to + 2 * count, tl.sum(tl.where(mine, unsounds, 0.0)), mask=whose >= 0)
+
+
+@triton.jit
+def backward(
+    dy, sums, kept, order, seeds, alpha, roles, modes, loss_scale, scale, shift,
+    features, offset, first_seed, active, places, slots, rows, splits,
+    c: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Change the gradient of the output into that of ``y`` in place; sum those of the slots."""
+    inf = float("inf")
+    split = tl.program_id(1)
+    i = tl.arange(0, TILE)
+    member = i // c
+    at = tl.program_id(0) * PER + member
+    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
+    on = place >= 0
+    seed = tl.load(seeds + place, mask=on, other=0)
+    slot = place // places
+    col = offset + seed * c + i % c
+    a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
+    blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
+    mode = tl.load(modes + place, mask=on, other=0)
+    gain = tl.load(scale + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
+    more = tl.load(shift + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
+    ill = (~(tl.abs(gain) < inf) | ~(tl.abs(more) < inf)).to(tl.int32)
+    sick = tl.max(tl.where(member[:, None] == member[None, :], ill[None, :], 0), 1)
+    gain, more = tl.where(sick > 0, 0.0, gain), tl.where(sick > 0, 0.0, more)
+    blends, trains = blends & (sick == 0), (mode == 2) & (sick == 0)
+    weight = 2.0 * tl.load(loss_scale) / (1.0 * rows * c)  # of the mean of squared errors
+    g1, g2 = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
+    refused, unsound = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
+    for block in range(split, tl.cdiv(rows, ROWS), splits):
+        row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        here = (row < rows)[:, None] & on[None, :]
+        where = dy + row[:, None] * features + col[None, :]
+        aside = kept + row[:, None] * (active * c) + (at * c + i % c)[None, :]
+        raw = tl.load(aside, mask=here, other=0.0)
+        came = tl.load(where, mask=here, other=0.0)
+        z, dz = raw.to(tl.float32), came.to(tl.float32)
+        made = z * gain[None, :] + more[None, :]
+        grown = (z + a[None, :] * (made - z)).to(raw.dtype).to(tl.float32)
+        fits = tl.abs(made.to(raw.dtype).to(tl.float32)) < inf
+        blend = fits & (tl.abs(grown) < inf) & blends[None, :]
+        error = tl.where(fits & (tl.abs(made - z) < inf) & trains[None, :], made - z, 0.0) * weight
+        df = tl.where(blend & (tl.abs(dz) < inf), a[None, :] * dz, error)
+        df = tl.where(here, df, 0.0)
+        dx = df * gain[None, :]
+        sent = tl.abs(dx) < inf
+        direct = tl.where(blend, dz - a[None, :] * dz, dz)
+        total = direct + tl.where(sent & blends[None, :], dx, 0.0)
+        tl.store(where, total.to(came.dtype), mask=here & blends[None, :])
+        g1 += df * z
+        g2 += df
+        refused += tl.where(here & ~sent, 1.0, 0.0)
+        unsound += tl.where(here & ~(tl.abs(z) < inf), 1.0, 0.0)
+    base = sums + split.to(tl.int64) * slots * places * P
+    to = base + place * P + i % c
+    tl.store(to, tl.where(mode > 0, tl.sum(g1, 0), 0.0), mask=on)
+    tl.store(to + c, tl.where(mode > 0, tl.sum(g2, 0), 0.0), mask=on)
+    no, bad = tl.sum(refused, 0), tl.sum(unsound, 0)
+    for p in tl.static_range(PER):
+        number = tl.program_id(0) * PER + p
+        mine = (member == p) & on
+        whose = tl.load(order + number, mask=number < active, other=-1)
+        at_end = base + whose * P + P - 2
+        tl.store(at_end, tl.sum(tl.where(mine, no, 0.0)), mask=whose >= 0)
+        tl.store(at_end + 1, tl.sum(tl.where(mine, bad, 0.0)), mask=whose >= 0)

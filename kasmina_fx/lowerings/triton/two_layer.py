@@ -1,0 +1,259 @@
+"""Kernels for blueprints of two products, ``act(x W1 + b1) W2 + b2``, with or without ``x +``.
+
+A program handles a *tile*: the chunks of ``PER`` active seeds, and every R-th block of rows. The
+seeds' weights stand block-diagonally in registers, so that tensor cores do the products. Columns
+come from the tables, so active seeds may lie anywhere; nothing of other seeds is touched.
+
+A zero beside a NaN does not keep it out of a product's sum, so one seed could reach its neighbours
+in the tile. Each block is therefore checked, and computed again seed by seed (``p``) where
+something is not finite: exact, and free where nothing is.
+
+One function a kernel, since torch 2.11 takes every argument for written where a kernel calls
+another; hence the same addresses twice. Shapes as of :mod:`kasmina_fx.lowerings.tiles`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def forward(
+    out, kept, said, order, seeds, alpha, roles, w1, b1, w2, b2,
+    features, offset, first_seed, count, active, places, rows, splits,
+    c: tl.constexpr, h: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr, ALONE: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, KEEP: tl.constexpr, NOTES: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Blend in place; put what was there aside in ``kept``, and what happened in ``said``."""
+    inf = float("inf")
+    PRODUCT: tl.constexpr = (
+        tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
+    )
+    split = tl.program_id(1)
+    i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
+    member, member_h = i // c, j // h
+    at, at_h = tl.program_id(0) * PER + member, tl.program_id(0) * PER + member_h
+    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
+    place_h = tl.load(order + at_h, mask=(member_h < PER) & (at_h < active), other=-1)
+    on, on_h = place >= 0, place_h >= 0
+    seed = tl.load(seeds + place, mask=on, other=0)
+    slot, slot_h = place // places, place_h // places
+    col = offset + seed * c + i % c
+    a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
+    blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
+    same = (member[:, None] == member_h[None, :]) & on[:, None] & on_h[None, :]
+    same_t = (member_h[:, None] == member[None, :]) & on_h[:, None] & on[None, :]
+    at1 = slot_h[None, :] * (c * h) + (j % h)[None, :] * c + (i % c)[:, None]
+    at2 = slot[None, :] * (c * h) + (i % c)[None, :] * h + (j % h)[:, None]
+    W1 = tl.load(w1 + at1, mask=same, other=0.0)
+    W2 = tl.load(w2 + at2, mask=same_t, other=0.0)
+    ill = tl.max((~(tl.abs(W1.to(tl.float32)) < inf)).to(tl.int32), 0)
+    ill = tl.maximum(ill, tl.max((~(tl.abs(W2.to(tl.float32)) < inf)).to(tl.int32), 1))
+    if BIAS:
+        B1 = tl.load(b1 + slot_h * h + j % h, mask=on_h, other=0.0).to(tl.float32)
+        B2 = tl.load(b2 + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
+        ill = tl.maximum(ill, (~(tl.abs(B1) < inf)).to(tl.int32))
+        ill2 = (~(tl.abs(B2) < inf)).to(tl.int32)
+        ill = tl.maximum(ill, tl.max(tl.where(same, ill2[:, None], 0), 0))
+    else:
+        B1, B2 = tl.zeros([HIDDEN], tl.float32), tl.zeros([TILE], tl.float32)
+    sick = tl.max(tl.where(same, ill[None, :], 0), 1)
+    sick_h = tl.max(tl.where(same, sick[:, None], 0), 0)
+    W1 = tl.where(sick_h[None, :] > 0, 0.0, W1).to(PRODUCT)
+    W2 = tl.where(sick_h[:, None] > 0, 0.0, W2).to(PRODUCT)
+    B1, B2 = tl.where(sick_h > 0, 0.0, B1), tl.where(sick > 0, 0.0, B2)
+    blends = blends & (sick == 0)
+    squares = tl.zeros([ROWS, TILE], tl.float32)
+    wrong = tl.zeros([ROWS, TILE], tl.float32)
+    unsound = tl.zeros([ROWS, TILE], tl.float32)
+    for block in range(split, tl.cdiv(rows, ROWS), splits):
+        row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        here = (row < rows)[:, None] & on[None, :]
+        where = out + row[:, None] * features + col[None, :]
+        raw = tl.load(where, mask=here, other=0.0)
+        if KEEP:
+            aside = kept + row[:, None] * (active * c) + (at * c + i % c)[None, :]
+            tl.store(aside, raw, mask=here)
+        z = raw.to(tl.float32)
+        f, dirty = tl.zeros([ROWS, TILE], tl.float32), 0
+        for p in range(-1, ALONE):
+            if (p < 0) | (dirty > 0):
+                mine, mine_h = (member == p) | (p < 0), (member_h == p) | (p < 0)
+                x = tl.where(mine[None, :], raw, 0.0).to(PRODUCT)
+                u = tl.dot(x, W1, input_precision="ieee") + B1[None, :]
+                if ACT == 1:
+                    u = tl.where(u < 0, 0.0, u)
+                if ACT == 2:
+                    u = 0.5 * u * (1 + tl.math.erf(u * 0.7071067811865476))
+                hidden = tl.where(mine_h[None, :], u, 0.0).to(PRODUCT)
+                made = tl.dot(hidden, W2, input_precision="ieee") + B2[None, :]
+                if RESIDUAL:
+                    made += z
+                f = tl.where(mine[None, :], made, f)
+                found = tl.sum((~(tl.abs(f - z) < inf)).to(tl.int32))
+                if p < 0:
+                    dirty = found
+        delta = f - z
+        grown = (z + a[None, :] * delta).to(raw.dtype)
+        fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
+        fine = fits & (tl.abs(grown.to(tl.float32)) < inf)
+        tl.store(where, grown, mask=here & fine & blends[None, :])
+        if NOTES:
+            fits = fits & (tl.abs(delta) < inf)
+            squares += tl.where(fits & here, delta * delta, 0.0)
+            wrong += tl.where(~fits & here, 1.0, 0.0)
+            unsound += tl.where(~(tl.abs(z) < inf) & here, 1.0, 0.0)
+    if NOTES:
+        squared, wrongs = tl.sum(squares, 0), tl.sum(wrong, 0) + sick.to(tl.float32)
+        unsounds = tl.sum(unsound, 0)
+        for p in tl.static_range(PER):
+            number = tl.program_id(0) * PER + p
+            mine = (member == p) & on
+            whose = tl.load(order + number, mask=number < active, other=-1)
+            to = said + split * 3 * count + tl.load(seeds + whose, mask=whose >= 0, other=0)
+            tl.store(to, tl.sum(tl.where(mine, squared, 0.0)), mask=whose >= 0)
+            tl.store(to + count, tl.sum(tl.where(mine, wrongs, 0.0)), mask=whose >= 0)
+            tl.store(to + 2 * count, tl.sum(tl.where(mine, unsounds, 0.0)), mask=whose >= 0)
+
+
+@triton.jit
+def backward(
+    dy, sums, kept, order, seeds, alpha, roles, modes, loss_scale, w1, b1, w2, b2,
+    features, offset, first_seed, active, places, slots, rows, splits,
+    c: tl.constexpr, h: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr,
+    ROWS: tl.constexpr, ALONE: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr, DOT: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Change the gradient of the output into that of ``y`` in place; sum those of the slots."""
+    inf = float("inf")
+    PRODUCT: tl.constexpr = (
+        tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
+    )
+    split = tl.program_id(1)
+    i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
+    member, member_h = i // c, j // h
+    at, at_h = tl.program_id(0) * PER + member, tl.program_id(0) * PER + member_h
+    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
+    place_h = tl.load(order + at_h, mask=(member_h < PER) & (at_h < active), other=-1)
+    on, on_h = place >= 0, place_h >= 0
+    seed = tl.load(seeds + place, mask=on, other=0)
+    slot, slot_h = place // places, place_h // places
+    col = offset + seed * c + i % c
+    a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
+    blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
+    mode = tl.load(modes + place, mask=on, other=0)
+    mode_h = tl.load(modes + place_h, mask=on_h, other=0)
+    same = (member[:, None] == member_h[None, :]) & on[:, None] & on_h[None, :]
+    same_t = (member_h[:, None] == member[None, :]) & on_h[:, None] & on[None, :]
+    at1 = slot_h[None, :] * (c * h) + (j % h)[None, :] * c + (i % c)[:, None]
+    at2 = slot[None, :] * (c * h) + (i % c)[None, :] * h + (j % h)[:, None]
+    W1 = tl.load(w1 + at1, mask=same, other=0.0)
+    W2 = tl.load(w2 + at2, mask=same_t, other=0.0)
+    ill = tl.max((~(tl.abs(W1.to(tl.float32)) < inf)).to(tl.int32), 0)
+    ill = tl.maximum(ill, tl.max((~(tl.abs(W2.to(tl.float32)) < inf)).to(tl.int32), 1))
+    if BIAS:
+        B1 = tl.load(b1 + slot_h * h + j % h, mask=on_h, other=0.0).to(tl.float32)
+        B2 = tl.load(b2 + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
+        ill = tl.maximum(ill, (~(tl.abs(B1) < inf)).to(tl.int32))
+        ill2 = (~(tl.abs(B2) < inf)).to(tl.int32)
+        ill = tl.maximum(ill, tl.max(tl.where(same, ill2[:, None], 0), 0))
+    else:
+        B1, B2 = tl.zeros([HIDDEN], tl.float32), tl.zeros([TILE], tl.float32)
+    sick = tl.max(tl.where(same, ill[None, :], 0), 1)
+    sick_h = tl.max(tl.where(same, sick[:, None], 0), 0)
+    W1 = tl.where(sick_h[None, :] > 0, 0.0, W1).to(PRODUCT)
+    W2 = tl.where(sick_h[:, None] > 0, 0.0, W2).to(PRODUCT)
+    B1, B2 = tl.where(sick_h > 0, 0.0, B1), tl.where(sick > 0, 0.0, B2)
+    blends, trains = blends & (sick == 0), (mode == 2) & (sick == 0)
+    # Of the mean of squared errors. In float16 such a small number would vanish: there the sums of
+    # a slot are multiplied by it, at the end.
+    weight = 2.0 * tl.load(loss_scale) / (1.0 * rows * c)
+    at_once = weight if DOT != 2 else 1.0
+    W1t, W2t = tl.trans(W1), tl.trans(W2)
+    g1, g2 = tl.zeros([TILE, HIDDEN], tl.float32), tl.zeros([HIDDEN, TILE], tl.float32)
+    gb1, gb2 = tl.zeros([ROWS, HIDDEN], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
+    refused, unsound = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
+    for block in range(split, tl.cdiv(rows, ROWS), splits):
+        row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        here = (row < rows)[:, None] & on[None, :]
+        where = dy + row[:, None] * features + col[None, :]
+        aside = kept + row[:, None] * (active * c) + (at * c + i % c)[None, :]
+        raw = tl.load(aside, mask=here, other=0.0)
+        came = tl.load(where, mask=here, other=0.0)
+        z, dz = raw.to(tl.float32), came.to(tl.float32)
+        df, dx = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
+        dh = tl.zeros([ROWS, HIDDEN], tl.float32)
+        hidden, blended = tl.zeros([ROWS, HIDDEN], tl.float32), tl.zeros([ROWS, TILE], tl.int32)
+        dirty = 0
+        for p in range(-1, ALONE):
+            if (p < 0) | (dirty > 0):
+                mine, mine_h = (member == p) | (p < 0), (member_h == p) | (p < 0)
+                x = tl.where(mine[None, :], raw, 0.0).to(PRODUCT)
+                u = tl.dot(x, W1, input_precision="ieee") + B1[None, :]
+                v, slope = u, tl.full([ROWS, HIDDEN], 1.0, tl.float32)
+                if ACT == 1:
+                    v, slope = tl.where(u < 0, 0.0, u), tl.where(u > 0, 1.0, 0.0)
+                if ACT == 2:
+                    half = 0.5 * (1 + tl.math.erf(u * 0.7071067811865476))
+                    v, slope = u * half, half + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
+                v = tl.where(mine_h[None, :], v, 0.0)
+                made = tl.dot(v.to(PRODUCT), W2, input_precision="ieee") + B2[None, :]
+                if RESIDUAL:
+                    made += z
+                grown = (z + a[None, :] * (made - z)).to(raw.dtype).to(tl.float32)
+                fits = tl.abs(made.to(raw.dtype).to(tl.float32)) < inf
+                blend = fits & (tl.abs(grown) < inf) & blends[None, :]
+                error = tl.where(fits & (tl.abs(made - z) < inf) & trains[None, :], made - z, 0.0)
+                error = error * at_once
+                learnt = tl.where(blend & (tl.abs(dz) < inf), a[None, :] * dz, error)
+                learnt = tl.where(mine[None, :] & here, learnt, 0.0)
+                down = tl.dot(learnt.to(PRODUCT), W2t, input_precision="ieee") * slope
+                down = tl.where((slope == 0) | ~mine_h[None, :], 0.0, down)
+                back = tl.dot(down.to(PRODUCT), W1t, input_precision="ieee")
+                if RESIDUAL:
+                    back += learnt
+                df, dx = tl.where(mine[None, :], learnt, df), tl.where(mine[None, :], back, dx)
+                dh = tl.where(mine_h[None, :], down, dh)
+                hidden = tl.where(mine_h[None, :], v, hidden)
+                blended = tl.where(mine[None, :], blend.to(tl.int32), blended)
+                found = tl.sum((~(tl.abs(made - z) < inf) | ~(tl.abs(back) < inf)).to(tl.int32))
+                if p < 0:
+                    dirty = found
+        sent = tl.abs(dx) < inf
+        direct = tl.where(blended > 0, dz - a[None, :] * dz, dz)
+        total = direct + tl.where(sent & blends[None, :], dx, 0.0)
+        tl.store(where, total.to(came.dtype), mask=here & blends[None, :])
+        g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), g1, input_precision="ieee")
+        g2 = tl.dot(tl.trans(hidden.to(PRODUCT)), df.to(PRODUCT), g2, input_precision="ieee")
+        gb1 += dh
+        gb2 += df
+        refused += tl.where(here & ~sent, 1.0, 0.0)
+        unsound += tl.where(here & ~(tl.abs(z) < inf), 1.0, 0.0)
+    # Not a product where nothing is learnt: what is not finite would be 0 x Inf.
+    g1 = tl.where(mode[:, None] > 0, g1, 0.0)
+    g2 = tl.where(mode[None, :] > 0, g2, 0.0)
+    if DOT == 2:
+        g1 = tl.where(mode[:, None] == 2, g1 * weight, g1)
+        g2 = tl.where(mode[None, :] == 2, g2 * weight, g2)
+    base = sums + split.to(tl.int64) * slots * places * P
+    own1 = place_h[None, :] * P + (j % h)[None, :] * c + (i % c)[:, None]
+    tl.store(base + own1, g1, mask=same)
+    BEHIND: tl.constexpr = h * c + h if BIAS else h * c
+    own2 = place[None, :] * P + BEHIND + (i % c)[None, :] * h + (j % h)[:, None]
+    tl.store(base + own2, g2, mask=same_t)
+    if BIAS:
+        sum1 = tl.where(mode_h > 0, tl.sum(gb1, 0), 0.0)
+        sum2 = tl.where(mode > 0, tl.sum(gb2, 0), 0.0)
+        if DOT == 2:
+            sum1 = tl.where(mode_h == 2, sum1 * weight, sum1)
+            sum2 = tl.where(mode == 2, sum2 * weight, sum2)
+        tl.store(base + place_h * P + h * c + j % h, sum1, mask=on_h)
+        tl.store(base + place * P + 2 * h * c + h + i % c, sum2, mask=on)
+    no, bad = tl.sum(refused, 0), tl.sum(unsound, 0)
+    for p in tl.static_range(PER):
+        number = tl.program_id(0) * PER + p
+        mine = (member == p) & on
+        whose = tl.load(order + number, mask=number < active, other=-1)
+        to = base + whose * P + P - 2
+        tl.store(to, tl.sum(tl.where(mine, no, 0.0)), mask=whose >= 0)
+        tl.store(to + 1, tl.sum(tl.where(mine, bad, 0.0)), mask=whose >= 0)
