@@ -13,7 +13,7 @@ from typing import ClassVar, Final
 
 from torch.fx import GraphModule
 
-from kasmina_fx._torch.tracing import usual
+from kasmina_fx._torch.tracing import is_dense
 from kasmina_fx.errors import InvalidArgument, shown
 from kasmina_fx.lowerings import LOWERINGS, Site
 from kasmina_fx.passes.infra.matching import Match, blend_arguments, known_matches
@@ -71,12 +71,8 @@ def site_of(match: Match) -> Site:
     """Describe a blend to lowerings."""
     asked = blend_arguments(match.node)
     y, rest = value_of(asked.y), iter(asked.params)
-    # Asked for as they usually are: a guard on a stride would be one more compile.
-    strides, dense, expected = [usual(s) for s in y.stride()], True, 1
-    for stride, size in zip(reversed(strides), reversed(y.shape), strict=True):
-        dense, expected = dense and stride == expected, expected * usual(size)
     sizes = [
         tuple(tuple(int(n) for n in value_of(next(rest)).shape[1:]) for _ in range(bank.num_params))
         for bank in match.banks
     ]
-    return Site(match.chunks, match.banks, y.dtype, y.device, y.dim(), dense, tuple(sizes))
+    return Site(match.chunks, match.banks, y.dtype, y.device, y.dim(), is_dense(y), tuple(sizes))

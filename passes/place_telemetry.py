@@ -17,7 +17,10 @@ from typing import ClassVar
 from torch import Tensor
 from torch.fx import GraphModule
 
+from kasmina_fx._torch.tracing import is_dense
+from kasmina_fx.lowerings.sample import OBSERVE_ROWS, can_observe
 from kasmina_fx.passes.infra.matching import Match, argument, known_matches, require_normal
+from kasmina_fx.passes.infra.metadata import value_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
 from kasmina_fx.passes.infra.regions import autocast_at
 from kasmina_fx.passes.infra.splicing import splice
@@ -49,7 +52,11 @@ class PlaceTelemetry(GraphPass):
         arguments = [fixed_argument(y, {match.chunks.feature_dim})]
         arguments += [fixed_argument(n, {0, 1}) for n in inputs[1:]]
         chunks, one_in, rows = (argument(node, n) for n in ("chunks", "one_in", "rows"))
-        meaning = _Observe(chunks, one_in or 1, rows or 0)
+        fits = match.chunks.feature_dim % value_of(y).dim() == value_of(y).dim() - 1
+        kernel = can_observe(
+            match.chunks, value_of(y).dtype, value_of(y).device, fits and is_dense(value_of(y))
+        )
+        meaning = _Observe(chunks, one_in or 1, rows or 0, kernel)
         template = trace_template(meaning, arguments, inputs, autocast_at(node))
         splice(match.graph_module, node, template, inputs, by=self.name)
         match.graph_module.graph.erase_node(node)
@@ -62,9 +69,11 @@ class _Observe(Meaning):
     chunks: str
     one_in: int
     rows: int
+    in_one_kernel: bool
 
     def __call__(self, *tensors: Tensor) -> tuple[()]:
         y, *notes, telemetry = tensors  # notes may be missing
         said = notes[0] if notes else None
-        statistics.observe(y, said, telemetry, self.chunks, self.one_in, self.rows)
+        how = OBSERVE_ROWS if self.in_one_kernel else statistics.observe
+        how(y.detach(), said, telemetry, self.chunks, self.one_in, self.rows)
         return ()

@@ -17,7 +17,7 @@ import networkx as nx
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from kasmina_fx._torch.tracing import Operator
+from kasmina_fx._torch.tracing import written_by
 from kasmina_fx.errors import RewriteError
 from kasmina_fx.passes.infra.matching import find_matches, graph_modules
 from kasmina_fx.passes.infra.metadata import has_value, lowering_of, origin_of, value_of
@@ -67,20 +67,6 @@ def data_flow(gm: GraphModule) -> nx.DiGraph:
     return flow
 
 
-def writes_to(node: Node) -> list[Node]:
-    """Return the nodes whose tensors an operator node writes to."""
-    if not isinstance(node.target, Operator) or not node.target._schema.is_mutable:
-        return []
-    arguments = zip(node.target._schema.arguments, node.args, strict=False)
-    return [
-        arg
-        for described, arg in arguments
-        if isinstance(arg, Node)
-        and described.alias_info is not None
-        and described.alias_info.is_write
-    ]
-
-
 def _why(node: Node, reason: str | None) -> str:
     lowering = lowering_of(node)
     return reason or (lowering.why if lowering else "a pass was disabled")
@@ -92,16 +78,16 @@ def _inserted_by(flow: nx.DiGraph, name: str) -> set[Node]:
 
 def _check_values(flow: nx.DiGraph) -> None:
     for node in flow:
-        if origin_of(node) is not None and not has_value(node) and not writes_to(node):
+        if origin_of(node) is not None and not has_value(node) and not written_by(node):
             raise RewriteError(f"inserted node {node.name} carries no value")
 
 
 def _check_writes(flow: nx.DiGraph) -> None:
     for node in _inserted_by(flow, LowerBlend.name):
-        if writes_to(node):
-            raise RewriteError(f"{node.name} of a blend writes to {writes_to(node)}")
+        if written_by(node):
+            raise RewriteError(f"{node.name} of a blend writes to {written_by(node)}")
     for node in _inserted_by(flow, PlaceTelemetry.name):
-        for target in writes_to(node):
+        for target in written_by(node):
             if target.op not in ("placeholder", "get_attr"):
                 raise RewriteError(f"telemetry's {node.name} writes to {target.name}, not a buffer")
 

@@ -67,6 +67,16 @@ def usual(size: int | torch.SymInt) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else size
 
 
+def is_dense(t: torch.Tensor) -> bool:
+    """Say whether a tensor is usually contiguous: asking for each stride would add guards."""
+    expected = 1
+    for stride, size in zip(reversed(t.stride()), reversed(t.shape), strict=True):
+        if usual(stride) != expected:
+            return False
+        expected *= usual(size)
+    return True
+
+
 def in_functorch() -> bool:
     """Say whether a transform of ``torch.func`` (grad, vmap, jvp) is active."""
     return bool(torch._C._are_functorch_transforms_active())
@@ -85,14 +95,25 @@ def outside_of_tracing() -> Iterator[None]:
 def without_writes(fn: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> torch.fx.GraphModule:
     """Trace a function into a graph in which operators write to nothing but inputs."""
     graph = make_fx(fn)(*inputs)
-    if any(_writes(node) and node.args[0].op != "placeholder" for node in graph.graph.nodes):
+    written = (target for node in graph.graph.nodes for target in written_by(node))
+    if any(target.op != "placeholder" for target in written):
         # Only then: it spells what it leaves alone in another way as well.
         graph = make_fx(torch.func.functionalize(fn, remove="mutations"))(*inputs)
     return graph
 
 
-def _writes(node: torch.fx.Node) -> bool:
-    return isinstance(node.target, Operator) and bool(node.target._schema.is_mutable)
+def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Return the nodes whose tensors an operator node writes to."""
+    if not isinstance(node.target, Operator) or not node.target._schema.is_mutable:
+        return []
+    arguments = zip(node.target._schema.arguments, node.args, strict=False)
+    return [
+        arg
+        for described, arg in arguments
+        if isinstance(arg, torch.fx.Node)
+        and described.alias_info is not None
+        and described.alias_info.is_write
+    ]
 
 
 @contextlib.contextmanager

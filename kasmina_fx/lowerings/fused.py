@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from kasmina_fx._torch.triton import launches_on
-from kasmina_fx.lifecycle import Role
 from kasmina_fx.lowerings.base import Lowering, Site, Wanted
 from kasmina_fx.lowerings.plan import LARGEST_HIDDEN, LARGEST_SIZE, Plan
 from kasmina_fx.lowerings.tiles import FUSED, KERNELS
 from kasmina_fx.physical.blend import no_notes
-from kasmina_fx.physical.graph_inputs import NO_LOSS, BankInputs, BlendArguments, LayerTables
+from kasmina_fx.physical.graph_inputs import BankInputs, BlendArguments, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout, Run
 
 
@@ -41,10 +40,10 @@ class Fused(Lowering):
         layout, whole = ChunkLayout.parse(asked.chunks), LayerTables(*asked.layer)
         banks, out, notes = asked.bank_inputs(), asked.y, []
         for index, run in enumerate(layout.runs):
-            said = no_notes(asked.y, run.count)
+            told: Tensor | None = None
             for bank in (bank for bank in banks if bank.spec.run == index):
-                out, said = _run_bank(out, said, bank, whole, run, wanted)
-            notes.append(said)
+                out, told = _run_bank(out, told, bank, whole, run, wanted)
+            notes.append(no_notes(asked.y, run.count) if told is None else told)
         return out, torch.cat(notes, 1) if len(notes) > 1 else notes[0]
 
 
@@ -54,7 +53,12 @@ def hidden_size(kind: str, first: tuple[int, ...]) -> int:
 
 
 def _run_bank(
-    out: Tensor, notes: Tensor, bank: BankInputs, whole: LayerTables, run: Run, wanted: Wanted
+    out: Tensor,
+    told: Tensor | None,
+    bank: BankInputs,
+    whole: LayerTables,
+    run: Run,
+    wanted: Wanted,
 ) -> tuple[Tensor, Tensor]:
     tables, mine = bank.tables, whole.of(run)
     plan = Plan(
@@ -68,27 +72,13 @@ def _run_bank(
     )
     given = [tables.order, tables.seeds, tables.positions, tables.modes]
     given += [whole.alpha, whole.roles, mine.faults, whole.loss_scale]
-    out, _, said = FUSED(
-        out, given, list(bank.params), str(plan), wanted.backward, wanted.notes
+    out, _, told = FUSED(
+        out, given, list(bank.params), told, str(plan), wanted.backward, wanted.notes
     )
-    if wanted.notes:
-        elements = out.numel() // out.shape[-1] * run.size
-        notes = _notes(said, mine, tables.positions >= 0, elements, notes)
-    return out, notes
+    return out, told
 
 
 def _product_dtype(y: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(y.device.type):
         return torch.get_autocast_dtype(y.device.type)
     return torch.promote_types(y.dtype, weight.dtype)
-
-
-def _notes(said: Tensor, layer: LayerTables, ran: Tensor, elements: int, others: Tensor) -> Tensor:
-    """Return the notes ``(3, n)``: a bank's own where it ran a blueprint, else ``others``."""
-    squares, wrong, unsound = said.sum(0).unbind(0)
-    fine = wrong == 0
-    loss = squares / elements
-    added = (layer.alpha * layer.alpha * loss).masked_fill(~(fine & (layer.roles == Role.BLENDS)), 0.0)
-    faulty = (~fine & (unsound == 0)).float()
-    own = torch.stack([faulty, loss.masked_fill(~fine, NO_LOSS), added])
-    return torch.where(ran, own, others)

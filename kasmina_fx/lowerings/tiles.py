@@ -1,13 +1,12 @@
 """One operator a bank: active chunks alone are read, blended and written, in place.
 
-``kasmina::fused_tiles(y, tables, params, plan, keep, notes) -> (out, kept, said)``
+``kasmina::fused_tiles(y, tables, params, before, plan, keep, notes) -> (out, kept, notes)``
     The blend of one bank. ``y`` ``(..., D)`` is contiguous; ``out`` is like it. It is functional,
     and made so that Inductor sees through: ``out = y.clone(); kernel(out)``, of which it drops the
     copy where nobody else needs ``y``. ``kept`` ``(rows, active * size)``: the chunks of the active
     seeds as they were, which with tables and parameters is all that backward needs; empty unless
-    ``keep``. ``said`` float32 ``(R, 3, n)``: for each of R parts of the rows and each seed that
-    runs, the sum of squared differences, how many elements can't be blended, and how many of the
-    chunk are not finite; empty unless ``notes``.
+    ``keep``. ``notes`` float32 ``(3, n)``: those of a blend, of seeds that this bank does not run as
+    ``before`` says (None: nothing ran); empty unless ``notes``.
 ``kasmina::fused_tiles_backward(dout, kept, tables, params, plan) -> [dy, blame, *dparams]``
     Sums of a slot's gradients are float32, in a fixed order: the same bits every time.
 
@@ -28,11 +27,11 @@ from kasmina_fx.lowerings.plan import Plan, power_of_two
 TABLES: Final = ("order", "seeds", "positions", "modes", "alpha", "roles", "faults", "loss_scale")
 
 _DOTS: Final = {"float32": 0, "bfloat16": 1, "float16": 2}
-#: Programs to start, so that every multiprocessor has several.
-_PROGRAMS: Final = 2112
-#: Numbers that all parts' sums of gradients may hold together, and how many parts there may be.
+#: Parts of the rows, each a program of its own: enough that a few active seeds keep a chip busy.
+_PARTS: Final = 128
+#: In backward each has sums of its own: numbers that all of them may hold, and least and most parts.
 _SUMS: Final = 1 << 22
-_PARTS: Final = 64
+_FEWEST, _MOST = 8, 64
 
 
 class Kernels(NamedTuple):
@@ -73,12 +72,6 @@ class _Launch(NamedTuple):
             4 if wide else 2,
         )
 
-    def splits(self, most: Any) -> Any:
-        """Say into how many parts the rows fall."""
-        blocks = (self.rows + self.block - 1) // self.block
-        wanted = torch.sym_min(blocks, torch.sym_min(most, _PROGRAMS // self.tiles))
-        return torch.sym_max(1, wanted)
-
 
 def _numbers(params: list[Tensor]) -> list[int]:
     """Return how many numbers a slot has in each stack."""
@@ -87,12 +80,19 @@ def _numbers(params: list[Tensor]) -> list[int]:
 
 @triton_op("kasmina::fused_tiles", mutates_args={})
 def fused_tiles(
-    y: Tensor, tables: list[Tensor], params: list[Tensor], plan: str, keep: bool, notes: bool
+    y: Tensor,
+    tables: list[Tensor],
+    params: list[Tensor],
+    before: Tensor | None,
+    plan: str,
+    keep: bool,
+    notes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``kasmina::fused_tiles``, see above."""
-    out, kept, said = _outputs(y, tables, plan, keep, notes)
-    order, seeds, _, _, alpha, roles, *_ = tables
-    asked, splits = Plan.parse(plan), said.shape[0]
+    out, kept, told = _outputs(y, tables, plan, keep, notes)
+    order, seeds, positions, _, alpha, roles, *_ = tables
+    asked, splits = Plan.parse(plan), _PARTS
+    said = y.new_empty((splits if notes else 0, 3, asked.count), dtype=torch.float32)
     launch, kernels = _Launch.of(y, order, asked), KERNELS[asked.kind]
     tiling = asked.tiling
     sizes = [y.shape[-1], asked.offset, asked.first_seed, asked.count, launch.active]
@@ -111,7 +111,13 @@ def fused_tiles(
             asked.size, asked.hidden, *tiling, launch.block, _alone(asked), act, bias, residual,
             keep, notes, _DOTS[asked.dot], num_warps=launch.warps,
         )  # fmt: skip
-    return out, kept, said
+    if notes:
+        launching("notes", "report")[((asked.count + 31) // 32,)](
+            said, told if before is None else before, told, positions, alpha, roles,
+            asked.first_seed, asked.count, launch.rows,
+            asked.size, splits, before is not None, 32, num_warps=4,
+        )  # fmt: skip
+    return out, kept, told
 
 
 def _alone(plan: Plan) -> int:
@@ -130,14 +136,19 @@ def _outputs(
     asked = Plan.parse(plan)
     launch = _Launch.of(y, tables[0], asked)
     kept = y.new_empty((launch.rows, launch.active * asked.size) if keep else (0, 0))
-    parts = launch.splits(_PARTS)
-    said = y.new_empty((parts, 3 if notes else 0, asked.count), dtype=torch.float32)
-    return y.clone(memory_format=torch.contiguous_format), kept, said
+    told = y.new_empty((3 if notes else 0, asked.count), dtype=torch.float32)
+    return y.clone(memory_format=torch.contiguous_format), kept, told
 
 
 @fused_tiles.register_fake
 def _(
-    y: Tensor, tables: list[Tensor], params: list[Tensor], plan: str, keep: bool, notes: bool
+    y: Tensor,
+    tables: list[Tensor],
+    params: list[Tensor],
+    before: Tensor | None,
+    plan: str,
+    keep: bool,
+    notes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(y, tables, plan, keep, notes)
 
@@ -154,7 +165,7 @@ def fused_tiles_backward(
     numbers, tiling = _numbers(params), asked.tiling
     width = sum(numbers) + 2
     slots, places = seeds.shape
-    splits = launch.splits(torch.sym_min(_PARTS, torch.sym_max(1, _SUMS // (slots * places * width))))
+    splits = min(_MOST, max(_FEWEST, _SUMS // (asked.count * width)))
     sums = dout.new_empty((splits, slots * places, width), dtype=torch.float32)
     sizes = [dout.shape[-1], asked.offset, asked.first_seed, launch.active]
     sizes += [places, slots, launch.rows, splits]
@@ -198,7 +209,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, tables, params, plan, keep, _ = inputs
+    _, tables, params, _, plan, keep, _ = inputs
     if not keep:
         raise RuntimeError("compiled for inference, without what a backward needs")
     ctx.save_for_backward(output[1], *tables, *params)
@@ -213,7 +224,7 @@ def _backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
     dy, blame, *grads = fused_tiles_backward(dout.contiguous(), kept, tables, params, ctx.plan)
     faults = TABLES.index("faults")
     of_tables = [blame if i == faults else None for i in range(len(TABLES))]
-    return dy, of_tables, grads, None, None, None
+    return dy, of_tables, grads, None, None, None, None
 
 
 fused_tiles.register_autograd(_backward, setup_context=_save)

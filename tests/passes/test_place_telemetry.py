@@ -25,7 +25,7 @@ from kasmina_fx.passes import passes_for, records_of, run_passes
 from kasmina_fx.passes.eliminate_dormant import EliminateDormant
 from kasmina_fx.passes.infra.metadata import origin_of
 from kasmina_fx.passes.place_telemetry import PlaceTelemetry
-from kasmina_fx.passes.verify import writes_to
+from kasmina_fx._torch.tracing import written_by
 
 each_case = each_case_of("place_telemetry")
 
@@ -33,7 +33,7 @@ each_case = each_case_of("place_telemetry")
 def test_telemetry_writes_once_and_last() -> None:
     gm = rewrite(growing_graph()).graph_module
     inserted = [n for n in gm.graph.nodes if (o := origin_of(n)) and o.by == PlaceTelemetry.name]
-    writes = [node for node in inserted if writes_to(node)]
+    writes = [node for node in inserted if written_by(node)]
     assert writes == inserted[-1:]
 
 
@@ -53,7 +53,7 @@ def test_a_marker_becomes_one_write_and_no_operator_of_ours(case: Case, frontend
     }
     assert counts["aten.copy_.default"] == 1
     (write,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
-    assert writes_to(write) == [written]
+    assert written_by(write) == [written]
     assert [match.node for match in find_matches(gm)] == [blend]
 
 

@@ -36,7 +36,8 @@ def forward(
     squares = tl.zeros([ROWS, TILE], tl.float32)
     wrong = tl.zeros([ROWS, TILE], tl.float32)
     unsound = tl.zeros([ROWS, TILE], tl.float32)
-    for block in range(split, tl.cdiv(rows, ROWS), splits):
+    blocks = tl.where(tl.max(place, 0) >= 0, tl.cdiv(rows, ROWS), 0)  # none of an idle bank
+    for block in range(split, blocks, splits):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         here = (row < rows)[:, None] & on[None, :]
         where = out + row[:, None] * features + col[None, :]
@@ -98,7 +99,8 @@ def backward(
     weight = 2.0 * tl.load(loss_scale) / (1.0 * rows * c)  # of the mean of squared errors
     g1, g2 = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
     refused, unsound = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
-    for block in range(split, tl.cdiv(rows, ROWS), splits):
+    blocks = tl.where(tl.max(place, 0) >= 0, tl.cdiv(rows, ROWS), 0)  # none of an idle bank
+    for block in range(split, blocks, splits):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         here = (row < rows)[:, None] & on[None, :]
         where = dy + row[:, None] * features + col[None, :]

@@ -1,0 +1,55 @@
+"""Statistics of an output in one kernel, which writes them where they are kept.
+
+``kasmina::observe_rows(y, notes, telemetry, chunks, one_in, rows)`` is what ``kasmina::observe``
+is (:mod:`kasmina_fx.physical.markers`), for a ``y`` ``(..., D)`` that is contiguous.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.library import triton_op
+
+from kasmina_fx._torch.triton import launches_on, launching
+from kasmina_fx.lowerings.plan import power_of_two
+from kasmina_fx.physical.layout import ChunkLayout
+
+#: Features and rows of a program's block, and how wide a chunk may be.
+_COLUMNS, _BLOCK, _WIDEST = 64, 4096, 1024
+
+
+@triton_op("kasmina::observe_rows", mutates_args={"telemetry"})
+def observe_rows(
+    y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int, rows: int
+) -> None:
+    """Compute ``kasmina::observe_rows``, see above."""
+    features, seeds = y.shape[-1], telemetry.shape[1]
+    count = y.numel() // features
+    if one_in > 1 and y.dim() > 1:
+        count = (y.shape[0] + one_in - 1) // one_in * (count // y.shape[0])
+    seen = torch.sym_min(rows, count) if rows else count
+    kernel = launching("notes", "observe")
+    for run in ChunkLayout.parse(chunks).runs:
+        width = power_of_two(run.size)
+        together = max(1, _COLUMNS // width)
+        said = telemetry if notes is None else notes
+        kernel[((run.count + together - 1) // together,)](
+            telemetry, y, said, features, run.offset, run.first_seed, run.count, seeds, count, seen,
+            run.size, width, together, _BLOCK // (together * width), notes is not None, num_warps=4,
+        )  # fmt: skip
+
+
+@observe_rows.register_fake
+def _(
+    y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int, rows: int
+) -> None:
+    return None
+
+
+OBSERVE_ROWS: Final = torch.ops.kasmina.observe_rows.default
+
+
+def can_observe(chunks: ChunkLayout, dtype: torch.dtype, device: torch.device, dense: bool) -> bool:
+    """Say whether the kernel computes such statistics; ``dense``: contiguous, features last."""
+    widest = max(run.size for run in chunks.runs)
+    return launches_on(device) and dense and dtype != torch.float64 and widest <= _WIDEST

@@ -1,0 +1,120 @@
+"""Kernels that put together what is said of seeds: a blend's notes, and statistics of an output."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def report(
+    said, before, notes, positions, alpha, roles, first_seed, count, rows,
+    c: tl.constexpr, PARTS: tl.constexpr, CHAINED: tl.constexpr, SEEDS: tl.constexpr,
+):  # fmt: skip
+    """Sum what parts of the rows said; seeds of other banks keep what ``before`` says of them."""
+    seed = tl.program_id(0) * SEEDS + tl.arange(0, SEEDS)
+    there = seed < count
+    ran = tl.load(positions + seed, mask=there, other=-1) >= 0
+    blends = tl.load(roles + first_seed + seed, mask=there, other=0) == 2
+    a = tl.load(alpha + first_seed + seed, mask=there, other=0.0)
+    at = (tl.arange(0, PARTS) * 3 * count)[:, None] + seed[None, :]
+    asked = (tl.zeros([PARTS], tl.int32) == 0)[:, None] & (there & ran)[None, :]
+    squares = tl.sum(tl.load(said + at, mask=asked, other=0.0), 0)
+    wrong = tl.sum(tl.load(said + at + count, mask=asked, other=0.0), 0)
+    unsound = tl.sum(tl.load(said + at + 2 * count, mask=asked, other=0.0), 0)
+    loss = squares / (1.0 * rows * c)
+    faulty = tl.where((wrong > 0) & (unsound == 0), 1.0, 0.0)
+    added = tl.where((wrong == 0) & blends, a * a * loss, 0.0)
+    loss = tl.where(wrong == 0, loss, -1.0)
+    old_faulty, old_loss, old_added = tl.zeros_like(loss), tl.zeros_like(loss) - 1, tl.zeros_like(loss)
+    if CHAINED:
+        old_faulty = tl.load(before + seed, mask=there, other=0.0)
+        old_loss = tl.load(before + count + seed, mask=there, other=0.0)
+        old_added = tl.load(before + 2 * count + seed, mask=there, other=0.0)
+    tl.store(notes + seed, tl.where(ran, faulty, old_faulty), mask=there)
+    tl.store(notes + count + seed, tl.where(ran, loss, old_loss), mask=there)
+    tl.store(notes + 2 * count + seed, tl.where(ran, added, old_added), mask=there)
+
+
+@triton.jit
+def observe(
+    telemetry, y, notes, features, offset, first_seed, count, num_seeds, rows, seen,
+    c: tl.constexpr, WIDTH: tl.constexpr, SEEDS: tl.constexpr, ROWS: tl.constexpr,
+    NOTES: tl.constexpr,
+):  # fmt: skip
+    """Merge one step's statistics of a run's chunks; see :mod:`kasmina_fx.physical.statistics`.
+
+    Sums are taken around the first element of a chunk that is looked at.
+    """
+    inf = float("inf")
+    i = tl.arange(0, SEEDS * WIDTH)
+    member = tl.program_id(0) * SEEDS + i // WIDTH
+    on = (i % WIDTH < c) & (member < count)
+    col = offset + member * c + i % WIDTH
+    start = tl.load(y + offset + member * c, mask=on, other=0.0).to(tl.float32)
+    s1, s2 = tl.zeros([ROWS, SEEDS * WIDTH], tl.float32), tl.zeros([ROWS, SEEDS * WIDTH], tl.float32)
+    low = tl.full([ROWS, SEEDS * WIDTH], float("inf"), tl.float32)
+    high, near = -low, tl.zeros([ROWS, SEEDS * WIDTH], tl.float32)
+    stride = rows // seen
+    for first in range(0, seen, ROWS):
+        number = (first + tl.arange(0, ROWS)).to(tl.int64)
+        row = number * rows // seen + number % stride
+        here = (number < seen)[:, None] & on[None, :]
+        z = tl.load(y + row[:, None] * features + col[None, :], mask=here, other=0.0).to(tl.float32)
+        q = tl.where(here, z - start[None, :], 0.0)
+        s1 += q
+        s2 += q * q
+        low, high = tl.where(here & (z < low), z, low), tl.where(here & (z > high), z, high)
+        near += tl.where(here & (tl.abs(z) < 1e-6), 1.0, 0.0)
+    first_moment = tl.sum(tl.reshape(tl.sum(s1, 0), [SEEDS, WIDTH]), 1)
+    squares = tl.sum(tl.reshape(tl.sum(s2, 0), [SEEDS, WIDTH]), 1)
+    step_low = tl.min(tl.reshape(tl.min(low, 0), [SEEDS, WIDTH]), 1)
+    step_high = tl.max(tl.reshape(tl.max(high, 0), [SEEDS, WIDTH]), 1)
+    step_near = tl.sum(tl.reshape(tl.sum(near, 0), [SEEDS, WIDTH]), 1)
+    seed = tl.program_id(0) * SEEDS + tl.arange(0, SEEDS)
+    there = seed < count
+    begin = tl.load(y + offset + seed * c, mask=there, other=0.0).to(tl.float32)
+    elements = 1.0 * seen * c
+    step_mean = first_moment / elements
+    spread = squares - first_moment * step_mean
+    spread = tl.where(spread < 0, 0.0, spread)
+    finite = tl.abs(begin + spread) < inf
+    t = telemetry + first_seed + seed
+    before = tl.load(t, mask=there, other=0.0)
+    mean = tl.load(t + num_seeds, mask=there, other=0.0)
+    deviations = tl.load(t + 2 * num_seeds, mask=there, other=0.0)
+    origin = tl.load(t + 3 * num_seeds, mask=there, other=0.0)
+    minimum = tl.load(t + 4 * num_seeds, mask=there, other=0.0)
+    maximum = tl.load(t + 5 * num_seeds, mask=there, other=0.0)
+    zeros = tl.load(t + 6 * num_seeds, mask=there, other=0.0)
+    bad = tl.load(t + 7 * num_seeds, mask=there, other=0.0)
+    phase = tl.load(t + 8 * num_seeds, mask=there, other=0.0)
+    every = tl.load(t + 9 * num_seeds, mask=there, other=0.0)
+    due = phase == 0
+    merged = there & due & finite
+    nothing = before == 0
+    origin = tl.where(nothing, begin, origin)
+    total = before + elements
+    delta = (begin - origin) + step_mean - mean
+    shift = delta * (elements / total)
+    tl.store(t, total, mask=merged)
+    tl.store(t + num_seeds, mean + shift, mask=merged)
+    tl.store(t + 2 * num_seeds, deviations + spread + delta * shift * before, mask=merged)
+    tl.store(t + 3 * num_seeds, origin, mask=merged)
+    tl.store(t + 4 * num_seeds, tl.where(nothing | (step_low < minimum), step_low, minimum), mask=merged)
+    tl.store(t + 5 * num_seeds, tl.where(nothing | (step_high > maximum), step_high, maximum), mask=merged)
+    tl.store(t + 6 * num_seeds, zeros + step_near, mask=merged)
+    tl.store(t + 7 * num_seeds, bad + 1, mask=there & due & ~finite)
+    tl.store(t + 8 * num_seeds, tl.where(phase + 1 >= every, 0.0, phase + 1), mask=there)
+    if NOTES:
+        told = notes + first_seed + seed
+        rejected = tl.load(t + 10 * num_seeds, mask=there, other=0.0)
+        runs = tl.load(t + 11 * num_seeds, mask=there, other=0.0)
+        losses = tl.load(t + 12 * num_seeds, mask=there, other=0.0)
+        deltas = tl.load(t + 13 * num_seeds, mask=there, other=0.0)
+        loss = tl.load(told + num_seeds, mask=there, other=-1.0)
+        ran = (loss >= 0) & (loss < inf)
+        weight = tl.where(runs == 0, 1.0, 0.1)
+        new = tl.load(told + 2 * num_seeds, mask=there, other=0.0)
+        tl.store(t + 10 * num_seeds, rejected + tl.load(told, mask=there, other=0.0), mask=there)
+        tl.store(t + 11 * num_seeds, runs + 1, mask=there & ran)
+        tl.store(t + 12 * num_seeds, losses + weight * (loss - losses), mask=there & ran)
+        tl.store(t + 13 * num_seeds, deltas + weight * (new - deltas), mask=there & ran)
