@@ -15,7 +15,7 @@ from kasmina_fx.lowerings.plan import power_of_two
 from kasmina_fx.physical.layout import ChunkLayout
 
 #: Features and rows of a program's block, and how wide a chunk may be.
-_COLUMNS, _BLOCK, _WIDEST = 64, 4096, 1024
+_COLUMNS, _BLOCK, _WIDEST = 16, 4096, 1024
 
 
 @triton_op("kasmina::observe_rows", mutates_args={"telemetry"})
@@ -35,7 +35,7 @@ def observe_rows(
         said = telemetry if notes is None else notes
         kernel[((run.count + together - 1) // together,)](
             telemetry, y, said, features, run.offset, run.first_seed, run.count, seeds, count, seen,
-            run.size, width, together, _BLOCK // (together * width), notes is not None, num_warps=4,
+            run.size, width, together, _BLOCK // (together * width), notes is not None, num_warps=8,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@
 the length of ``order``, a dynamic dimension.
 """
 
+import math
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -28,10 +29,12 @@ TABLES: Final = ("order", "seeds", "positions", "modes", "alpha", "roles", "faul
 
 _DOTS: Final = {"float32": 0, "bfloat16": 1, "float16": 2}
 #: Parts of the rows, each a program of its own: enough that a few active seeds keep a chip busy.
-_PARTS: Final = 128
-#: In backward each has sums of its own: numbers that all of them may hold, and least and most parts.
-_SUMS: Final = 1 << 22
-_FEWEST, _MOST = 8, 64
+_PARTS = 512
+#: In backward each has sums of its own: about so many programs in all, and most parts. Fewer where
+#: the sums of one are large.
+_PROGRAMS, _MOST, _LARGE = 1056, 256, 4096
+#: Rows of a block, and warps: forward and backward, of narrow and wide tiles.
+_BLOCKS, _WARPS = (32, 32), ((2, 4), (2, 4))
 
 
 class Kernels(NamedTuple):
@@ -59,8 +62,13 @@ class _Launch(NamedTuple):
     block: int
     warps: int
 
+    @property
+    def blocks(self) -> Any:
+        """How many blocks the rows make."""
+        return (self.rows + self.block - 1) // self.block
+
     @classmethod
-    def of(cls, y: Tensor, order: Tensor, plan: Plan) -> "_Launch":
+    def of(cls, y: Tensor, order: Tensor, plan: Plan, way: int = 0) -> "_Launch":
         tiling = plan.tiling
         active = order.shape[0]
         wide = tiling.columns * max(tiling.hidden, 16) > 1024
@@ -68,8 +76,8 @@ class _Launch(NamedTuple):
             y.numel() // y.shape[-1],
             active,
             (active + tiling.seeds - 1) // tiling.seeds,
-            32,
-            4 if wide else 2,
+            _BLOCKS[way],
+            _WARPS[way][wide],
         )
 
 
@@ -91,17 +99,19 @@ def fused_tiles(
     """Compute ``kasmina::fused_tiles``, see above."""
     out, kept, told = _outputs(y, tables, plan, keep, notes)
     order, seeds, positions, _, alpha, roles, *_ = tables
-    asked, splits = Plan.parse(plan), _PARTS
-    said = y.new_empty((splits if notes else 0, 3, asked.count), dtype=torch.float32)
+    asked = Plan.parse(plan)
     launch, kernels = _Launch.of(y, order, asked), KERNELS[asked.kind]
+    splits = torch.sym_min(_PARTS, launch.blocks)
+    said = y.new_empty((splits if notes else 0, 3, asked.count), dtype=torch.float32)
     tiling = asked.tiling
     sizes = [y.shape[-1], asked.offset, asked.first_seed, asked.count, launch.active]
     sizes += [seeds.shape[1], launch.rows, splits]
+    even = _even(asked, y.shape[-1])
     kernel = launching(kernels.module, "forward")[(launch.tiles, splits)]
     if kernels.module == "affine":
         kernel(
             out, kept, said, order, seeds, alpha, roles, *params, *sizes,
-            asked.size, tiling.seeds, tiling.columns, launch.block, keep, notes,
+            asked.size, tiling.seeds, tiling.columns, launch.block, keep, notes, even,
             num_warps=launch.warps,
         )  # fmt: skip
     else:
@@ -109,15 +119,20 @@ def fused_tiles(
         kernel(
             out, kept, said, order, seeds, alpha, roles, *_four(params), *sizes,
             asked.size, asked.hidden, *tiling, launch.block, _alone(asked), act, bias, residual,
-            keep, notes, _DOTS[asked.dot], num_warps=launch.warps,
+            keep, notes, _DOTS[asked.dot], even, num_warps=launch.warps,
         )  # fmt: skip
     if notes:
-        launching("notes", "report")[((asked.count + 31) // 32,)](
+        launching("notes", "report")[((asked.count + 15) // 16,)](
             said, told if before is None else before, told, positions, alpha, roles,
-            asked.first_seed, asked.count, launch.rows,
-            asked.size, splits, before is not None, 32, num_warps=4,
+            asked.first_seed, asked.count, launch.rows, splits,
+            asked.size, 128, before is not None, 16, num_warps=4,
         )  # fmt: skip
     return out, kept, told
+
+
+def _even(plan: Plan, features: int) -> int:
+    """Return how many features may be loaded at once: a power of two that divides all chunks."""
+    return math.gcd(plan.size, plan.offset, features, 8)
 
 
 def _alone(plan: Plan) -> int:
@@ -161,26 +176,30 @@ def fused_tiles_backward(
     order, seeds, positions, modes, alpha, roles, _, loss_scale = tables
     dy, blame, *grads = _gradients(dout, tables, params, plan)
     asked = Plan.parse(plan)
-    launch, kernels = _Launch.of(dout, order, asked), KERNELS[asked.kind]
+    launch, kernels = _Launch.of(dout, order, asked, 1), KERNELS[asked.kind]
     numbers, tiling = _numbers(params), asked.tiling
     width = sum(numbers) + 2
     slots, places = seeds.shape
-    splits = min(_MOST, max(_FEWEST, _SUMS // (asked.count * width)))
+    programs = _PROGRAMS if width < _LARGE else _PROGRAMS // 4
+    most = torch.sym_min(_MOST, launch.blocks)
+    splits = torch.sym_max(1, torch.sym_min(most, programs // launch.tiles))
     sums = dout.new_empty((splits, slots * places, width), dtype=torch.float32)
     sizes = [dout.shape[-1], asked.offset, asked.first_seed, launch.active]
     sizes += [places, slots, launch.rows, splits]
+    even = _even(asked, dout.shape[-1])
     kernel = launching(kernels.module, "backward")[(launch.tiles, splits)]
     common = (dy, sums, kept, order, seeds, alpha, roles, modes, loss_scale)
     if kernels.module == "affine":
         kernel(
             *common, *params, *sizes, asked.size, tiling.seeds, tiling.columns, launch.block, width,
-            num_warps=launch.warps,
+            even, num_warps=launch.warps,
         )  # fmt: skip
     else:
         act, bias, residual = kernels.switches
         kernel(
             *common, *_four(params), *sizes, asked.size, asked.hidden, *tiling, launch.block,
-            _alone(asked), act, bias, residual, _DOTS[asked.dot], width, num_warps=launch.warps,
+            _alone(asked), act, bias, residual, _DOTS[asked.dot], width, even,
+            num_warps=launch.warps,
         )  # fmt: skip
     block = min(1024, power_of_two(width - 2))
     padded = [*grads, *[grads[0]] * (4 - len(grads))]

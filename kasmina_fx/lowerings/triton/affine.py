@@ -13,7 +13,7 @@ def forward(
     out, kept, said, order, seeds, alpha, roles, scale, shift,
     features, offset, first_seed, count, active, places, rows, splits,
     c: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
-    KEEP: tl.constexpr, NOTES: tl.constexpr,
+    KEEP: tl.constexpr, NOTES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Blend in place; put what was there aside in ``kept``, and what happened in ``said``."""
     inf = float("inf")
@@ -26,6 +26,8 @@ def forward(
     seed = tl.load(seeds + place, mask=on, other=0)
     slot = place // places
     col = offset + seed * c + i % c
+    if EVEN > 1:  # neighbours in a chunk lie together: one load for several
+        col = tl.max_contiguous(tl.multiple_of(col, EVEN), EVEN)
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
     blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
     gain = tl.load(scale + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
@@ -75,6 +77,7 @@ def backward(
     dy, sums, kept, order, seeds, alpha, roles, modes, loss_scale, scale, shift,
     features, offset, first_seed, active, places, slots, rows, splits,
     c: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Change the gradient of the output into that of ``y`` in place; sum those of the slots."""
     inf = float("inf")
@@ -87,6 +90,8 @@ def backward(
     seed = tl.load(seeds + place, mask=on, other=0)
     slot = place // places
     col = offset + seed * c + i % c
+    if EVEN > 1:  # neighbours in a chunk lie together: one load for several
+        col = tl.max_contiguous(tl.multiple_of(col, EVEN), EVEN)
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
     blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
     mode = tl.load(modes + place, mask=on, other=0)
@@ -98,7 +103,7 @@ def backward(
     blends, trains = blends & (sick == 0), (mode == 2) & (sick == 0)
     weight = 2.0 * tl.load(loss_scale) / (1.0 * rows * c)  # of the mean of squared errors
     g1, g2 = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
-    refused, unsound = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
+    flags = tl.zeros([ROWS, TILE], tl.int32)  # 1: something was refused; 2: a chunk is not finite
     blocks = tl.where(tl.max(place, 0) >= 0, tl.cdiv(rows, ROWS), 0)  # none of an idle bank
     for block in range(split, blocks, splits):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -122,13 +127,12 @@ def backward(
         tl.store(where, total.to(came.dtype), mask=here & blends[None, :])
         g1 += df * z
         g2 += df
-        refused += tl.where(here & ~sent, 1.0, 0.0)
-        unsound += tl.where(here & ~(tl.abs(z) < inf), 1.0, 0.0)
+        flags |= tl.where(here & ~sent, 1, 0) | tl.where(here & ~(tl.abs(z) < inf), 2, 0)
     base = sums + split.to(tl.int64) * slots * places * P
     to = base + place * P + i % c
     tl.store(to, tl.where(mode > 0, tl.sum(g1, 0), 0.0), mask=on)
     tl.store(to + c, tl.where(mode > 0, tl.sum(g2, 0), 0.0), mask=on)
-    no, bad = tl.sum(refused, 0), tl.sum(unsound, 0)
+    no, bad = tl.max(flags & 1, 0).to(tl.float32), tl.max(flags & 2, 0).to(tl.float32)
     for p in tl.static_range(PER):
         number = tl.program_id(0) * PER + p
         mine = (member == p) & on

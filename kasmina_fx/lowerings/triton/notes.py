@@ -6,8 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def report(
-    said, before, notes, positions, alpha, roles, first_seed, count, rows,
-    c: tl.constexpr, PARTS: tl.constexpr, CHAINED: tl.constexpr, SEEDS: tl.constexpr,
+    said, before, notes, positions, alpha, roles, first_seed, count, rows, parts,
+    c: tl.constexpr, TOGETHER: tl.constexpr, CHAINED: tl.constexpr,
+    SEEDS: tl.constexpr,
 ):  # fmt: skip
     """Sum what parts of the rows said; seeds of other banks keep what ``before`` says of them."""
     seed = tl.program_id(0) * SEEDS + tl.arange(0, SEEDS)
@@ -15,11 +16,15 @@ def report(
     ran = tl.load(positions + seed, mask=there, other=-1) >= 0
     blends = tl.load(roles + first_seed + seed, mask=there, other=0) == 2
     a = tl.load(alpha + first_seed + seed, mask=there, other=0.0)
-    at = (tl.arange(0, PARTS) * 3 * count)[:, None] + seed[None, :]
-    asked = (tl.zeros([PARTS], tl.int32) == 0)[:, None] & (there & ran)[None, :]
-    squares = tl.sum(tl.load(said + at, mask=asked, other=0.0), 0)
-    wrong = tl.sum(tl.load(said + at + count, mask=asked, other=0.0), 0)
-    unsound = tl.sum(tl.load(said + at + 2 * count, mask=asked, other=0.0), 0)
+    squares, wrong = tl.zeros([SEEDS], tl.float32), tl.zeros([SEEDS], tl.float32)
+    unsound = tl.zeros([SEEDS], tl.float32)
+    for first in range(0, parts, TOGETHER):
+        part = first + tl.arange(0, TOGETHER)
+        at = (part * 3 * count)[:, None] + seed[None, :]
+        asked = (part < parts)[:, None] & (there & ran)[None, :]
+        squares += tl.sum(tl.load(said + at, mask=asked, other=0.0), 0)
+        wrong += tl.sum(tl.load(said + at + count, mask=asked, other=0.0), 0)
+        unsound += tl.sum(tl.load(said + at + 2 * count, mask=asked, other=0.0), 0)
     loss = squares / (1.0 * rows * c)
     faulty = tl.where((wrong > 0) & (unsound == 0), 1.0, 0.0)
     added = tl.where((wrong == 0) & blends, a * a * loss, 0.0)
@@ -53,10 +58,10 @@ def observe(
     s1, s2 = tl.zeros([ROWS, SEEDS * WIDTH], tl.float32), tl.zeros([ROWS, SEEDS * WIDTH], tl.float32)
     low = tl.full([ROWS, SEEDS * WIDTH], float("inf"), tl.float32)
     high, near = -low, tl.zeros([ROWS, SEEDS * WIDTH], tl.float32)
-    stride = rows // seen
+    step, rest = rows // seen, rows % seen
     for first in range(0, seen, ROWS):
-        number = (first + tl.arange(0, ROWS)).to(tl.int64)
-        row = number * rows // seen + number % stride
+        number = first + tl.arange(0, ROWS)
+        row = number.to(tl.int64) * step + number * rest // seen + number % step
         here = (number < seen)[:, None] & on[None, :]
         z = tl.load(y + row[:, None] * features + col[None, :], mask=here, other=0.0).to(tl.float32)
         q = tl.where(here, z - start[None, :], 0.0)

@@ -6,7 +6,8 @@ come from the tables, so active seeds may lie anywhere; nothing of other seeds i
 
 A zero beside a NaN does not keep it out of a product's sum, so one seed could reach its neighbours
 in the tile. Each block is therefore checked, and computed again seed by seed (``p``) where
-something is not finite: exact, and free where nothing is.
+something is not finite: exact, and nearly free where nothing is. (A loop that runs once in the good
+case would spare the second spelling; the tensors that it carries cost five times as much.)
 
 One function a kernel, since torch 2.11 takes every argument for written where a kernel calls
 another; hence the same addresses twice. Shapes as of :mod:`kasmina_fx.lowerings.tiles`.
@@ -23,6 +24,7 @@ def forward(
     c: tl.constexpr, h: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr,
     ROWS: tl.constexpr, ALONE: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, KEEP: tl.constexpr, NOTES: tl.constexpr, DOT: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Blend in place; put what was there aside in ``kept``, and what happened in ``said``."""
     inf = float("inf")
@@ -39,6 +41,8 @@ def forward(
     seed = tl.load(seeds + place, mask=on, other=0)
     slot, slot_h = place // places, place_h // places
     col = offset + seed * c + i % c
+    if EVEN > 1:  # neighbours in a chunk lie together: one load for several
+        col = tl.max_contiguous(tl.multiple_of(col, EVEN), EVEN)
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
     blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
     same = (member[:, None] == member_h[None, :]) & on[:, None] & on_h[None, :]
@@ -76,24 +80,22 @@ def forward(
             aside = kept + row[:, None] * (active * c) + (at * c + i % c)[None, :]
             tl.store(aside, raw, mask=here)
         z = raw.to(tl.float32)
-        f, dirty = tl.zeros([ROWS, TILE], tl.float32), 0
-        for p in range(-1, ALONE):
-            if (p < 0) | (dirty > 0):
-                mine, mine_h = (member == p) | (p < 0), (member_h == p) | (p < 0)
-                x = tl.where(mine[None, :], raw, 0.0).to(PRODUCT)
-                u = tl.dot(x, W1, input_precision="ieee") + B1[None, :]
-                if ACT == 1:
-                    u = tl.where(u < 0, 0.0, u)
-                if ACT == 2:
-                    u = 0.5 * u * (1 + tl.math.erf(u * 0.7071067811865476))
-                hidden = tl.where(mine_h[None, :], u, 0.0).to(PRODUCT)
-                made = tl.dot(hidden, W2, input_precision="ieee") + B2[None, :]
-                if RESIDUAL:
-                    made += z
-                f = tl.where(mine[None, :], made, f)
-                found = tl.sum((~(tl.abs(f - z) < inf)).to(tl.int32))
-                if p < 0:
-                    dirty = found
+        u = tl.dot(raw.to(PRODUCT), W1, input_precision="ieee") + B1[None, :]
+        if ACT == 1:
+            u = tl.where(u < 0, 0.0, u)
+        f = tl.dot(u.to(PRODUCT), W2, input_precision="ieee") + B2[None, :]
+        if ALONE > 0:
+            if tl.sum((~(tl.abs(f) < inf)).to(tl.int32)) > 0:
+                for p in range(ALONE):
+                    x = tl.where((member == p)[None, :], raw, 0.0).to(PRODUCT)
+                    u = tl.dot(x, W1, input_precision="ieee") + B1[None, :]
+                    if ACT == 1:
+                        u = tl.where(u < 0, 0.0, u)
+                    hidden = tl.where((member_h == p)[None, :], u, 0.0).to(PRODUCT)
+                    made = tl.dot(hidden, W2, input_precision="ieee") + B2[None, :]
+                    f = tl.where((member == p)[None, :], made, f)
+        if RESIDUAL:
+            f += z
         delta = f - z
         grown = (z + a[None, :] * delta).to(raw.dtype)
         fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
@@ -123,7 +125,7 @@ def backward(
     features, offset, first_seed, active, places, slots, rows, splits,
     c: tl.constexpr, h: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr,
     ROWS: tl.constexpr, ALONE: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, DOT: tl.constexpr, P: tl.constexpr,
+    RESIDUAL: tl.constexpr, DOT: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Change the gradient of the output into that of ``y`` in place; sum those of the slots."""
     inf = float("inf")
@@ -140,6 +142,8 @@ def backward(
     seed = tl.load(seeds + place, mask=on, other=0)
     slot, slot_h = place // places, place_h // places
     col = offset + seed * c + i % c
+    if EVEN > 1:  # neighbours in a chunk lie together: one load for several
+        col = tl.max_contiguous(tl.multiple_of(col, EVEN), EVEN)
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
     blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
     mode = tl.load(modes + place, mask=on, other=0)
@@ -173,7 +177,7 @@ def backward(
     W1t, W2t = tl.trans(W1), tl.trans(W2)
     g1, g2 = tl.zeros([TILE, HIDDEN], tl.float32), tl.zeros([HIDDEN, TILE], tl.float32)
     gb1, gb2 = tl.zeros([ROWS, HIDDEN], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
-    refused, unsound = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
+    flags = tl.zeros([ROWS, TILE], tl.int32)  # 1: something was refused; 2: a chunk is not finite
     blocks = tl.where(tl.max(place, 0) >= 0, tl.cdiv(rows, ROWS), 0)  # none of an idle bank
     for block in range(split, blocks, splits):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -183,54 +187,58 @@ def backward(
         raw = tl.load(aside, mask=here, other=0.0)
         came = tl.load(where, mask=here, other=0.0)
         z, dz = raw.to(tl.float32), came.to(tl.float32)
-        df, dx = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
-        dh = tl.zeros([ROWS, HIDDEN], tl.float32)
-        hidden, blended = tl.zeros([ROWS, HIDDEN], tl.float32), tl.zeros([ROWS, TILE], tl.int32)
-        dirty = 0
-        for p in range(-1, ALONE):
-            if (p < 0) | (dirty > 0):
-                mine, mine_h = (member == p) | (p < 0), (member_h == p) | (p < 0)
-                x = tl.where(mine[None, :], raw, 0.0).to(PRODUCT)
-                u = tl.dot(x, W1, input_precision="ieee") + B1[None, :]
-                v, slope = u, tl.full([ROWS, HIDDEN], 1.0, tl.float32)
-                if ACT == 1:
-                    v, slope = tl.where(u < 0, 0.0, u), tl.where(u > 0, 1.0, 0.0)
-                if ACT == 2:
-                    half = 0.5 * (1 + tl.math.erf(u * 0.7071067811865476))
-                    v, slope = u * half, half + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
-                v = tl.where(mine_h[None, :], v, 0.0)
-                made = tl.dot(v.to(PRODUCT), W2, input_precision="ieee") + B2[None, :]
-                if RESIDUAL:
-                    made += z
-                grown = (z + a[None, :] * (made - z)).to(raw.dtype).to(tl.float32)
-                fits = tl.abs(made.to(raw.dtype).to(tl.float32)) < inf
-                blend = fits & (tl.abs(grown) < inf) & blends[None, :]
-                error = tl.where(fits & (tl.abs(made - z) < inf) & trains[None, :], made - z, 0.0)
-                error = error * at_once
-                learnt = tl.where(blend & (tl.abs(dz) < inf), a[None, :] * dz, error)
-                learnt = tl.where(mine[None, :] & here, learnt, 0.0)
-                down = tl.dot(learnt.to(PRODUCT), W2t, input_precision="ieee") * slope
-                down = tl.where((slope == 0) | ~mine_h[None, :], 0.0, down)
-                back = tl.dot(down.to(PRODUCT), W1t, input_precision="ieee")
-                if RESIDUAL:
-                    back += learnt
-                df, dx = tl.where(mine[None, :], learnt, df), tl.where(mine[None, :], back, dx)
-                dh = tl.where(mine_h[None, :], down, dh)
-                hidden = tl.where(mine_h[None, :], v, hidden)
-                blended = tl.where(mine[None, :], blend.to(tl.int32), blended)
-                found = tl.sum((~(tl.abs(made - z) < inf) | ~(tl.abs(back) < inf)).to(tl.int32))
-                if p < 0:
-                    dirty = found
+        u = tl.dot(raw.to(PRODUCT), W1, input_precision="ieee") + B1[None, :]
+        hidden = u
+        if ACT == 1:
+            hidden = tl.where(u < 0, 0.0, u)
+        f = tl.dot(hidden.to(PRODUCT), W2, input_precision="ieee") + B2[None, :]
+        if ALONE > 0:
+            if tl.sum((~(tl.abs(f) < inf)).to(tl.int32)) > 0:
+                for p in range(ALONE):
+                    x = tl.where((member == p)[None, :], raw, 0.0).to(PRODUCT)
+                    v = tl.dot(x, W1, input_precision="ieee") + B1[None, :]
+                    u = tl.where((member_h == p)[None, :], v, u)
+                    if ACT == 1:
+                        v = tl.where(v < 0, 0.0, v)
+                    hidden = tl.where((member_h == p)[None, :], v, hidden)
+                    v = tl.where((member_h == p)[None, :], v, 0.0).to(PRODUCT)
+                    made = tl.dot(v, W2, input_precision="ieee") + B2[None, :]
+                    f = tl.where((member == p)[None, :], made, f)
+        if RESIDUAL:
+            f += z
+        delta = f - z
+        grown = (z + a[None, :] * delta).to(raw.dtype).to(tl.float32)
+        fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
+        blended = fits & (tl.abs(grown) < inf) & blends[None, :]
+        error = tl.where(fits & (tl.abs(delta) < inf) & trains[None, :], delta, 0.0) * at_once
+        df = tl.where(blended & (tl.abs(dz) < inf), a[None, :] * dz, error)
+        df = tl.where(here, df, 0.0)
+        dh = tl.dot(df.to(PRODUCT), W2t, input_precision="ieee")
+        if ACT == 1:
+            dh = tl.where(u > 0, dh, 0.0)
+        dx = tl.dot(dh.to(PRODUCT), W1t, input_precision="ieee")
+        if ALONE > 0:
+            if tl.sum((~(tl.abs(dx) < inf)).to(tl.int32)) > 0:
+                for p in range(ALONE):
+                    mine = tl.where((member == p)[None, :], df, 0.0).to(PRODUCT)
+                    back = tl.dot(mine, W2t, input_precision="ieee")
+                    if ACT == 1:
+                        back = tl.where(u > 0, back, 0.0)
+                    back = tl.where((member_h == p)[None, :], back, 0.0)
+                    dh = tl.where((member_h == p)[None, :], back, dh)
+                    made = tl.dot(back.to(PRODUCT), W1t, input_precision="ieee")
+                    dx = tl.where((member == p)[None, :], made, dx)
+        if RESIDUAL:
+            dx += df
         sent = tl.abs(dx) < inf
-        direct = tl.where(blended > 0, dz - a[None, :] * dz, dz)
+        direct = tl.where(blended, dz - a[None, :] * dz, dz)
         total = direct + tl.where(sent & blends[None, :], dx, 0.0)
         tl.store(where, total.to(came.dtype), mask=here & blends[None, :])
         g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), g1, input_precision="ieee")
         g2 = tl.dot(tl.trans(hidden.to(PRODUCT)), df.to(PRODUCT), g2, input_precision="ieee")
         gb1 += dh
         gb2 += df
-        refused += tl.where(here & ~sent, 1.0, 0.0)
-        unsound += tl.where(here & ~(tl.abs(z) < inf), 1.0, 0.0)
+        flags |= tl.where(here & ~sent, 1, 0) | tl.where(here & ~(tl.abs(z) < inf), 2, 0)
     # Not a product where nothing is learnt: what is not finite would be 0 x Inf.
     g1 = tl.where(mode[:, None] > 0, g1, 0.0)
     g2 = tl.where(mode[None, :] > 0, g2, 0.0)
@@ -251,7 +259,7 @@ def backward(
             sum2 = tl.where(mode == 2, sum2 * weight, sum2)
         tl.store(base + place_h * P + h * c + j % h, sum1, mask=on_h)
         tl.store(base + place * P + 2 * h * c + h + i % c, sum2, mask=on)
-    no, bad = tl.sum(refused, 0), tl.sum(unsound, 0)
+    no, bad = tl.max(flags & 1, 0).to(tl.float32), tl.max(flags & 2, 0).to(tl.float32)
     for p in tl.static_range(PER):
         number = tl.program_id(0) * PER + p
         mine = (member == p) & on
