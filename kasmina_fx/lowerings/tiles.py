@@ -28,13 +28,15 @@ from kasmina_fx.lowerings.plan import Plan, power_of_two
 TABLES: Final = ("order", "seeds", "positions", "modes", "alpha", "roles", "faults", "loss_scale")
 
 _DOTS: Final = {"float32": 0, "bfloat16": 1, "float16": 2}
-#: Parts of the rows, each a program of its own: enough that a few active seeds keep a chip busy.
-_PARTS = 512
-#: In backward each has sums of its own: about so many programs in all, and most parts. Fewer where
-#: the sums of one are large.
-_PROGRAMS, _MOST, _LARGE = 1056, 256, 4096
+#: Into how many parts the rows fall, each a program of its own: at most so many, and about so many
+#: programs in all, forward and backward. In backward each has sums of its own: fewer where they are
+#: large. Tuned on an H100: programs that start are not free, and a few must keep a chip busy.
+_MOST: Final = 256
+_PROGRAMS: Final = (4224, 1056)
+_LARGE: Final = 4096
 #: Rows of a block, and warps: forward and backward, of narrow and wide tiles.
-_BLOCKS, _WARPS = (32, 32), ((2, 4), (2, 4))
+_BLOCK: Final = 16
+_WARPS: Final = ((1, 4), (1, 2))
 
 
 class Kernels(NamedTuple):
@@ -62,11 +64,6 @@ class _Launch(NamedTuple):
     block: int
     warps: int
 
-    @property
-    def blocks(self) -> Any:
-        """How many blocks the rows make."""
-        return (self.rows + self.block - 1) // self.block
-
     @classmethod
     def of(cls, y: Tensor, order: Tensor, plan: Plan, way: int = 0) -> "_Launch":
         tiling = plan.tiling
@@ -76,9 +73,15 @@ class _Launch(NamedTuple):
             y.numel() // y.shape[-1],
             active,
             (active + tiling.seeds - 1) // tiling.seeds,
-            _BLOCKS[way],
+            _BLOCK,
             _WARPS[way][wide],
         )
+
+    def parts(self, programs: int) -> Any:
+        """Say into how many parts the rows fall."""
+        blocks = (self.rows + self.block - 1) // self.block
+        most = torch.sym_min(_MOST, blocks)
+        return torch.sym_max(1, torch.sym_min(most, programs // self.tiles))
 
 
 def _numbers(params: list[Tensor]) -> list[int]:
@@ -101,7 +104,7 @@ def fused_tiles(
     order, seeds, positions, _, alpha, roles, *_ = tables
     asked = Plan.parse(plan)
     launch, kernels = _Launch.of(y, order, asked), KERNELS[asked.kind]
-    splits = torch.sym_min(_PARTS, launch.blocks)
+    splits = launch.parts(_PROGRAMS[0])
     said = y.new_empty((splits if notes else 0, 3, asked.count), dtype=torch.float32)
     tiling = asked.tiling
     sizes = [y.shape[-1], asked.offset, asked.first_seed, asked.count, launch.active]
@@ -180,9 +183,7 @@ def fused_tiles_backward(
     numbers, tiling = _numbers(params), asked.tiling
     width = sum(numbers) + 2
     slots, places = seeds.shape
-    programs = _PROGRAMS if width < _LARGE else _PROGRAMS // 4
-    most = torch.sym_min(_MOST, launch.blocks)
-    splits = torch.sym_max(1, torch.sym_min(most, programs // launch.tiles))
+    splits = launch.parts(_PROGRAMS[1] if width < _LARGE else _PROGRAMS[1] // 4)
     sums = dout.new_empty((splits, slots * places, width), dtype=torch.float32)
     sizes = [dout.shape[-1], asked.offset, asked.first_seed, launch.active]
     sizes += [places, slots, launch.rows, splits]
@@ -207,7 +208,7 @@ def fused_tiles_backward(
     launching("finish", "finish")[(capacity,)](
         sums, seeds, positions, loss_scale, blame, *padded,
         asked.count, capacity, slots, places, splits,
-        *numbers, *[0] * (4 - len(numbers)), width, block, max(1, 2048 // block), 64, num_warps=4,
+        *numbers, *[0] * (4 - len(numbers)), width, block, max(1, 4096 // block), 64, num_warps=8,
     )  # fmt: skip
     return [dy, blame, *grads]
 

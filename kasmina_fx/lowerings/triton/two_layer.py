@@ -51,21 +51,24 @@ def forward(
     at2 = slot[None, :] * (c * h) + (i % c)[None, :] * h + (j % h)[:, None]
     W1 = tl.load(w1 + at1, mask=same, other=0.0)
     W2 = tl.load(w2 + at2, mask=same_t, other=0.0)
-    ill = tl.max((~(tl.abs(W1.to(tl.float32)) < inf)).to(tl.int32), 0)
-    ill = tl.maximum(ill, tl.max((~(tl.abs(W2.to(tl.float32)) < inf)).to(tl.int32), 1))
     if BIAS:
         B1 = tl.load(b1 + slot_h * h + j % h, mask=on_h, other=0.0).to(tl.float32)
         B2 = tl.load(b2 + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
-        ill = tl.maximum(ill, (~(tl.abs(B1) < inf)).to(tl.int32))
-        ill2 = (~(tl.abs(B2) < inf)).to(tl.int32)
-        ill = tl.maximum(ill, tl.max(tl.where(same, ill2[:, None], 0), 0))
     else:
         B1, B2 = tl.zeros([HIDDEN], tl.float32), tl.zeros([TILE], tl.float32)
-    sick = tl.max(tl.where(same, ill[None, :], 0), 1)
-    sick_h = tl.max(tl.where(same, sick[:, None], 0), 0)
-    W1 = tl.where(sick_h[None, :] > 0, 0.0, W1).to(PRODUCT)
-    W2 = tl.where(sick_h[:, None] > 0, 0.0, W2).to(PRODUCT)
-    B1, B2 = tl.where(sick_h > 0, 0.0, B1), tl.where(sick > 0, 0.0, B2)
+    # Seeds with a parameter that is not finite do not run; whose it is, is asked only if there is.
+    ill1 = (~(tl.abs(W1.to(tl.float32)) < inf)) | (~(tl.abs(B1) < inf))[None, :]
+    ill2 = (~(tl.abs(W2.to(tl.float32)) < inf)) | (~(tl.abs(B2) < inf))[None, :]
+    sick, sick_h = tl.zeros([TILE], tl.int32), tl.zeros([HIDDEN], tl.int32)
+    if tl.sum(ill1.to(tl.int32)) + tl.sum(ill2.to(tl.int32)) > 0:
+        ill = tl.max(tl.where(same, ill1, False).to(tl.int32), 0)
+        ill = tl.maximum(ill, tl.max(tl.where(same_t, ill2, False).to(tl.int32), 1))
+        sick = tl.max(tl.where(same, ill[None, :], 0), 1)
+        sick_h = tl.max(tl.where(same, sick[:, None], 0), 0)
+        W1 = tl.where(sick_h[None, :] > 0, 0.0, W1)
+        W2 = tl.where(sick_h[:, None] > 0, 0.0, W2)
+        B1, B2 = tl.where(sick_h > 0, 0.0, B1), tl.where(sick > 0, 0.0, B2)
+    W1, W2 = W1.to(PRODUCT), W2.to(PRODUCT)
     blends = blends & (sick == 0)
     squares = tl.zeros([ROWS, TILE], tl.float32)
     wrong = tl.zeros([ROWS, TILE], tl.float32)
@@ -154,21 +157,24 @@ def backward(
     at2 = slot[None, :] * (c * h) + (i % c)[None, :] * h + (j % h)[:, None]
     W1 = tl.load(w1 + at1, mask=same, other=0.0)
     W2 = tl.load(w2 + at2, mask=same_t, other=0.0)
-    ill = tl.max((~(tl.abs(W1.to(tl.float32)) < inf)).to(tl.int32), 0)
-    ill = tl.maximum(ill, tl.max((~(tl.abs(W2.to(tl.float32)) < inf)).to(tl.int32), 1))
     if BIAS:
         B1 = tl.load(b1 + slot_h * h + j % h, mask=on_h, other=0.0).to(tl.float32)
         B2 = tl.load(b2 + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
-        ill = tl.maximum(ill, (~(tl.abs(B1) < inf)).to(tl.int32))
-        ill2 = (~(tl.abs(B2) < inf)).to(tl.int32)
-        ill = tl.maximum(ill, tl.max(tl.where(same, ill2[:, None], 0), 0))
     else:
         B1, B2 = tl.zeros([HIDDEN], tl.float32), tl.zeros([TILE], tl.float32)
-    sick = tl.max(tl.where(same, ill[None, :], 0), 1)
-    sick_h = tl.max(tl.where(same, sick[:, None], 0), 0)
-    W1 = tl.where(sick_h[None, :] > 0, 0.0, W1).to(PRODUCT)
-    W2 = tl.where(sick_h[:, None] > 0, 0.0, W2).to(PRODUCT)
-    B1, B2 = tl.where(sick_h > 0, 0.0, B1), tl.where(sick > 0, 0.0, B2)
+    # Seeds with a parameter that is not finite do not run; whose it is, is asked only if there is.
+    ill1 = (~(tl.abs(W1.to(tl.float32)) < inf)) | (~(tl.abs(B1) < inf))[None, :]
+    ill2 = (~(tl.abs(W2.to(tl.float32)) < inf)) | (~(tl.abs(B2) < inf))[None, :]
+    sick, sick_h = tl.zeros([TILE], tl.int32), tl.zeros([HIDDEN], tl.int32)
+    if tl.sum(ill1.to(tl.int32)) + tl.sum(ill2.to(tl.int32)) > 0:
+        ill = tl.max(tl.where(same, ill1, False).to(tl.int32), 0)
+        ill = tl.maximum(ill, tl.max(tl.where(same_t, ill2, False).to(tl.int32), 1))
+        sick = tl.max(tl.where(same, ill[None, :], 0), 1)
+        sick_h = tl.max(tl.where(same, sick[:, None], 0), 0)
+        W1 = tl.where(sick_h[None, :] > 0, 0.0, W1)
+        W2 = tl.where(sick_h[:, None] > 0, 0.0, W2)
+        B1, B2 = tl.where(sick_h > 0, 0.0, B1), tl.where(sick > 0, 0.0, B2)
+    W1, W2 = W1.to(PRODUCT), W2.to(PRODUCT)
     blends, trains = blends & (sick == 0), (mode == 2) & (sick == 0)
     # Of the mean of squared errors. In float16 such a small number would vanish: there the sums of
     # a slot are multiplied by it, at the end.
