@@ -56,12 +56,15 @@ class ChooseLowerings(GraphPass):
             return Lowering("statistics", "telemetry is on")
         if not match.banks:
             return Lowering("dormant", "no blueprint slot is allocated")
-        site, refused = site_of(match), []
+        site = site_of(match)
+        refused: list[str] = []
         for candidate in LOWERINGS:
             if self.lowering in ("auto", candidate.name):
                 why_not = candidate.why_not(site)
                 if why_not is None:
-                    why = "forced by the option" if self.lowering != "auto" else "the first that can"
+                    why = (
+                        "forced by the option" if self.lowering != "auto" else "the first that can"
+                    )
                     return Lowering(candidate.name, "; ".join([why, *refused]))
                 refused.append(f"not {candidate.name}: {why_not}")
         return Lowering(LOWERINGS[-1].name, "; ".join(refused))

@@ -1,7 +1,8 @@
 """Blend markers become chunked subgraphs over their banks.
 
     before  %blend = kasmina.blend.default(%y, [alpha, roles, faults, loss_scale], [seeds],
-                                           [positions], [modes], [trainees], [order], [w1, b1, w2, b2], ...)
+                                           [positions], [modes], [trainees], [order],
+                                           [w1, b1, w2, b2], ...)
     after   %chunks = view(%y)                                  (n, rows, size)
             %taken = kasmina.gather.default(%chunks, seeds, positions)   (K, rows, size)
             %rows, %w1, ..., %sane = kasmina.guard.default([%taken, w1, ...], modes, ...)

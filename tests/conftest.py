@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+
+# Before anything imports Triton, whose own functions become the interpreter's then.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from kasmina_fx.blueprints import registry as blueprints
 from kasmina_fx.grafting import registry as grafting

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from functools import cache
 from typing import Any, Final
 
@@ -21,20 +20,19 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def interprets() -> bool:
-    """Say whether Triton's interpreter runs kernels, on tensors of any device."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+#: Let kernels run on a CPU, where Triton's interpreter does it: slow, and for tests.
+INTERPRET = False
 
 
 def launches_on(device: torch.device) -> bool:
     """Say whether kernels can be launched on tensors of a device."""
-    return has_triton() and (device.type == "cuda" or interprets())
+    return has_triton() and (device.type == "cuda" or INTERPRET)
 
 
 def launching(module: str, name: str) -> Any:
     """Return a kernel of ``kasmina_fx.lowerings.triton``, wrapped so that a tracer sees it."""
     kernel = getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
-    if interprets():
+    if INTERPRET:
         return kernel  # the interpreter's functions are no kernels that a tracer could see
     _remember_analyses()
     return wrap_triton(kernel)

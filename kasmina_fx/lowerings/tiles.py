@@ -5,8 +5,8 @@
     and made so that Inductor sees through: ``out = y.clone(); kernel(out)``, of which it drops the
     copy where nobody else needs ``y``. ``kept`` ``(rows, active * size)``: the chunks of the active
     seeds as they were, which with tables and parameters is all that backward needs; empty unless
-    ``keep``. ``notes`` float32 ``(3, n)``: those of a blend, of seeds that this bank does not run as
-    ``before`` says (None: nothing ran); empty unless ``notes``.
+    ``keep``. ``notes`` float32 ``(3, n)``: those of a blend, of seeds that this bank does not run
+    as ``before`` says (None: nothing ran); empty unless ``notes``.
 ``kasmina::fused_tiles_backward(dout, kept, tables, params, plan) -> [dy, blame, *dparams]``
     Sums of a slot's gradients are float32, in a fixed order: the same bits every time.
 
@@ -213,12 +213,14 @@ def fused_tiles_backward(
     return [dy, blame, *grads]
 
 
-def _gradients(
-    dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: str
-) -> list[Tensor]:
+def _gradients(dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: str) -> list[Tensor]:
     count = Plan.parse(plan).count
     blame = tables[TABLES.index("faults")].new_empty(count)
-    return [dout.clone(memory_format=torch.contiguous_format), blame, *(torch.empty_like(p) for p in params)]
+    return [
+        dout.clone(memory_format=torch.contiguous_format),
+        blame,
+        *(torch.empty_like(p) for p in params),
+    ]
 
 
 @fused_tiles_backward.register_fake

@@ -71,12 +71,13 @@ def _guard_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]
     # Values that are no parameters (counters of a user's module) have no gradient to check.
     params = [g if g is None else g * (1 + less).to(g.dtype).view(column(g)) for g in params]
     sane = sane_slots([g for g in params if g is not None], modes)
-    frozen = (modes == Mode.FROZEN).all(1) | ~sane
+    idle = (modes == Mode.FROZEN).all(1)  # nobody asked for the gradients of its parameters
+    frozen = idle | ~sane
     places = (*modes.shape, *[1] * (rows.dim() - 2))
     detached = (modes == Mode.RECONSTRUCTS).view(places) | ~(rows.abs() < torch.inf)
     passed: list[Any] = [rows.masked_fill(detached, 0.0)]
     passed += [g if g is None else g.masked_fill(frozen.view(column(g)), 0.0) for g in params]
-    faulty = ~(sane & finite_rows(rows))
+    faulty = ~((sane | idle) & finite_rows(rows))
     blamed = (faulty & ran & blames.all(1)).float().unsqueeze(1).expand(modes.shape).reshape(-1)
     return passed, None, None, torch.ops.kasmina.pull.default(blamed, positions, positions), None
 

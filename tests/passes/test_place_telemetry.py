@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from kasmina_fx import capture, find_matches, reference, rewrite
+from kasmina_fx._torch.tracing import written_by
 from kasmina_fx.passes import passes_for, records_of, run_passes
 from kasmina_fx.passes.eliminate_dormant import EliminateDormant
 from kasmina_fx.passes.infra.metadata import origin_of
 from kasmina_fx.passes.place_telemetry import PlaceTelemetry
-from kasmina_fx._torch.tracing import written_by
 
 each_case = each_case_of("place_telemetry")
 

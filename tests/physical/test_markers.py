@@ -29,7 +29,18 @@ def _blend(y: Tensor, mode: Mode = L, alpha: float = 0.5) -> tuple[Any, ...]:
     trainees = torch.tensor([0 if mode is R else -1, -1])
     params = [torch.randn(2, 2, dtype=y.dtype, requires_grad=True) for _ in range(2)]
     modes = torch.tensor([[mode], [F]])
-    return y, layer, [seeds], [positions], [modes], [trainees], [torch.tensor([0, -1])], params, LAYOUT, BANK
+    return (
+        y,
+        layer,
+        [seeds],
+        [positions],
+        [modes],
+        [trainees],
+        [torch.tensor([0, -1])],
+        params,
+        LAYOUT,
+        BANK,
+    )
 
 
 def test_blend_and_its_notes() -> None:

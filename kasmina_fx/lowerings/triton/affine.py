@@ -1,7 +1,7 @@
 """Kernels for the blueprint ``affine``: ``x * scale + shift``.
 
-A program handles the chunks of ``PER`` active seeds, and every R-th block of rows; the rest is as in
-:mod:`kasmina_fx.lowerings.triton.two_layer`. Elements never meet, so no block is computed twice.
+A program handles the chunks of ``PER`` active seeds, and every R-th block of rows; the rest is as
+in :mod:`kasmina_fx.lowerings.triton.two_layer`. Elements never meet, so no block is computed twice.
 """
 
 import triton

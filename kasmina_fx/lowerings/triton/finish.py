@@ -40,7 +40,9 @@ def finish(
         if N3 > 0:
             tl.store(d3 + slot * N3 + e - N1 - N2, total, mask=(e >= N1 + N2) & (e < N1 + N2 + N3))
         if N4 > 0:
-            tl.store(d4 + slot * N4 + e - N1 - N2 - N3, total, mask=(e >= N1 + N2 + N3) & (e < P - 2))
+            tl.store(
+                d4 + slot * N4 + e - N1 - N2 - N3, total, mask=(e >= N1 + N2 + N3) & (e < P - 2)
+            )
     if fault > 0:
         for first in range(0, P - 2, BLOCK):
             e = first + tl.arange(0, BLOCK)

@@ -29,7 +29,11 @@ def report(
     faulty = tl.where((wrong > 0) & (unsound == 0), 1.0, 0.0)
     added = tl.where((wrong == 0) & blends, a * a * loss, 0.0)
     loss = tl.where(wrong == 0, loss, -1.0)
-    old_faulty, old_loss, old_added = tl.zeros_like(loss), tl.zeros_like(loss) - 1, tl.zeros_like(loss)
+    old_faulty, old_loss, old_added = (
+        tl.zeros_like(loss),
+        tl.zeros_like(loss) - 1,
+        tl.zeros_like(loss),
+    )
     if CHAINED:
         old_faulty = tl.load(before + seed, mask=there, other=0.0)
         old_loss = tl.load(before + count + seed, mask=there, other=0.0)
@@ -55,7 +59,10 @@ def observe(
     on = (i % WIDTH < c) & (member < count)
     col = offset + member * c + i % WIDTH
     start = tl.load(y + offset + member * c, mask=on, other=0.0).to(tl.float32)
-    s1, s2 = tl.zeros([ROWS, SEEDS * WIDTH], tl.float32), tl.zeros([ROWS, SEEDS * WIDTH], tl.float32)
+    s1, s2 = (
+        tl.zeros([ROWS, SEEDS * WIDTH], tl.float32),
+        tl.zeros([ROWS, SEEDS * WIDTH], tl.float32),
+    )
     low = tl.full([ROWS, SEEDS * WIDTH], float("inf"), tl.float32)
     high, near = -low, tl.zeros([ROWS, SEEDS * WIDTH], tl.float32)
     step, rest = rows // seen, rows % seen
@@ -104,8 +111,14 @@ def observe(
     tl.store(t + num_seeds, mean + shift, mask=merged)
     tl.store(t + 2 * num_seeds, deviations + spread + delta * shift * before, mask=merged)
     tl.store(t + 3 * num_seeds, origin, mask=merged)
-    tl.store(t + 4 * num_seeds, tl.where(nothing | (step_low < minimum), step_low, minimum), mask=merged)
-    tl.store(t + 5 * num_seeds, tl.where(nothing | (step_high > maximum), step_high, maximum), mask=merged)
+    tl.store(
+        t + 4 * num_seeds, tl.where(nothing | (step_low < minimum), step_low, minimum), mask=merged
+    )
+    tl.store(
+        t + 5 * num_seeds,
+        tl.where(nothing | (step_high > maximum), step_high, maximum),
+        mask=merged,
+    )
     tl.store(t + 6 * num_seeds, zeros + step_near, mask=merged)
     tl.store(t + 7 * num_seeds, bad + 1, mask=there & due & ~finite)
     tl.store(t + 8 * num_seeds, tl.where(phase + 1 >= every, 0.0, phase + 1), mask=there)

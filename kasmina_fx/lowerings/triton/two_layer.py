@@ -28,9 +28,7 @@ def forward(
 ):  # fmt: skip
     """Blend in place; put what was there aside in ``kept``, and what happened in ``said``."""
     inf = float("inf")
-    PRODUCT: tl.constexpr = (
-        tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
-    )
+    PRODUCT: tl.constexpr = tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
     split = tl.program_id(1)
     i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
     member, member_h = i // c, j // h
@@ -132,9 +130,7 @@ def backward(
 ):  # fmt: skip
     """Change the gradient of the output into that of ``y`` in place; sum those of the slots."""
     inf = float("inf")
-    PRODUCT: tl.constexpr = (
-        tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
-    )
+    PRODUCT: tl.constexpr = tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
     split = tl.program_id(1)
     i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
     member, member_h = i // c, j // h

@@ -1,0 +1,103 @@
+"""Blends by kernels, in Triton's interpreter or on a GPU, and by the definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kasmina_fx import KasminaLayer
+from kasmina_fx._torch import triton
+from kasmina_fx.lifecycle import SeedLifecycle
+from kasmina_fx.lowerings import Wanted, lowering_named
+from kasmina_fx.physical.blend import blend
+from kasmina_fx.physical.graph_inputs import BlendArguments
+from kasmina_fx.testing import graft
+
+S = SeedLifecycle
+#: Seeds in every mode: learning, reconstructing, frozen; others idle.
+STAGES = {1: S.GRAFTING, 3: S.TRAINING, 4: S.STABILIZATION, 6: S.FINE_TUNING, 7: S.GRAFTING}
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run in Triton's interpreter, on tensors of the CPU."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here")
+    monkeypatch.setattr(triton, "INTERPRET", True)
+
+
+@dataclass
+class Blend:
+    """A blend of one layer: sizes of chunks, what grows where, and what comes in."""
+
+    sizes: Sequence[int]
+    kinds: dict[int, str]
+    rows: int = 37
+    stages: dict[int, S] = field(default_factory=lambda: dict(STAGES))
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    poison: Callable[[KasminaLayer, Tensor], None] | None = None
+
+    def arguments(self) -> tuple[BlendArguments, Tensor]:
+        """Return what a blend takes, and the gradient of its output."""
+        torch.manual_seed(0)
+        layer = KasminaLayer(
+            nn.Identity(), len(self.sizes), chunk_sizes=list(self.sizes), feature_dim=-1
+        )
+        for seed, kind in self.kinds.items():
+            graft(layer, seed, kind, 0.3 + 0.1 * (seed % 3), self.stages.get(seed, S.GRAFTING))
+        for parameter in layer.blueprint_parameters():
+            nn.init.normal_(parameter, std=0.5)
+        y = torch.randn(self.rows, sum(self.sizes))
+        if self.poison is not None:
+            self.poison(layer, y)
+        layer = layer.to(self.device)
+        y = y.to(self.device, self.dtype)
+        store = layer.kasmina
+        asked = store.shown.blend_arguments(y, store.layout_text, True)
+        return asked, torch.randn(y.shape).to(y)
+
+    def run(
+        self, how: Callable[[BlendArguments], tuple[Tensor, Tensor]], dtype: torch.dtype
+    ) -> list[Tensor]:
+        """Return output, notes, and gradients of the host's output, of faults and of stacks."""
+        asked, grad = self.arguments()
+        y = asked.y.to(dtype).requires_grad_()
+        alpha, roles, faults, scale = asked.layer
+        faults = torch.zeros_like(faults).requires_grad_()
+        params = [p.detach().to(self.dtype).to(dtype).requires_grad_() for p in asked.params]
+        out, notes = how(asked._replace(y=y, layer=[alpha, roles, faults, scale], params=params))
+        leaves = [y, faults, *params]
+        grads: Any = torch.autograd.grad(out, leaves, grad.to(dtype), allow_unused=True)
+        given = [
+            torch.zeros_like(t) if g is None else g for t, g in zip(leaves, grads, strict=True)
+        ]
+        return [out.detach(), notes, *given]
+
+
+def fused(asked: BlendArguments) -> tuple[Tensor, Tensor]:
+    return lowering_named("fused").blend(asked, Wanted())
+
+
+def assert_fused_is_right(case: Blend, rtol: float = 1e-4, atol: float = 2e-5) -> None:
+    """Compare kernels in the case's dtype with plain operators in the same one."""
+    expected = case.run(blend, case.dtype)
+    for found, want in zip(case.run(fused, case.dtype), expected, strict=True):
+        torch.testing.assert_close(found, want, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def errors_against_float64(case: Blend) -> list[float]:
+    """Relative errors of output, host gradient and stacks' gradients."""
+    pairs: list[Any] = [
+        *zip(case.run(fused, case.dtype), case.run(blend, torch.float64), strict=True)
+    ]
+    return [
+        float((a.double() - b).norm() / (b.norm() + 1e-30))
+        for a, b in (pairs[0], pairs[2], *pairs[4:])
+    ]

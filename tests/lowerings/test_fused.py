@@ -1,0 +1,135 @@
+"""The fused lowering, its kernels run by Triton's interpreter, against plain operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import STAGES, Blend, assert_fused_is_right, fused, interpreter
+from torch import Tensor
+
+from kasmina_fx import KasminaLayer
+from kasmina_fx.lowerings.tiles import FUSED, KERNELS
+
+__all__ = ["interpreter"]
+pytestmark = [
+    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of what is not finite
+]
+
+
+def kinds(kind: str) -> dict[int, str]:
+    return dict.fromkeys(STAGES, kind)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 20])
+@pytest.mark.parametrize("kind", KERNELS)
+def test_every_kernel_computes_its_blueprint(kind: str, size: int) -> None:
+    assert_fused_is_right(Blend([size] * 9, kinds(kind)))
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 100])
+def test_any_number_of_rows(rows: int) -> None:
+    assert_fused_is_right(Blend([4] * 9, kinds("mlp"), rows=rows))
+
+
+def test_chunks_of_several_sizes_and_blueprints_of_several_kinds() -> None:
+    grown = {0: "mlp", 1: "affine", 2: "lora", 3: "mlp", 5: "affine", 8: "residual_mlp"}
+    assert_fused_is_right(Blend([3] * 4 + [2] * 5, grown))
+
+
+def test_all_seeds_at_once_and_none() -> None:
+    assert_fused_is_right(Blend([2] * 20, dict.fromkeys(range(20), "mlp"), stages={}))
+    idle = Blend([2] * 4, {0: "mlp"}, stages={0: next(iter(STAGES.values()))})
+    asked, _ = idle.arguments()
+    nobody = [torch.full_like(t, -1) for t in asked.order]
+    off = [torch.full_like(t, -1) for t in asked.positions]
+    out, notes = fused(asked._replace(order=nobody, positions=off))
+    assert torch.equal(out, asked.y)
+    assert notes.tolist() == [[0.0] * 4, [-1.0] * 4, [0.0] * 4]
+
+
+def bad_parameter(value: float, which: int) -> Callable[[KasminaLayer, Tensor], None]:
+    def poison(layer: KasminaLayer, y: Tensor) -> None:
+        (bank,) = layer.kasmina.bank_list()
+        bank.tensors()[which].data[1].view(-1)[0] = value
+
+    return poison
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("kind", KERNELS)
+def test_a_bad_parameter_reaches_no_neighbour(kind: str, which: int, value: float) -> None:
+    assert_fused_is_right(Blend([4] * 9, kinds(kind), poison=bad_parameter(value, which)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize("kind", KERNELS)
+def test_a_bad_output_of_the_host_reaches_no_neighbour(kind: str, value: float) -> None:
+    def poison(layer: KasminaLayer, y: Tensor) -> None:
+        y[3, 17] = y[36, 5] = y[0, 30] = value
+
+    assert_fused_is_right(Blend([4] * 9, kinds(kind), poison=poison))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_gradient_reaches_no_neighbour(value: float) -> None:
+    class Bad(Blend):
+        def arguments(self) -> tuple[Any, Tensor]:
+            asked, grad = super().arguments()
+            grad[5, 6] = value
+            return asked, grad
+
+    assert_fused_is_right(Bad([4] * 9, kinds("mlp")))
+
+
+def test_a_shared_blueprint_has_one_gradient_of_all_its_seeds() -> None:
+    class Shared(Blend):
+        def arguments(self) -> tuple[Any, Tensor]:
+            asked, grad = super().arguments()
+            # Two slots of four places each: seeds 1, 3, 4 share the first, 6 and 7 the second.
+            seeds = torch.tensor([[1, 3, 4, -1], [6, 7, -1, -1]])
+            order = torch.tensor([0, 1, 2, 4, 5])
+            positions = torch.full((9,), -1)
+            positions[seeds.view(-1)[order]] = order
+            modes = torch.tensor([[1, 2, 0, 0], [1, 1, 0, 0]])
+            changed = {"seeds": seeds, "order": order, "positions": positions, "modes": modes}
+            trainees = torch.tensor([1, -1])
+            tables: Any = {name: [table] for name, table in changed.items()}
+            banks = asked.banks.replace("mlp@", "mlp:shared@")
+            return asked._replace(**tables, trainees=[trainees], banks=banks), grad
+
+    assert_fused_is_right(Shared([4] * 9, kinds("mlp")))
+
+
+def test_an_output_that_is_not_contiguous_is_blended_all_the_same() -> None:
+    asked, _ = Blend([4] * 9, kinds("mlp")).arguments()
+    wide = torch.randn(37, 72)
+    (out, _), (expected, _) = (fused(asked._replace(y=y)) for y in (wide[:, ::2], wide[:, ::2] + 0))
+    assert torch.equal(out, expected)
+
+
+def test_nothing_of_the_hosts_is_written_to() -> None:
+    asked, _ = Blend([4] * 9, kinds("mlp")).arguments()
+    before = asked.y.clone()
+    out, _ = fused(asked)
+    assert torch.equal(asked.y, before)
+    assert not torch.equal(out, before)
+
+
+def test_a_graph_for_inference_keeps_nothing_and_refuses_a_backward() -> None:
+    case = Blend([4] * 9, kinds("affine"))
+    asked, _ = case.arguments()
+    tables = [asked.order[0], asked.seeds[0], asked.positions[0], asked.modes[0], *asked.layer]
+    plan = "affine size=4 hidden=0 offset=0 first_seed=0 count=9 dot=float32"
+    params = [p.detach() for p in asked.params]
+    out, kept, notes = FUSED(
+        asked.y, [*tables[:6], tables[6].detach(), tables[7]], params, None, plan, False, False
+    )
+    assert torch.equal(out, fused(asked)[0])
+    assert kept.numel() == notes.numel() == 0
+    with pytest.raises(RuntimeError, match="for inference"):
+        FUSED(asked.y.requires_grad_(), tables, params, None, plan, False, False)

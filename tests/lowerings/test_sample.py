@@ -1,0 +1,39 @@
+"""Statistics in one kernel, run by Triton's interpreter, against those of plain operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import interpreter
+
+from kasmina_fx.lowerings.sample import OBSERVE_ROWS
+from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.physical.statistics import EVERY, ROWS, merge_statistics
+
+__all__ = ["interpreter"]
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+
+@pytest.mark.parametrize("sizes", [[4] * 5, [3, 3, 2, 2], [5, 1, 7], [40, 40]], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (300,), (6, 9)], ids=str)
+@pytest.mark.parametrize(("one_in", "rows"), [(1, 0), (1, 16), (2, 16)])
+@pytest.mark.parametrize("with_notes", [False, True])
+def test_the_kernel_merges_what_plain_operators_do(
+    sizes: list[int], shape: tuple[int, ...], one_in: int, rows: int, with_notes: bool
+) -> None:
+    torch.manual_seed(0)
+    layout = ChunkLayout.of(sizes, -1)
+    expected = torch.zeros(ROWS, layout.num_seeds)
+    expected[EVERY, 0] = 3
+    found = expected.clone()
+    for step in range(4):
+        y = torch.randn(*shape, layout.width) * 3 + 100
+        y[..., :1] *= 1e-9
+        if step == 2:
+            y.view(-1, layout.width)[0, -1] = torch.nan
+        notes = torch.rand(3, layout.num_seeds) if with_notes else None
+        if notes is not None:
+            notes[1, 0] = -1  # its blueprint did not run
+        expected = merge_statistics(y, notes, expected, layout, one_in, rows)
+        OBSERVE_ROWS(y, notes, found, str(layout), one_in, rows)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-3, equal_nan=True)
