@@ -73,8 +73,8 @@ class BlendArguments(NamedTuple):
     ``y``: floating point, any shape, the layout's features along its feature dim. ``layer``: the
     tensors of :class:`LayerTables`; empty if there is no bank. ``seeds``, ``positions``, ``modes``,
     ``trainees``, ``order``: one each a bank, as in :class:`BankTables`. ``params``: the banks'
-    stacked tensors in a row, each ``(capacity >= K, ...)``. ``chunks``: ``str(ChunkLayout)``. ``banks``:
-    ``format_banks(...)``.
+    stacked tensors in a row, each ``(capacity >= K, ...)``. ``chunks``: ``str(ChunkLayout)``.
+    ``banks``: ``format_banks(...)``.
     """
 
     y: Tensor

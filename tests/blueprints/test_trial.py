@@ -44,7 +44,7 @@ def test_names_are_made_up_from_what_is_registered() -> None:
     assert register(nn.Tanh()) == "Tanh"
     assert register(nn.Tanh()) == "Tanh-2"
     assert register(lambda size: nn.Tanh()) == "lambda"
-    assert names()[4:] == ("user", "Tanh", "Tanh-2", "lambda")
+    assert names()[5:] == ("user", "Tanh", "Tanh-2", "lambda")
 
 
 @pytest.mark.parametrize("name", ["", "1st", "a b", "a@b", "a*2", "a:shared", "a.b", "a/b", "-a"])

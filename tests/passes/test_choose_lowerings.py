@@ -59,7 +59,7 @@ def test_a_near_miss_is_not_lowered_and_the_reason_says_why(near: str, lowering:
 
 
 def test_a_lowering_that_is_not_built_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match=r"'dense': this release has auto, matmul"):
+    with pytest.raises(InvalidArgument, match=r"'dense': this release has auto, fused, matmul"):
         ChooseLowerings(lowering="dense")
 
 

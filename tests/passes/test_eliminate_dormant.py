@@ -49,7 +49,7 @@ def test_a_marker_goes_without_shapes() -> None:
     class Dormant(nn.Module):
         def forward(self, y: Tensor) -> Tensor:
             out: Tensor = torch.ops.kasmina.blend.default(
-                y, [], [], [], [], [], [], "dim=-1 runs=4x3", ""
+                y, [], [], [], [], [], [], [], "dim=-1 runs=4x3", ""
             )[0]
             return out
 
@@ -76,7 +76,7 @@ def test_a_marker_whose_second_output_is_returned_stays() -> None:
     class Both(nn.Module):
         def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
             out, notes = torch.ops.kasmina.blend.default(
-                y, [], [], [], [], [], [], "dim=-1 runs=4x3", ""
+                y, [], [], [], [], [], [], [], "dim=-1 runs=4x3", ""
             )
             return out, notes
 

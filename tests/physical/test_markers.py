@@ -46,7 +46,7 @@ def _blend(y: Tensor, mode: Mode = L, alpha: float = 0.5) -> tuple[Any, ...]:
 def test_blend_and_its_notes() -> None:
     y = torch.randn(3, 6, requires_grad=True)
     arguments = _blend(y)
-    params = arguments[6]
+    params = arguments[7]
     out, notes = BLEND(*arguments)
     expected = y.clone()
     chunk = y[:, 2:4]
@@ -75,7 +75,7 @@ def test_blend_rejects_what_is_not_finite() -> None:
     y = torch.randn(3, 6)
     arguments = _blend(y)
     with torch.no_grad():
-        arguments[6][0][0, 1] = INF
+        arguments[7][0][0, 1] = INF
     out, notes = BLEND(*arguments)
     assert torch.equal(out, y)
     assert notes.tolist() == [[0, 1, 0], [-1, -1, -1], [0, 0, 0]]
@@ -83,7 +83,7 @@ def test_blend_rejects_what_is_not_finite() -> None:
 
 def test_blend_without_banks_is_a_copy() -> None:
     y = torch.randn(3, 6)
-    out, notes = BLEND(y, [], [], [], [], [], [], LAYOUT, "")
+    out, notes = BLEND(y, [], [], [], [], [], [], [], LAYOUT, "")
     assert torch.equal(out, y)
     assert out is not y
     assert notes.tolist() == [[0] * 3, [-1] * 3, [0] * 3]
@@ -121,10 +121,10 @@ def test_observe_passes_opcheck(with_notes: bool, one_in: int) -> None:
 def test_blend_passes_gradcheck() -> None:
     y = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     arguments = _blend(y)
-    params = arguments[6]
+    params = arguments[7]
 
     def out(y: Tensor, *params: Tensor) -> Tensor:
-        blended: Tensor = BLEND(y, *arguments[1:6], list(params), LAYOUT, BANK)[0]
+        blended: Tensor = BLEND(y, *arguments[1:7], list(params), LAYOUT, BANK)[0]
         return blended
 
     assert torch.autograd.gradcheck(out, (y, *params))
