@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
 
@@ -34,45 +35,53 @@ def launching(module: str, name: str) -> Any:
     kernel = getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
     if INTERPRET:
         return kernel  # the interpreter's functions are no kernels that a tracer could see
-    _remember_analyses()
+    _say_what_is_written()
     return wrap_triton(kernel)
 
 
 @cache
-def _remember_analyses() -> None:
-    """Let torch analyse what one of our kernels writes once, and not for each launch of a graph.
+def _say_what_is_written() -> None:
+    """Let torch read what our kernels write, where it would find it out by analysis.
 
-    It compiles the kernel to Triton's intermediate code and walks that, several times a launch:
-    minutes for a model of 48 layers (torch 2.11 to 2.13). What is found depends on the kernel, its
-    compile-time arguments and dtypes alone.
+    It compiles a kernel to Triton's intermediate code and walks that, several times for each launch
+    of a graph: minutes for a model of 48 layers (torch 2.11 to 2.13). The names stand in ``WRITES``
+    of a kernel's module; a test compares them with what torch finds.
     """
-    for name in ("identify_mutated_tensors", "identify_accessed_tensors"):  # 2.11, 2.13
+    for name, answer in (  # 2.11, 2.13
+        ("identify_mutated_tensors", lambda names, kwargs: names),
+        ("identify_accessed_tensors", _as_accesses),
+    ):
         analyse = getattr(triton_kernel_wrap, name, None)
         if analyse is not None:
-            setattr(triton_kernel_wrap, name, _remembering(analyse))
+            setattr(triton_kernel_wrap, name, _answering(analyse, answer))
 
 
-def _remembering(analyse: Any) -> Any:
-    found: dict[Any, Any] = {}
-
-    def remembered(kernel: Any, kwargs: dict[str, Any], *others: Any) -> Any:
-        jit = kernel if hasattr(kernel, "params") else kernel.fn  # in an Autotuner
-        if not getattr(jit.fn, "__module__", "").startswith(_KERNELS):
+def _answering(analyse: Any, answer: Callable[[list[str], dict[str, Any]], Any]) -> Any:
+    def answered(kernel: Any, kwargs: dict[str, Any], *others: Any) -> Any:
+        function = kernel.fn if not hasattr(kernel.fn, "fn") else kernel.fn.fn  # in an Autotuner
+        if not getattr(function, "__module__", "").startswith(_KERNELS):
             return analyse(kernel, kwargs, *others)
-        fixed = {p.name for p in jit.params if p.is_constexpr}
-        key = (jit.fn, tuple((k, _kind(v, k in fixed)) for k, v in sorted(kwargs.items())))
-        if key not in found:
-            found[key] = analyse(kernel, kwargs, *others)
-        return found[key]
+        return answer(written_arguments(function, kwargs), kwargs)
 
-    return remembered
+    return answered
 
 
-def _kind(value: Any, fixed: bool) -> Any:
-    """Return what of an argument an analysis depends on."""
-    if fixed:
-        return value
-    dtype = getattr(value, "dtype", None)
-    if dtype is None and hasattr(value, "get_dtype"):
-        dtype = value.get_dtype()
-    return "number" if dtype is None else dtype
+def written_arguments(function: Any, kwargs: dict[str, Any]) -> list[str]:
+    """Return the names of what a kernel writes to, called with such arguments.
+
+    An entry ``"d3": "N3"`` of ``WRITES`` says: ``d3``, unless the argument ``N3`` is 0 or False.
+    """
+    written = importlib.import_module(function.__module__).WRITES[function.__name__]
+    return [name for name, unless in written.items() if unless is None or kwargs[unless]]
+
+
+def _as_accesses(names: list[str], kwargs: dict[str, Any]) -> Any:
+    """Return what ``identify_accessed_tensors`` does (torch 2.13)."""
+    from torch._inductor.dependencies import ReadWrites, StarDep
+    from torch.utils._ordered_set import OrderedSet
+
+    writes: Any = OrderedSet(StarDep(name) for name in names)
+    tensors = [k for k, v in kwargs.items() if hasattr(v, "dtype") or hasattr(v, "get_dtype")]
+    reads: Any = OrderedSet(StarDep(name) for name in tensors)
+    accesses = ReadWrites(reads=reads, writes=writes, index_exprs=OrderedSet())
+    return triton_kernel_wrap.TensorAccesses(accesses, can_fuse_epilogue=False)

@@ -32,7 +32,7 @@ def observe_rows(
     for run in ChunkLayout.parse(chunks).runs:
         width = power_of_two(run.size)
         together = max(1, _COLUMNS // width)
-        said = telemetry if notes is None else notes
+        said = y if notes is None else notes  # never telemetry, which is written
         kernel[((run.count + together - 1) // together,)](
             telemetry, y, said, features, run.offset, run.first_seed, run.count, seeds, count, seen,
             run.size, width, together, _BLOCK // (together * width), notes is not None, num_warps=8,

@@ -126,7 +126,7 @@ def fused_tiles(
         )  # fmt: skip
     if notes:
         launching("notes", "report")[((asked.count + 15) // 16,)](
-            said, told if before is None else before, told, positions, alpha, roles,
+            said, said if before is None else before, told, positions, alpha, roles,
             asked.first_seed, asked.count, launch.rows, splits,
             asked.size, 128, before is not None, 16, num_warps=4,
         )  # fmt: skip
@@ -203,7 +203,8 @@ def fused_tiles_backward(
             num_warps=launch.warps,
         )  # fmt: skip
     block = min(1024, power_of_two(width - 2))
-    padded = [*grads, *[grads[0]] * (4 - len(grads))]
+    # Not one that is written: the same tensor twice would have to be copied first.
+    padded = [*grads, *[sums] * (4 - len(grads))]
     capacity = params[0].shape[0]
     launching("finish", "finish")[(capacity,)](
         sums, seeds, positions, loss_scale, blame, *padded,

@@ -7,6 +7,12 @@ in :mod:`kasmina_fx.lowerings.triton.two_layer`. Elements never meet, so no bloc
 import triton
 import triton.language as tl
 
+#: See :mod:`kasmina_fx.lowerings.triton.two_layer`.
+WRITES = {
+    "forward": {"out": None, "kept": "KEEP", "said": "NOTES"},
+    "backward": {"dy": None, "sums": None},
+}
+
 
 @triton.jit
 def forward(

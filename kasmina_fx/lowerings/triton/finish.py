@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+#: See :mod:`kasmina_fx.lowerings.triton.two_layer`.
+WRITES = {"finish": {"blame": None, "d1": None, "d2": None, "d3": "N3", "d4": "N4"}}
+
 
 @triton.jit
 def finish(

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+#: See :mod:`kasmina_fx.lowerings.triton.two_layer`.
+WRITES = {"report": {"notes": None}, "observe": {"telemetry": None}}
+
 
 @triton.jit
 def report(

@@ -16,6 +16,12 @@ another; hence the same addresses twice. Shapes as of :mod:`kasmina_fx.lowerings
 import triton
 import triton.language as tl
 
+#: What the kernels write to, and the switch without which they don't (None: always).
+WRITES = {
+    "forward": {"out": None, "kept": "KEEP", "said": "NOTES"},
+    "backward": {"dy": None, "sums": None},
+}
+
 
 @triton.jit
 def forward(
