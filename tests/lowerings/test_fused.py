@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from graph_cases import GOLDEN, growing_graph, spelled_as_torch_2_13
 from kernel_cases import STAGES, Blend, assert_fused_is_right, fused, interpreter
-from torch import Tensor
+from torch import Tensor, nn
 
-from kasmina_fx import KasminaLayer
+from kasmina_fx import KasminaLayer, graph_text, kasmina_layers, kasminify
+from kasmina_fx.lowerings.sample import OBSERVE_ROWS
 from kasmina_fx.lowerings.tiles import FUSED, KERNELS
+from kasmina_fx.passes import run_passes
+from kasmina_fx.passes.infra.metadata import origin_of
+from kasmina_fx.testing import assert_golden, graft
 
 __all__ = ["interpreter"]
 pytestmark = [
@@ -133,3 +138,43 @@ def test_a_graph_for_inference_keeps_nothing_and_refuses_a_backward() -> None:
     assert kept.numel() == notes.numel() == 0
     with pytest.raises(RuntimeError, match="for inference"):
         FUSED(asked.y.requires_grad_(), tables, params, None, plan, False, False)
+
+
+@spelled_as_torch_2_13
+def test_golden() -> None:
+    gm = growing_graph()
+    run_passes(gm)
+    assert_golden(graph_text(gm), "lower_blend/fused", golden_dir=GOLDEN)
+
+
+def test_the_number_of_nodes_depends_on_banks_alone() -> None:
+    gm = growing_graph()
+    run_passes(gm)
+    ours = [n for n in gm.graph.nodes if origin_of(n) is not None]
+    assert len(ours) <= 60
+    assert sum(n.target is FUSED for n in ours) == 1
+    assert sum(n.target is OBSERVE_ROWS for n in ours) == 1
+
+
+def test_a_pipeline_with_kernels_computes_what_the_layer_does() -> None:
+    torch.manual_seed(0)
+    model: Any = kasminify(nn.Sequential(nn.Linear(6, 10), nn.GELU()), num_seeds=4, compile=False)
+    (layer,) = kasmina_layers(model).values()
+    graft(layer, [0, 2], "mlp", 0.5)
+    graft(layer, [3], "affine", 0.5)
+
+    def passes_alone(gm: Any, inputs: Any) -> Any:
+        return run_passes(gm).graph_module
+
+    x, parameters = torch.randn(5, 6), [*model.parameters()]
+    compiled: Any = torch.compile(model, backend=passes_alone)
+    found, expected = compiled(x), model(x)
+    torch.testing.assert_close(found, expected)
+    both = (
+        torch.autograd.grad(out.square().sum(), parameters, allow_unused=True)
+        for out in (found, expected)
+    )
+    for a, b in zip(*both, strict=True):
+        # An idle bank's kernels write zeros where plain operators send nothing.
+        torch.testing.assert_close(*(torch.zeros(()) if t is None else t.sum() for t in (a, b)))
+    assert layer.get_health_report()["runs"].tolist() == [2.0, 0.0, 2.0, 2.0]
