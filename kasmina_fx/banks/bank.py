@@ -61,7 +61,8 @@ class Bank(nn.Module):
         self.register_buffer("slots", torch.zeros(0, dtype=torch.int64, device=device))
         # No buffers: what is derived is nobody's to load, average or broadcast.
         empty = torch.empty(0, dtype=torch.int64, device=device)
-        self.seeds = self.positions = self.modes = self.trainees = self.order = empty
+        self.seeds = self.positions = self.modes = self.trainees = empty
+        self.places_in_order = empty  # a stack may be called "order", as a user's module names it
         self.reconstructing = empty  # slots that learn from their reconstruction loss alone
         self.frozen_slots = empty  # slots whose parameters nothing may change
         self._froze = self.held  # ids of blueprints that nothing might change, when last published
@@ -199,7 +200,8 @@ class Bank(nn.Module):
         self.reconstructing = to_device(alone.nonzero().flatten(), device)
         self.frozen_slots = to_device(now.frozen.nonzero().flatten(), device)
         for name, table in now.tables._asdict().items():
-            setattr(self, name, to_device(table, device))
+            own = "places_in_order" if name == "order" else name
+            setattr(self, own, to_device(table, device))
         self.mark()
 
     def placement(
@@ -211,7 +213,9 @@ class Bank(nn.Module):
 
     def tables(self) -> BankTables:
         """What the graph reads."""
-        return BankTables(self.seeds, self.positions, self.modes, self.trainees, self.order)
+        return BankTables(
+            self.seeds, self.positions, self.modes, self.trainees, self.places_in_order
+        )
 
     def mark(self) -> None:
         """Tell Dynamo which dimensions change as a layer grows."""
@@ -223,7 +227,7 @@ class Bank(nn.Module):
                 if stack.bank is None and stack.requires_grad:
                     stack.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
                 stack.bank = weakref.ref(self)
-        for table in (self.seeds, self.modes, self.trainees, self.order):
+        for table in (self.seeds, self.modes, self.trainees, self.places_in_order):
             for dim, size in enumerate(table.shape):
                 if size >= SMALLEST:
                     mark_dynamic(table, dim)
