@@ -3,6 +3,7 @@
 ``dormant``  no bank anywhere: the marker vanishes
 ``fused``    one kernel a bank on the chunks of active seeds, in place
 ``matmul``   stacked products on gathered chunks, pulled back
+``statistics``, ``fused statistics``  of an observe marker: plain operators, or one kernel
 ``none``     it can't be rewritten; it runs as the composite operator that it is
 """
 
@@ -16,10 +17,13 @@ from torch.fx import GraphModule
 from kasmina_fx._torch.tracing import is_dense
 from kasmina_fx.errors import InvalidArgument, shown
 from kasmina_fx.lowerings import LOWERINGS, Site
-from kasmina_fx.passes.infra.matching import Match, blend_arguments, known_matches
+from kasmina_fx.lowerings.sample import can_observe
+from kasmina_fx.passes.infra.matching import Match, argument, blend_arguments, known_matches
 from kasmina_fx.passes.infra.metadata import Lowering, set_lowering, value_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
 
+#: What becomes of an observe marker where a kernel computes it.
+FUSED_STATISTICS: Final = "fused statistics"
 CHOICES: Final = ("auto", *(lowering.name for lowering in LOWERINGS))
 
 
@@ -53,7 +57,8 @@ class ChooseLowerings(GraphPass):
         if match.reason is not None:
             return Lowering("none", match.reason)
         if not match.is_blend:
-            return Lowering("statistics", "telemetry is on")
+            kernel = self.lowering in ("auto", "fused") and can_observe(site_of(match))
+            return Lowering(FUSED_STATISTICS if kernel else "statistics", "telemetry is on")
         if not match.banks:
             return Lowering("dormant", "no blueprint slot is allocated")
         site = site_of(match)
@@ -71,9 +76,9 @@ class ChooseLowerings(GraphPass):
 
 
 def site_of(match: Match) -> Site:
-    """Describe a blend to lowerings."""
-    asked = blend_arguments(match.node)
-    y, rest = value_of(asked.y), iter(asked.params)
+    """Describe a marker to lowerings."""
+    y = value_of(argument(match.node, "y"))
+    rest = iter(blend_arguments(match.node).params if match.banks else ())
     sizes = [
         tuple(tuple(int(n) for n in value_of(next(rest)).shape[1:]) for _ in range(bank.num_params))
         for bank in match.banks

@@ -4,6 +4,8 @@
     after   %seen = index(%y, [...])                at most 1,024 rows, spread evenly
             %merged = stack([count, mean, ...])     from sums over rows, then over chunks
             copy_(telemetry, %merged)
+    or, where a kernel was chosen for it,
+            kasmina.observe_rows.default(%y, %notes, telemetry, ...)
 
 The write is the last of the inserted nodes and the only one; nothing of the host reads what it
 wrote.
@@ -17,10 +19,10 @@ from typing import ClassVar
 from torch import Tensor
 from torch.fx import GraphModule
 
-from kasmina_fx._torch.tracing import is_dense
-from kasmina_fx.lowerings.sample import OBSERVE_ROWS, can_observe
+from kasmina_fx.lowerings.sample import OBSERVE_ROWS
+from kasmina_fx.passes.choose_lowerings import FUSED_STATISTICS
 from kasmina_fx.passes.infra.matching import Match, argument, known_matches, require_normal
-from kasmina_fx.passes.infra.metadata import value_of
+from kasmina_fx.passes.infra.metadata import lowering_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
 from kasmina_fx.passes.infra.regions import autocast_at
 from kasmina_fx.passes.infra.splicing import splice
@@ -52,10 +54,8 @@ class PlaceTelemetry(GraphPass):
         arguments = [fixed_argument(y, {match.chunks.feature_dim})]
         arguments += [fixed_argument(n, {0, 1}) for n in inputs[1:]]
         chunks, one_in, rows = (argument(node, n) for n in ("chunks", "one_in", "rows"))
-        fits = match.chunks.feature_dim % value_of(y).dim() == value_of(y).dim() - 1
-        kernel = can_observe(
-            match.chunks, value_of(y).dtype, value_of(y).device, fits and is_dense(value_of(y))
-        )
+        lowering = lowering_of(node)
+        kernel = lowering is not None and lowering.name == FUSED_STATISTICS
         meaning = _Observe(chunks, one_in or 1, rows or 0, kernel)
         template = trace_template(meaning, arguments, inputs, autocast_at(node))
         splice(match.graph_module, node, template, inputs, by=self.name)

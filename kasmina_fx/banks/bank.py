@@ -8,7 +8,7 @@ table and the state tensor, on the host, and published as new tensors.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,7 @@ class Bank(nn.Module):
         self.register_buffer("slots", torch.zeros(0, dtype=torch.int64, device=device))
         # No buffers: what is derived is nobody's to load, average or broadcast.
         empty = torch.empty(0, dtype=torch.int64, device=device)
-        self.seeds = self.positions = self.modes = self.trainees = empty
-        self.places_in_order = empty  # a stack may be called "order", as a user's module names it
+        self.seeds = self.positions = self.modes = self.trainees = self.order = empty
         self.reconstructing = empty  # slots that learn from their reconstruction loss alone
         self.frozen_slots = empty  # slots whose parameters nothing may change
         self._froze = self.held  # ids of blueprints that nothing might change, when last published
@@ -200,8 +199,7 @@ class Bank(nn.Module):
         self.reconstructing = to_device(alone.nonzero().flatten(), device)
         self.frozen_slots = to_device(now.frozen.nonzero().flatten(), device)
         for name, table in now.tables._asdict().items():
-            own = "places_in_order" if name == "order" else name
-            setattr(self, own, to_device(table, device))
+            setattr(self, name, to_device(table, device))
         self.mark()
 
     def placement(
@@ -213,9 +211,7 @@ class Bank(nn.Module):
 
     def tables(self) -> BankTables:
         """What the graph reads."""
-        return BankTables(
-            self.seeds, self.positions, self.modes, self.trainees, self.places_in_order
-        )
+        return BankTables(self.seeds, self.positions, self.modes, self.trainees, self.order)
 
     def mark(self) -> None:
         """Tell Dynamo which dimensions change as a layer grows."""
@@ -227,7 +223,7 @@ class Bank(nn.Module):
                 if stack.bank is None and stack.requires_grad:
                     stack.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
                 stack.bank = weakref.ref(self)
-        for table in (self.seeds, self.modes, self.trainees, self.places_in_order):
+        for table in (self.seeds, self.modes, self.trainees, self.order):
             for dim, size in enumerate(table.shape):
                 if size >= SMALLEST:
                     mark_dynamic(table, dim)
@@ -280,7 +276,18 @@ def bank_key(spec: BankSpec) -> str:
 def registered_name(name: str) -> str:
     """Name a stack in its bank, after the tensor's name in the blueprint's module."""
     # A parameter's name can't contain a dot; '/' reads the same and can't occur in one.
-    return name.replace(".", "/")
+    return f"/{name}" if name in _ATTRIBUTES else name.replace(".", "/")
+
+
+#: What a bank has beside its stacks: a tensor of a user's module may have any of these names.
+_ATTRIBUTES: Final = frozenset(
+    {
+        *vars(Bank),
+        *BankTables._fields,
+        *("blueprint", "run", "tensor_specs", "spec", "held", "slots", "left", "owner", "trained"),
+        *("reconstructing", "frozen_slots", "training_loop", "_dtype", "_froze"),
+    }
+)
 
 
 def bank_of(stack: StackedParameter) -> Bank | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kasmina_fx.lifecycle import Mode, holds_blueprint, modes, runs
 from kasmina_fx.physical.graph_inputs import BankTables
+from kasmina_fx.physical.layout import power_of_two
 
 #: Dynamo specialises sizes 0 and 1, so a dimension that grows never has them.
 SMALLEST: Final = 2
@@ -120,8 +121,3 @@ def place(
     seeds = seeds.index_put((places,), inside)
     positions = torch.full_like(slot, -1).index_put((inside,), places)
     return seeds.view(height, width), positions
-
-
-def power_of_two(size: int) -> int:
-    """The smallest that is no less than ``size``, 1 or more."""
-    return 1 << (size - 1).bit_length()

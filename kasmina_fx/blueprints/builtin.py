@@ -134,7 +134,7 @@ class MlpBlueprint(Blueprint):
         return [*_uniform_linear(size, 2 * size, count), *_uniform_linear(2 * size, size, count)]
 
 
-class ResidualMlpBlueprint(Blueprint):
+class ResidualMlpBlueprint(MlpBlueprint):
     """The blueprint ``residual_mlp``: ``mlp`` as a residual that starts at zero."""
 
     kind = "residual_mlp"
@@ -145,15 +145,12 @@ class ResidualMlpBlueprint(Blueprint):
 
     def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
         """See :meth:`Blueprint.stacked`."""
-        up, up_bias, down, down_bias = params
-        rows = as_rows(chunks, dim)
-        hidden = F.relu(_linear(rows, up, up_bias))
-        return from_rows(rows + _linear(hidden, down, down_bias), chunks, dim)
+        return chunks + super().stacked(params, chunks, dim)
 
     def initial(self, size: int, count: int) -> list[Tensor]:
         """Return what ``count`` fresh modules hold, drawn at once."""
-        zeros = [torch.zeros(count, size, 2 * size), torch.zeros(count, size)]
-        return [*_uniform_linear(size, 2 * size, count), *zeros]
+        up, up_bias, *down = super().initial(size, count)
+        return [up, up_bias, *map(torch.zeros_like, down)]
 
 
 class LoraBlueprint(Blueprint):

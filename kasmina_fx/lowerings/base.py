@@ -14,7 +14,7 @@ from kasmina_fx.physical.layout import BankSpec, ChunkLayout
 
 @dataclass(frozen=True)
 class Site:
-    """Describes one blend: what a lowering may know before it says whether it can do it.
+    """Describes one marker: what a lowering may know before it says whether it can do it.
 
     Attributes:
         chunks: The layer's layout.
@@ -30,7 +30,12 @@ class Site:
     device: torch.device
     rank: int
     dense: bool
-    sizes: tuple[tuple[tuple[int, ...], ...], ...]
+    sizes: tuple[tuple[tuple[int, ...], ...], ...] = ()
+
+    @property
+    def features_last(self) -> bool:
+        """Whether rows of features lie one behind the other: what kernels read."""
+        return self.dense and self.chunks.feature_dim % self.rank == self.rank - 1
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Fused(Lowering):
             return f"no Triton kernel runs on {site.device.type} here"
         if site.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"kernels compute in float32, bfloat16 and float16, not in {site.dtype}"
-        if site.chunks.feature_dim % site.rank != site.rank - 1 or not site.dense:
+        if not site.features_last:
             return "kernels read features of the last dim of a contiguous output"
         for bank, shapes in zip(site.banks, site.sizes, strict=True):
             if bank.kind not in KERNELS:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Final, NamedTuple
 
+from kasmina_fx.physical.layout import power_of_two
+
 #: Tensor cores multiply no smaller pieces.
 SMALLEST_TILE: Final = 16
 #: Beyond, weights and the sums of their gradients do not fit a program's registers.
@@ -69,10 +71,5 @@ class Plan:
     def tiling(self) -> Tiling:
         """How many seeds share a program."""
         seeds = max(1, SMALLEST_TILE // self.size)
-        columns = max(SMALLEST_TILE, power_of_two(seeds * self.size))
-        return Tiling(seeds, columns, max(SMALLEST_TILE, power_of_two(seeds * self.hidden)))
-
-
-def power_of_two(size: int) -> int:
-    """Return the smallest power of two that is no less than ``size``."""
-    return 1 << (size - 1).bit_length() if size > 0 else 0
+        columns = power_of_two(max(SMALLEST_TILE, seeds * self.size))
+        return Tiling(seeds, columns, power_of_two(max(SMALLEST_TILE, seeds * self.hidden)))

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.library import triton_op
 
 from kasmina_fx._torch.triton import launches_on, launching
-from kasmina_fx.lowerings.plan import power_of_two
-from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.lowerings.base import Site
+from kasmina_fx.physical.layout import ChunkLayout, power_of_two
 
 #: Features and rows of a program's block, and how wide a chunk may be.
 _COLUMNS, _BLOCK, _WIDEST = 16, 4096, 1024
+_SQUARES: Final = 46_340
 
 
 @triton_op("kasmina::observe_rows", mutates_args={"telemetry"})
@@ -28,6 +29,7 @@ def observe_rows(
     if one_in > 1 and y.dim() > 1:
         count = (y.shape[0] + one_in - 1) // one_in * (count // y.shape[0])
     seen = torch.sym_min(rows, count) if rows else count
+    wide = rows > _SQUARES  # else 32 bits hold the product of two row numbers
     kernel = launching("notes", "observe")
     for run in ChunkLayout.parse(chunks).runs:
         width = power_of_two(run.size)
@@ -35,7 +37,8 @@ def observe_rows(
         said = y if notes is None else notes  # never telemetry, which is written
         kernel[((run.count + together - 1) // together,)](
             telemetry, y, said, features, run.offset, run.first_seed, run.count, seeds, count, seen,
-            run.size, width, together, _BLOCK // (together * width), notes is not None, num_warps=8,
+            run.size, width, together, _BLOCK // (together * width), notes is not None, wide,
+            num_warps=8,
         )  # fmt: skip
 
 
@@ -49,7 +52,13 @@ def _(
 OBSERVE_ROWS: Final = torch.ops.kasmina.observe_rows.default
 
 
-def can_observe(chunks: ChunkLayout, dtype: torch.dtype, device: torch.device, dense: bool) -> bool:
-    """Say whether the kernel computes such statistics; ``dense``: contiguous, features last."""
-    widest = max(run.size for run in chunks.runs)
-    return launches_on(device) and dense and dtype != torch.float64 and widest <= _WIDEST
+def can_observe(site: Site) -> bool:
+    """Say whether the kernel computes the statistics of an output."""
+    widest = max(run.size for run in site.chunks.runs)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return (
+        launches_on(site.device)
+        and site.features_last
+        and site.dtype in dtypes
+        and widest <= _WIDEST
+    )

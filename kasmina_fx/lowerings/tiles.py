@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.library import triton_op
 
 from kasmina_fx._torch.triton import launching
-from kasmina_fx.lowerings.plan import Plan, power_of_two
+from kasmina_fx.lowerings.plan import Plan
+from kasmina_fx.physical.layout import power_of_two
 
 #: What ``tables`` holds, in order; of a bank but for the last four, which are the layer's.
 TABLES: Final = ("order", "seeds", "positions", "modes", "alpha", "roles", "faults", "loss_scale")
@@ -61,7 +62,6 @@ class _Launch(NamedTuple):
     rows: Any
     active: Any
     tiles: Any
-    block: int
     warps: int
 
     @classmethod
@@ -73,13 +73,12 @@ class _Launch(NamedTuple):
             y.numel() // y.shape[-1],
             active,
             (active + tiling.seeds - 1) // tiling.seeds,
-            _BLOCK,
             _WARPS[way][wide],
         )
 
     def parts(self, programs: int) -> Any:
         """Say into how many parts the rows fall."""
-        blocks = (self.rows + self.block - 1) // self.block
+        blocks = (self.rows + _BLOCK - 1) // _BLOCK
         most = torch.sym_min(_MOST, blocks)
         return torch.sym_max(1, torch.sym_min(most, programs // self.tiles))
 
@@ -114,14 +113,14 @@ def fused_tiles(
     if kernels.module == "affine":
         kernel(
             out, kept, said, order, seeds, alpha, roles, *params, *sizes,
-            asked.size, tiling.seeds, tiling.columns, launch.block, keep, notes, even,
+            asked.size, tiling.seeds, tiling.columns, _BLOCK, keep, notes, even,
             num_warps=launch.warps,
         )  # fmt: skip
     else:
         act, bias, residual = kernels.switches
         kernel(
             out, kept, said, order, seeds, alpha, roles, *_four(params), *sizes,
-            asked.size, asked.hidden, *tiling, launch.block, _alone(asked), act, bias, residual,
+            asked.size, asked.hidden, *tiling, _BLOCK, _alone(asked), act, bias, residual,
             keep, notes, _DOTS[asked.dot], even, num_warps=launch.warps,
         )  # fmt: skip
     if notes:
@@ -159,16 +158,8 @@ def _outputs(
 
 
 @fused_tiles.register_fake
-def _(
-    y: Tensor,
-    tables: list[Tensor],
-    params: list[Tensor],
-    before: Tensor | None,
-    plan: str,
-    keep: bool,
-    notes: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(y, tables, plan, keep, notes)
+def _(y: Tensor, tables: list[Tensor], _params: Any, _before: Any, *how: Any) -> Any:
+    return _outputs(y, tables, *how)
 
 
 @triton_op("kasmina::fused_tiles_backward", mutates_args={})
@@ -192,13 +183,13 @@ def fused_tiles_backward(
     common = (dy, sums, kept, order, seeds, alpha, roles, modes, loss_scale)
     if kernels.module == "affine":
         kernel(
-            *common, *params, *sizes, asked.size, tiling.seeds, tiling.columns, launch.block, width,
+            *common, *params, *sizes, asked.size, tiling.seeds, tiling.columns, _BLOCK, width,
             even, num_warps=launch.warps,
         )  # fmt: skip
     else:
         act, bias, residual = kernels.switches
         kernel(
-            *common, *_four(params), *sizes, asked.size, asked.hidden, *tiling, launch.block,
+            *common, *_four(params), *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
             _alone(asked), act, bias, residual, _DOTS[asked.dot], width, even,
             num_warps=launch.warps,
         )  # fmt: skip
@@ -225,10 +216,8 @@ def _gradients(dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: s
 
 
 @fused_tiles_backward.register_fake
-def _(
-    dout: Tensor, kept: Tensor, tables: list[Tensor], params: list[Tensor], plan: str
-) -> list[Tensor]:
-    return _gradients(dout, tables, params, plan)
+def _(dout: Tensor, _kept: Tensor, *others: Any) -> list[Tensor]:
+    return _gradients(dout, *others)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

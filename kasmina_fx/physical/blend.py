@@ -102,7 +102,8 @@ def _in_places(of_slots: Tensor, seeds: Tensor) -> Tensor:
 
 def _said(made: Tensor, rows: Tensor, ran: Tensor, sound: Tensor) -> Tensor:
     """Return ``said`` of :class:`_Outcome` in the slots' places: nobody's blend waits for it."""
-    difference = made.to(_wide(rows, made)) - rows.to(_wide(rows, made))
+    wide = _wide(rows, made)
+    difference = made.to(wide) - rows.to(wide)
     finite = finite_rows(difference)  # and so are both
     if _overflows(made, rows):
         finite = finite & finite_rows(made.to(rows.dtype))

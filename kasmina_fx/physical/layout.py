@@ -127,3 +127,8 @@ def parse_banks(text: str) -> tuple[BankSpec, ...]:
         number, run = int(found["num"]), int(found["run"])
         banks.append(BankSpec(found["kind"], run, bool(found["shared"]), number, not found["eval"]))
     return tuple(banks)
+
+
+def power_of_two(size: int) -> int:
+    """Return the smallest power of two that is no less than ``size``, 1 or more."""
+    return 1 << (size - 1).bit_length()

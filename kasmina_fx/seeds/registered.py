@@ -2,7 +2,7 @@
 
 State, alphas and slots are buffers, so that ``state_dict()``, ``functional_call`` and averages of
 models reach them. What forwards read is derived from them on the host. So a forward has to notice
-two things: that other tensors stand in their place for now (``functional_call``), and that somebody
+two things: that other tensors stand in their place (``functional_call``), and that somebody
 wrote to them (a copy, a broadcast, an average).
 """
 

@@ -161,3 +161,30 @@ def test_a_shared_blueprint_takes_one_slot_however_often_it_germinates() -> None
     (bank,) = layer.kasmina.bank_list()
     assert bank.held.tolist() == [shared]
     assert {layer.bank_of(seed) for seed in range(5)} == {(bank, 0)}
+
+
+def test_a_users_tensors_may_be_named_like_anything_that_a_bank_has() -> None:
+    layer = KasminaLayer(nn.Linear(4, 12), 4)
+    layer.reserve(2, "affine")
+    (bank,) = layer.kasmina.bank_list()
+    own = {*vars(bank), *vars(type(bank))} - {*vars(nn.Module()), *dir(nn.Module)}
+
+    class Named(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            for name in sorted(own):
+                self.register_parameter(name, nn.Parameter(torch.ones(size)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            total: torch.Tensor = torch.stack([*self.parameters()]).mean(0)
+            return x * total
+
+    assert len(own) > 20
+    layer.register_blueprint(Named, name="named")
+    graft(layer, [0, 1], "named", 1.0)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(layer(x), layer.base(x))
+    twin = KasminaLayer(nn.Linear(4, 12), 4)
+    twin.register_blueprint(Named, name="named")
+    twin.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(twin(x), layer(x))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kasmina_fx.lowerings.plan import Plan, Tiling, power_of_two
+from kasmina_fx.lowerings.plan import Plan, Tiling
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,3 @@ def test_small_chunks_share_a_tile_and_all_are_padded_for_tensor_cores(
     plan = Plan("mlp", size, hidden, 0, 0, 9, "float32")
     assert plan.tiling == Tiling(*tiling)
     assert Plan.parse(str(plan)) == plan
-
-
-def test_powers_of_two() -> None:
-    assert [power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 1000)] == [0, 1, 2, 4, 4, 8, 1024]

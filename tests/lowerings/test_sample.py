@@ -37,3 +37,12 @@ def test_the_kernel_merges_what_plain_operators_do(
         expected = merge_statistics(y, notes, expected, layout, one_in, rows)
         OBSERVE_ROWS(y, notes, found, str(layout), one_in, rows)
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-3, equal_nan=True)
+
+
+def test_row_numbers_beyond_32_bits_are_right() -> None:
+    layout, rows = ChunkLayout.of([1], -1), 60_000
+    y = torch.arange(100_000.0).view(-1, 1)
+    found = torch.zeros(ROWS, 1)
+    OBSERVE_ROWS(y, None, found, str(layout), 1, rows)
+    expected = merge_statistics(y, None, torch.zeros(ROWS, 1), layout, 1, rows)
+    torch.testing.assert_close(found[:7], expected[:7], rtol=1e-4, atol=0)

@@ -19,17 +19,21 @@ from graph_cases import (
     layer_of,
     near_miss,
     plain_graph,
+    spelled_as_torch_2_13,
     wrapped,
 )
+from kernel_cases import interpreter
 
 from kasmina_fx import capture, find_matches, inserted_text, op_counts, rewrite
 from kasmina_fx.errors import RewriteError
+from kasmina_fx.graphs.text import graph_text
 from kasmina_fx.lifecycle import RUNS, SeedLifecycle
-from kasmina_fx.passes import records_of
+from kasmina_fx.passes import records_of, run_passes
 from kasmina_fx.passes.infra.metadata import origin_of, value_of
 from kasmina_fx.passes.lower_blend import LowerBlend
 from kasmina_fx.testing import assert_golden, graft
 
+__all__ = ["interpreter"]
 each_case = each_case_of("lower_blend")
 
 
@@ -124,3 +128,11 @@ def test_golden_of_one_class_is_that_of_every_stage(stage: SeedLifecycle) -> Non
     graft(layer_of(model), [0, 2], stage=stage)
     after = rewrite(capture(model, torch.randn(3, 8))).graph_module
     assert_golden(inserted_text(after), "inserted/lower_blend/one_class", golden_dir=GOLDEN)
+
+
+@spelled_as_torch_2_13
+@pytest.mark.usefixtures("interpreter")
+def test_golden_of_the_fused_lowering() -> None:
+    gm = growing_graph()
+    run_passes(gm)
+    assert_golden(graph_text(gm), "lower_blend/fused", golden_dir=GOLDEN)

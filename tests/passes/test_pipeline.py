@@ -39,6 +39,7 @@ GOLDENS_OF_NO_CASE = {
     "choose_lowerings/reasons",
     "eliminate_dead_code/before_after",
     "eliminate_dead_code/one_class",
+    "lower_blend/fused",
     "normalize_markers/packet_with_keywords",
     "unpin_tables/one_layer",
     "verify/every_kind",

@@ -50,7 +50,7 @@ def report(
 def observe(
     telemetry, y, notes, features, offset, first_seed, count, num_seeds, rows, seen,
     c: tl.constexpr, WIDTH: tl.constexpr, SEEDS: tl.constexpr, ROWS: tl.constexpr,
-    NOTES: tl.constexpr,
+    NOTES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Merge one step's statistics of a run's chunks; see :mod:`kasmina_fx.physical.statistics`.
 
@@ -71,6 +71,8 @@ def observe(
     step, rest = rows // seen, rows % seen
     for first in range(0, seen, ROWS):
         number = first + tl.arange(0, ROWS)
+        if WIDE:
+            number = number.to(tl.int64)
         row = number.to(tl.int64) * step + number * rest // seen + number % step
         here = (number < seen)[:, None] & on[None, :]
         z = tl.load(y + row[:, None] * features + col[None, :], mask=here, other=0.0).to(tl.float32)
