@@ -15,7 +15,7 @@ mkdir -p "${1:-$root/docs/measurements}"
 folder=$(cd "${1:-$root/docs/measurements}" && pwd)
 shift $(($# > 0 ? 1 : 0))
 parts=("$@")
-[[ $# -gt 0 ]] || parts=(tests overhead gpt memcheck)
+[[ $# -gt 0 ]] || parts=(tests overhead gpt kernels memcheck)
 for part in "${parts[@]}"; do
     case $part in
     tests | overhead | gpt | memcheck) ;;
@@ -99,6 +99,7 @@ for part in "${parts[@]}"; do
     tests) run python -m pytest -m gpu ;;
     overhead) run python benchmarks/overhead.py --device cuda --seeds 1024 ;;
     gpt) run python benchmarks/gpt.py --blocks 12 ;;
+    kernels) run python benchmarks/kernels.py ;;
     memcheck) memcheck ;;
     esac
 done

@@ -6,11 +6,11 @@ come from the tables, so active seeds may lie anywhere; nothing of other seeds i
 
 A zero beside a NaN does not keep it out of a product's sum, so one seed could reach its neighbours
 in the tile. Each block is therefore checked, and computed again seed by seed (``p``) where
-something is not finite: exact, and nearly free where nothing is. (A loop that runs once in the good
-case would spare the second spelling; the tensors that it carries cost five times as much.)
+something is not finite: exact, and nearly free where nothing is.
 
-One function a kernel, since torch 2.11 takes every argument for written where a kernel calls
-another; hence the same addresses twice. Shapes as of :mod:`kasmina_fx.lowerings.tiles`.
+One function a kernel, hence the same addresses twice: torch 2.11 can't analyse what a kernel writes
+that calls another, and a test compares :data:`WRITES` with what it finds. Shapes as of
+:mod:`kasmina_fx.lowerings.tiles`.
 """
 
 import triton
