@@ -4,7 +4,7 @@
 #
 #     [PYTHON=python] benchmarks/gpu_check.sh [FOLDER [PART ...]]
 #
-# FOLDER is docs/measurements by default. Parts: tests, overhead, gpt, memcheck; all by default. A
+# FOLDER is docs/measurements by default. Parts: tests, overhead, gpt, kernels, memcheck; all by default. A
 # part that fails stops no other one; the exit status is 1 if any has failed.
 set -euo pipefail
 
@@ -18,8 +18,8 @@ parts=("$@")
 [[ $# -gt 0 ]] || parts=(tests overhead gpt kernels memcheck)
 for part in "${parts[@]}"; do
     case $part in
-    tests | overhead | gpt | memcheck) ;;
-    *) echo "unknown part $part: there are tests, overhead, gpt, memcheck" >&2 && exit 2 ;;
+    tests | overhead | gpt | kernels | memcheck) ;;
+    *) echo "unknown part $part: there are tests, overhead, gpt, kernels, memcheck" >&2 && exit 2 ;;
     esac
 done
 cd "$root"
