@@ -8,7 +8,7 @@
             kasmina.observe_rows.default(%y, %notes, telemetry, ...)
 
 The write is the last of the inserted nodes and the only one; nothing of the host reads what it
-wrote.
+wrote. All of it stands behind an activation that reads the output, see :func:`_behind`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS
 from kasmina_fx.passes.choose_lowerings import FUSED_STATISTICS
 from kasmina_fx.passes.infra.matching import Match, argument, known_matches, require_normal
 from kasmina_fx.passes.infra.metadata import lowering_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
+from kasmina_fx.passes.infra.pointwise import is_pointwise
 from kasmina_fx.passes.infra.regions import autocast_at
 from kasmina_fx.passes.infra.splicing import splice
 from kasmina_fx.passes.infra.templates import Meaning, fixed_argument, trace_template
@@ -50,6 +51,7 @@ class PlaceTelemetry(GraphPass):
     def _lower(self, match: Match) -> None:
         node = match.node
         y, notes, telemetry = (argument(node, n) for n in ("y", "notes", "telemetry"))
+        _behind(y, node)
         inputs = [n for n in (y, notes, telemetry) if n is not None]
         arguments = [fixed_argument(y, {match.chunks.feature_dim})]
         arguments += [fixed_argument(n, {0, 1}) for n in inputs[1:]]
@@ -60,6 +62,24 @@ class PlaceTelemetry(GraphPass):
         template = trace_template(meaning, arguments, inputs, autocast_at(node))
         splice(match.graph_module, node, template, inputs, by=self.name)
         match.graph_module.graph.erase_node(node)
+
+
+def _behind(y: Node, observe: Node) -> None:
+    """Move a marker behind the pointwise nodes that read the output, where only such ones do.
+
+    AOTAutograd's partitioner recomputes nothing in backward that reads a tensor after another
+    reader of it which it can't fuse: of a GELU in bfloat16 behind statistics it would keep a
+    float32 intermediate of the output's size, instead of the output itself.
+    """
+    readers = {user for user in y.users if user is not observe}
+    node = last = observe
+    while readers and is_pointwise(node.next):
+        node = node.next
+        if node in readers:
+            readers.remove(node)
+            last = node
+    if not readers and last is not observe:
+        last.append(observe)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 is (:mod:`kasmina_fx.physical.markers`), for a ``y`` ``(..., D)`` that is contiguous.
 """
 
+import math
 from typing import Final
 
 import torch
@@ -14,8 +15,11 @@ from kasmina_fx._torch.triton import launches_on, launching
 from kasmina_fx.lowerings.base import Site
 from kasmina_fx.physical.layout import ChunkLayout, power_of_two
 
-#: Features and rows of a program's block, and how wide a chunk may be.
-_COLUMNS, _BLOCK, _WIDEST = 16, 4096, 1024
+#: Features of a program at least, the numbers it holds at once, and how wide a chunk may be.
+_COLUMNS, _BLOCK, _WIDEST = 32, 32_768, 1024
+_WARPS: Final = 16
+#: Features that are loaded at once, where rows allow it: 16 bytes of a 16-bit dtype.
+_EVEN: Final = 8
 _SQUARES: Final = 46_340
 
 
@@ -31,14 +35,17 @@ def observe_rows(
     seen = torch.sym_min(rows, count) if rows else count
     wide = rows > _SQUARES  # else 32 bits hold the product of two row numbers
     kernel = launching("notes", "observe")
+    said = y if notes is None else notes  # never telemetry, which is written
+    even = math.gcd(features, _EVEN)
     for run in ChunkLayout.parse(chunks).runs:
-        width = power_of_two(run.size)
-        together = max(1, _COLUMNS // width)
-        said = y if notes is None else notes  # never telemetry, which is written
+        ahead = even - math.gcd(run.offset, run.size, even)  # features before a program's first
+        tile = max(_COLUMNS, power_of_two(run.size + ahead))
+        together = (tile - ahead) // run.size
+        block = min(_BLOCK // tile, power_of_two(seen) if isinstance(seen, int) else 1024)
         kernel[((run.count + together - 1) // together,)](
             telemetry, y, said, features, run.offset, run.first_seed, run.count, seeds, count, seen,
-            run.size, width, together, _BLOCK // (together * width), notes is not None, wide,
-            num_warps=8,
+            run.size, together, power_of_two(together), tile, block, even, notes is not None, wide,
+            num_warps=_WARPS,
         )  # fmt: skip
 
 

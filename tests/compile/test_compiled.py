@@ -192,9 +192,11 @@ def test_a_users_module_through_torch_func() -> None:
         torch.testing.assert_close(outcome(model, run, x), judged(model, x), atol=1e-5, rtol=1e-4)
 
 
-def test_telemetry_keeps_nothing_for_backward() -> None:
+@pytest.mark.parametrize(("shape", "approximate"), [((6, 8), "none"), ((2, 3, 8), "tanh")])
+def test_telemetry_keeps_nothing_for_backward(shape: tuple[int, ...], approximate: str) -> None:
     def kept(telemetry: bool) -> list[tuple[torch.dtype, torch.Size]]:
-        model = wrapped(nn.Sequential(nn.Linear(8, 12), nn.GELU()), seeds=4, telemetry=telemetry)
+        model: nn.Module = nn.Sequential(nn.Linear(8, 12), nn.GELU(approximate), nn.Linear(12, 4))
+        model = wrapped(model, seeds=4, telemetry=telemetry, filter_fn=lambda _, name: name == "0")
         run, found = compiled(model.to(torch.bfloat16), "inductor"), []
 
         def pack(t: Tensor) -> Tensor:
@@ -202,7 +204,7 @@ def test_telemetry_keeps_nothing_for_backward() -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            run(torch.randn(6, 8, dtype=torch.bfloat16))
+            run(torch.randn(shape, dtype=torch.bfloat16))
         return sorted(found, key=str)
 
     assert kept(telemetry=True) == kept(telemetry=False) != []

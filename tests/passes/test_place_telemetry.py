@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from graph_cases import (
@@ -15,10 +17,12 @@ from graph_cases import (
     growing_graph,
     layer_of,
     plain_graph,
+    wrapped,
 )
 from telemetry_cases import expected_of, summary
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn import functional
 
 from kasmina_fx import capture, find_matches, reference, rewrite
 from kasmina_fx._torch.tracing import written_by
@@ -55,6 +59,48 @@ def test_a_marker_becomes_one_write_and_no_operator_of_ours(case: Case, frontend
     (write,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
     assert written_by(write) == [written]
     assert [match.node for match in find_matches(gm)] == [blend]
+
+
+def order_of(after: Callable[[Tensor], Tensor]) -> list[str]:
+    """Return what stands behind a layer in a rewritten graph: the host's nodes and the write."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return after(self.fc(x))
+
+    gm = capture(wrapped(Model(), seeds=4, telemetry=True), torch.randn(3, 8), frontend="dynamo")
+    nodes = [n for n in rewrite(gm).graph_module.graph.nodes if n.op.startswith("call")]
+    return [
+        "write" if origin else node.name
+        for node in nodes[1:]
+        if (origin := origin_of(node)) is None or written_by(node)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        (functional.gelu, ["gelu", "write"]),
+        (lambda y: functional.relu(y).exp_(), ["relu", "write", "exp_"]),
+        (
+            lambda y: 0.5 * y * (1.0 + torch.tanh(y + y.pow(3))),
+            ["mul", "pow_1", "add", "write", "tanh", "add_1", "mul_1"],
+        ),
+        (lambda y: torch.tanh(y) @ y.T, ["write", "tanh", "getattr_1", "matmul"]),  # a view of it
+        (lambda y: torch.tanh(y).sum() + y, ["write", "tanh", "sum_1", "add"]),
+        (lambda y: functional.relu(y, inplace=True), ["write", "relu"]),
+        (lambda y: y.view(4, 9).tanh(), ["write", "view", "tanh"]),
+        (lambda y: torch.softmax(y, -1), ["write", "softmax"]),
+    ],
+)
+def test_statistics_stand_behind_the_pointwise_readers_of_an_output(
+    after: Callable[[Tensor], Tensor], expected: list[str]
+) -> None:
+    assert order_of(after) == expected
 
 
 def test_a_graph_without_markers_is_the_same_object() -> None:

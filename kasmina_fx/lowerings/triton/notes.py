@@ -49,45 +49,47 @@ def report(
 @triton.jit
 def observe(
     telemetry, y, notes, features, offset, first_seed, count, num_seeds, rows, seen,
-    c: tl.constexpr, WIDTH: tl.constexpr, SEEDS: tl.constexpr, ROWS: tl.constexpr,
-    NOTES: tl.constexpr, WIDE: tl.constexpr,
+    c: tl.constexpr, SEEDS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, EVEN: tl.constexpr, NOTES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Merge one step's statistics of a run's chunks; see :mod:`kasmina_fx.physical.statistics`.
 
-    Sums are taken around the first element of a chunk that is looked at.
+    A program reads the columns of ``SEEDS`` seeds, from the last multiple of ``EVEN`` before them,
+    so that rows of any chunk size are loaded ``EVEN`` features at a time. Sums are taken around the
+    first element of a chunk that is looked at.
     """
     inf = float("inf")
-    i = tl.arange(0, SEEDS * WIDTH)
-    member = tl.program_id(0) * SEEDS + i // WIDTH
-    on = (i % WIDTH < c) & (member < count)
-    col = offset + member * c + i % WIDTH
-    start = tl.load(y + offset + member * c, mask=on, other=0.0).to(tl.float32)
-    s1, s2 = (
-        tl.zeros([ROWS, SEEDS * WIDTH], tl.float32),
-        tl.zeros([ROWS, SEEDS * WIDTH], tl.float32),
-    )
-    low = tl.full([ROWS, SEEDS * WIDTH], float("inf"), tl.float32)
-    high, near = -low, tl.zeros([ROWS, SEEDS * WIDTH], tl.float32)
+    first = tl.program_id(0) * SEEDS
+    begins = offset + first * c
+    col = begins // EVEN * EVEN + tl.arange(0, TILE)
+    member = (col - offset) // c - first
+    on = (col >= begins) & (member < SEEDS) & (first + member < count)
+    start = tl.load(y + offset + (first + member) * c, mask=on, other=0.0).to(tl.float32)
+    s1, s2 = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
+    low = tl.full([ROWS, TILE], float("inf"), tl.float32)
+    high, near = -low, tl.zeros([ROWS, TILE], tl.float32)
     step, rest = rows // seen, rows % seen
-    for first in range(0, seen, ROWS):
-        number = first + tl.arange(0, ROWS)
+    for block in range(0, seen, ROWS):
+        number = block + tl.arange(0, ROWS)
         if WIDE:
             number = number.to(tl.int64)
         row = number.to(tl.int64) * step + number * rest // seen + number % step
-        here = (number < seen)[:, None] & on[None, :]
+        here = (number < seen)[:, None] & (col < features)[None, :]
         z = tl.load(y + row[:, None] * features + col[None, :], mask=here, other=0.0).to(tl.float32)
+        here = here & on[None, :]
         q = tl.where(here, z - start[None, :], 0.0)
         s1 += q
         s2 += q * q
         low, high = tl.where(here & (z < low), z, low), tl.where(here & (z > high), z, high)
         near += tl.where(here & (tl.abs(z) < 1e-6), 1.0, 0.0)
-    first_moment = tl.sum(tl.reshape(tl.sum(s1, 0), [SEEDS, WIDTH]), 1)
-    squares = tl.sum(tl.reshape(tl.sum(s2, 0), [SEEDS, WIDTH]), 1)
-    step_low = tl.min(tl.reshape(tl.min(low, 0), [SEEDS, WIDTH]), 1)
-    step_high = tl.max(tl.reshape(tl.max(high, 0), [SEEDS, WIDTH]), 1)
-    step_near = tl.sum(tl.reshape(tl.sum(near, 0), [SEEDS, WIDTH]), 1)
-    seed = tl.program_id(0) * SEEDS + tl.arange(0, SEEDS)
-    there = seed < count
+    mine = (member[:, None] == tl.arange(0, PADDED)[None, :]) & on[:, None]
+    first_moment = tl.sum(tl.where(mine, tl.sum(s1, 0)[:, None], 0.0), 0)
+    squares = tl.sum(tl.where(mine, tl.sum(s2, 0)[:, None], 0.0), 0)
+    step_low = tl.min(tl.where(mine, tl.min(low, 0)[:, None], inf), 0)
+    step_high = tl.max(tl.where(mine, tl.max(high, 0)[:, None], -inf), 0)
+    step_near = tl.sum(tl.where(mine, tl.sum(near, 0)[:, None], 0.0), 0)
+    seed = first + tl.arange(0, PADDED)
+    there = (seed < count) & (tl.arange(0, PADDED) < SEEDS)
     begin = tl.load(y + offset + seed * c, mask=there, other=0.0).to(tl.float32)
     elements = 1.0 * seen * c
     step_mean = first_moment / elements
