@@ -13,11 +13,11 @@ from torch.library import triton_op
 
 from kasmina_fx._torch.triton import launches_on, launching
 from kasmina_fx.lowerings.base import Site
-from kasmina_fx.physical.layout import ChunkLayout, power_of_two
+from kasmina_fx.physical.layout import ChunkLayout, Run, power_of_two
 
 #: Features of a program at least, the numbers it holds at once, and how wide a chunk may be.
-_COLUMNS, _BLOCK, _WIDEST = 32, 32_768, 1024
-_WARPS: Final = 16
+_COLUMNS, _BLOCK, _WIDEST = 32, 4096, 1024
+_WARPS: Final = 8
 #: Features that are loaded at once, where rows allow it: 16 bytes of a 16-bit dtype.
 _EVEN: Final = 8
 _SQUARES: Final = 46_340
@@ -38,15 +38,26 @@ def observe_rows(
     said = y if notes is None else notes  # never telemetry, which is written
     even = math.gcd(features, _EVEN)
     for run in ChunkLayout.parse(chunks).runs:
-        ahead = even - math.gcd(run.offset, run.size, even)  # features before a program's first
-        tile = max(_COLUMNS, power_of_two(run.size + ahead))
-        together = (tile - ahead) // run.size
+        tile, together = _programs(run, even)
         block = min(_BLOCK // tile, power_of_two(seen) if isinstance(seen, int) else 1024)
         kernel[((run.count + together - 1) // together,)](
             telemetry, y, said, features, run.offset, run.first_seed, run.count, seeds, count, seen,
             run.size, together, power_of_two(together), tile, block, even, notes is not None, wide,
             num_warps=_WARPS,
         )  # fmt: skip
+
+
+def _programs(run: Run, even: int) -> tuple[int, int]:
+    """Return how many features and seeds a program reads: as many seeds as fit behind a multiple.
+
+    A program starts to read at the last multiple of ``even`` features before its first seed.
+    """
+
+    def width(seeds: int) -> int:
+        return seeds * run.size + even - math.gcd(run.offset, seeds * run.size, even)
+
+    tile = max(_COLUMNS, power_of_two(width(1)))
+    return tile, max(n for n in range(1, tile // run.size + 1) if n == 1 or width(n) <= tile)
 
 
 @observe_rows.register_fake

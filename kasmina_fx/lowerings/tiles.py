@@ -100,7 +100,7 @@ def fused_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``kasmina::fused_tiles``, see above."""
     out, kept, told = _outputs(y, tables, plan, keep, notes)
-    order, seeds, positions, _, alpha, roles, *_ = tables
+    order, seeds, positions, modes, alpha, roles, _, loss_scale = tables
     asked = Plan.parse(plan)
     launch, kernels = _Launch.of(y, order, asked), KERNELS[asked.kind]
     splits = launch.parts(_PROGRAMS[0])
@@ -110,18 +110,20 @@ def fused_tiles(
     sizes += [seeds.shape[1], launch.rows, splits]
     even = _even(asked, y.shape[-1])
     kernel = launching(kernels.module, "forward")[(launch.tiles, splits)]
+    # The last three are for backward: a CUDA graph copies in what may move, if it reads it.
+    common = (out, kept, said, order, seeds, alpha, roles, positions, modes, loss_scale)
     if kernels.module == "affine":
         kernel(
-            out, kept, said, order, seeds, alpha, roles, *params, *sizes,
+            *common, *params, *sizes,
             asked.size, tiling.seeds, tiling.columns, _BLOCK, keep, notes, even,
             num_warps=launch.warps,
         )  # fmt: skip
     else:
         act, bias, residual = kernels.switches
         kernel(
-            out, kept, said, order, seeds, alpha, roles, *_four(params), *sizes,
-            asked.size, asked.hidden, *tiling, _BLOCK, _alone(asked), act, bias, residual,
-            keep, notes, _DOTS[asked.dot], even, num_warps=launch.warps,
+            *common, *_four(params), *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
+            _alone(asked), act, bias, residual, keep, notes, _DOTS[asked.dot], even,
+            num_warps=launch.warps,
         )  # fmt: skip
     if notes:
         launching("notes", "report")[((asked.count + 15) // 16,)](

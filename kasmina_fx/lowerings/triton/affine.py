@@ -16,7 +16,8 @@ WRITES = {
 
 @triton.jit
 def forward(
-    out, kept, said, order, seeds, alpha, roles, scale, shift,
+    out, kept, said, order, seeds, alpha, roles, _positions, _modes, _loss_scale,
+    scale, shift,
     features, offset, first_seed, count, active, places, rows, splits,
     c: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     KEEP: tl.constexpr, NOTES: tl.constexpr, EVEN: tl.constexpr,
@@ -27,9 +28,9 @@ def forward(
     i = tl.arange(0, TILE)
     member = i // c
     at = tl.program_id(0) * PER + member
-    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
+    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1).to(tl.int32)
     on = place >= 0
-    seed = tl.load(seeds + place, mask=on, other=0)
+    seed = tl.load(seeds + place, mask=on, other=0).to(tl.int32)
     slot = place // places
     col = offset + seed * c + i % c
     if EVEN > 1:  # neighbours in a chunk lie together: one load for several
@@ -91,9 +92,9 @@ def backward(
     i = tl.arange(0, TILE)
     member = i // c
     at = tl.program_id(0) * PER + member
-    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
+    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1).to(tl.int32)
     on = place >= 0
-    seed = tl.load(seeds + place, mask=on, other=0)
+    seed = tl.load(seeds + place, mask=on, other=0).to(tl.int32)
     slot = place // places
     col = offset + seed * c + i % c
     if EVEN > 1:  # neighbours in a chunk lie together: one load for several
