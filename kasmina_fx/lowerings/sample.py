@@ -16,7 +16,7 @@ from kasmina_fx.lowerings.base import Site
 from kasmina_fx.physical.layout import ChunkLayout, Run, power_of_two
 
 #: Features of a program at least, the numbers it holds at once, and how wide a chunk may be.
-_COLUMNS, _BLOCK, _WIDEST = 32, 4096, 1024
+_COLUMNS, _BLOCK, _WIDEST = 16, 4096, 1024
 _WARPS: Final = 8
 #: Features that are loaded at once, where rows allow it: 16 bytes of a 16-bit dtype.
 _EVEN: Final = 8
