@@ -85,7 +85,7 @@ class _Launch(NamedTuple):
 
 def _numbers(params: list[Tensor]) -> list[int]:
     """Return how many numbers a slot has in each stack."""
-    return [int(p[0].numel()) for p in params]
+    return [math.prod(p.shape[1:]) for p in params]
 
 
 @triton_op("kasmina::fused_tiles", mutates_args={})
@@ -104,7 +104,7 @@ def fused_tiles(
     asked = Plan.parse(plan)
     launch, kernels = _Launch.of(y, order, asked), KERNELS[asked.kind]
     splits = launch.parts(_PROGRAMS[0])
-    said = y.new_empty((splits if notes else 0, 3, asked.count), dtype=torch.float32)
+    said = y.new_empty(splits * 3 * asked.count if notes else 0, dtype=torch.float32)
     tiling = asked.tiling
     sizes = [y.shape[-1], asked.offset, asked.first_seed, asked.count, launch.active]
     sizes += [seeds.shape[1], launch.rows, splits]
@@ -154,7 +154,7 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     asked = Plan.parse(plan)
     launch = _Launch.of(y, tables[0], asked)
-    kept = y.new_empty((launch.rows, launch.active * asked.size) if keep else (0, 0))
+    kept = y.new_empty(launch.rows * asked.size * launch.active if keep else 0)
     told = y.new_empty((3 if notes else 0, asked.count), dtype=torch.float32)
     return y.clone(memory_format=torch.contiguous_format), kept, told
 
@@ -177,7 +177,7 @@ def fused_tiles_backward(
     width = sum(numbers) + 2
     slots, places = seeds.shape
     splits = launch.parts(_PROGRAMS[1] if width < _LARGE else _PROGRAMS[1] // 4)
-    sums = dout.new_empty((splits, slots * places, width), dtype=torch.float32)
+    sums = dout.new_empty(splits * slots * places * width, dtype=torch.float32)
     sizes = [dout.shape[-1], asked.offset, asked.first_seed, launch.active]
     sizes += [places, slots, launch.rows, splits]
     even = _even(asked, dout.shape[-1])
