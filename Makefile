@@ -61,8 +61,8 @@ golden: $(STAMP) ## write the golden files anew: read the diff before you commit
 demo: $(STAMP) ## grow a network on the digits data set
 	@$(BIN)/python examples/grow_digits.py
 
-bench: $(STAMP) ## the overhead benchmark, on the CPU
-	@$(BIN)/python benchmarks/overhead.py --device cpu
+bench: $(STAMP) ## what seeds cost on this CPU, beside what is kept in benchmarks/cpu.json
+	@$(BIN)/python benchmarks/overhead.py --device cpu --seeds 1024 --against benchmarks/cpu.json
 
 clean: ## remove caches and build outputs, keep the environment
 	rm -rf build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -24,7 +24,8 @@ ALPHA = 0.5
 HOST, HOST_AGAIN = "host", "host again"
 REFERENCE, LOOP, LOOP_COMPILED, VMAP = "reference", "loop eager", "loop compiled", "vmap eager"
 KASMINA, KASMINA_TELEMETRY = "kasmina", "kasmina + telemetry"
-CONTENDERS = (HOST_AGAIN, REFERENCE, LOOP, LOOP_COMPILED, VMAP, KASMINA, KASMINA_TELEMETRY)
+LORA, RANK = "LoRA (peft)", 8
+CONTENDERS = (HOST_AGAIN, REFERENCE, LOOP, LOOP_COMPILED, VMAP, LORA, KASMINA, KASMINA_TELEMETRY)
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,20 @@ def loop(shape: Shape, source: nn.Sequential, compiled: bool) -> Contender:
 def vmapped(shape: Shape, source: nn.Sequential) -> Contender:
     model = Vmapped(shape, source)
     return Contender(model, model, model.base.weight, False)
+
+
+def lora(shape: Shape) -> Contender | None:
+    """One adapter beside the whole layer, of which the host learns, too; None without `peft`."""
+    try:
+        import peft
+    except ImportError:
+        return None
+    adapted = peft.LoraConfig(r=RANK, target_modules=["0"], lora_dropout=0.0)
+    model: Any = peft.get_peft_model(shape.host(), adapted)
+    weight: Tensor = model.base_model.model[0].base_layer.weight
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    return Contender(torch.compile(model), model, weight, True)
 
 
 def occupied(layer: Any) -> Iterator[tuple[Bank, Tensor, dict[str, Tensor]]]:

@@ -30,6 +30,7 @@ Ratios to the plain compiled host, medians over rounds that measured both; (n): 
   2 CPU cores: 7, 21 and 70 s for 16, 64 and 256); more than 16 run past what a benchmark may take.
 - vmap eager: torch.func.vmap over stacked modules, chunks of one size at a time. With no active
   seed there is nothing to map.
+- LoRA (peft): one adapter of rank 8 on the whole layer; another function. At 1,024 seeds only.
 - memory: of kasmina + telemetry in training: parameters, buffers and the peak growth during a step,
   over the host's. On CUDA as allocated, on a Linux CPU as resident; "-" where it can't be read."""
 

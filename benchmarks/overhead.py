@@ -1,6 +1,7 @@
 """What seeds cost beside the plain compiled host, and beside other ways to write them.
 
     python benchmarks/overhead.py --device cpu|cuda [--quick] [--check] [--json PATH] [--seeds N]
+        [--against KEPT | --keep KEPT]
 
 One process, one run. All ratios are to `torch.compile(Linear + GELU)` of the same shape, measured
 in the same rounds; `_contenders.py` says what is compared, `_timing.py` how it is measured. Active
@@ -24,6 +25,7 @@ from typing import Any
 
 import _contenders as c
 import torch
+from _regression import ALLOWED, compare, keep
 from _report import check, memory_ratio, print_report
 from _timing import Plan, Step, held_bytes, interleave, machine, peak_growth
 from torch import Tensor
@@ -66,6 +68,8 @@ class Group:
             made[c.LOOP_COMPILED] = c.loop(self.shape, source, compiled=True)
         if self.active != NONE:
             made[c.VMAP] = c.vmapped(self.shape, source)
+            adapted = c.lora(self.shape) if self.seeds == 1024 else None
+            made |= {} if adapted is None else {c.LORA: adapted}
         for name, telemetry in ((c.KASMINA, False), (c.KASMINA_TELEMETRY, True)):
             made[name] = c.kasmina(self.shape, self.seeds, self.active_ids, telemetry)
         return made
@@ -145,7 +149,7 @@ def warm_up(
             outcome(contender, x, gradient, mode)
     truth = outcomes.get(c.LOOP, outcomes.get(c.VMAP, outcomes[c.KASMINA]))
     for name, mine in outcomes.items():
-        if name not in (c.HOST, c.HOST_AGAIN):
+        if name not in (c.HOST, c.HOST_AGAIN, c.LORA):
             errors = [distance(*pair) for pair in zip(mine, truth, strict=True)]
             found[name]["relative_errors"] = errors
             if not all(error <= TOLERANCE[x.dtype] for error in errors):  # NaN is an error, too
@@ -219,6 +223,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 if a bound is exceeded (CPU)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything there")
     parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS)
+    worse = f"exit 1 if a ratio is over {ALLOWED} times the one kept there"
+    parser.add_argument("--against", type=Path, metavar="KEPT", help=worse)
+    parser.add_argument("--keep", type=Path, metavar="KEPT", help="write the ratios there")
     args = parser.parse_args()
     if args.check and (args.device != "cpu" or 1024 not in args.seeds):
         parser.error("--check: the bounds are for the CPU and 1,024 seeds")
@@ -238,6 +245,9 @@ def main() -> int:
         calls = first_calls(args.device, args.quick)
     print_report(results, calls)
     met = check(results) if args.check else True
+    met = (compare(args.against, results) if args.against else True) and met
+    if args.keep:
+        keep(args.keep, results, about)
     about["seconds"] = time.perf_counter() - started
     print(f"{about['seconds']:.0f} s in all")
     if args.json:
