@@ -183,6 +183,7 @@ def backward(
         B1, B2 = tl.where(sick_h > 0, 0.0, B1), tl.where(sick > 0, 0.0, B2)
     W1, W2 = W1.to(PRODUCT), W2.to(PRODUCT)
     blends, trains = blends & (sick == 0), (mode == 2) & (sick == 0)
+    learns = tl.max(mode, 0) > 0  # of frozen slots no gradient is asked
     # Of the mean of squared errors. In float16 such a small number would vanish: there the sums of
     # a slot are multiplied by it, at the end.
     weight = 2.0 * tl.load(loss_scale) / (1.0 * rows * c)
@@ -247,10 +248,11 @@ def backward(
         direct = tl.where(blended, dz - a[None, :] * dz, dz)
         total = direct + tl.where(sent & blends[None, :], dx, 0.0)
         tl.store(where, total.to(came.dtype), mask=here & blends[None, :])
-        g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), g1, input_precision="ieee")
-        g2 = tl.dot(tl.trans(hidden.to(PRODUCT)), df.to(PRODUCT), g2, input_precision="ieee")
-        gb1 += dh
-        gb2 += df
+        if learns:
+            g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), g1, input_precision="ieee")
+            g2 = tl.dot(tl.trans(hidden.to(PRODUCT)), df.to(PRODUCT), g2, input_precision="ieee")
+            gb1 += dh
+            gb2 += df
         flags |= tl.where(here & ~sent, 1, 0) | tl.where(here & ~(tl.abs(z) < inf), 2, 0)
     # Not a product where nothing is learnt: what is not finite would be 0 x Inf.
     g1 = tl.where(mode[:, None] > 0, g1, 0.0)
