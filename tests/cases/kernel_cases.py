@@ -32,6 +32,14 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "INTERPRET", True)
 
 
+@pytest.fixture(params=["interpreter", "native"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Both implementations in turn: Triton's kernels in its interpreter, and those in C++."""
+    if request.param == "interpreter":
+        request.getfixturevalue("interpreter")
+    return str(request.param)
+
+
 @dataclass
 class Blend:
     """A blend of one layer: sizes of chunks, what grows where, and what comes in."""

@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 import torch
 from graph_cases import growing_graph
-from kernel_cases import STAGES, Blend, assert_fused_is_right, fused, interpreter
+from kernel_cases import STAGES, Blend, assert_fused_is_right, fused, interpreter, kernels
 from torch import Tensor, nn
 
 from kasmina_fx import KasminaLayer, kasmina_layers, kasminify
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS
-from kasmina_fx.lowerings.tiles import FUSED, KERNELS
+from kasmina_fx.lowerings.plan import KERNELS
+from kasmina_fx.lowerings.tiles import FUSED
 from kasmina_fx.passes import run_passes
 from kasmina_fx.passes.infra.metadata import origin_of
 from kasmina_fx.testing import graft
 
-__all__ = ["interpreter"]
+__all__ = ["interpreter", "kernels"]
 pytestmark = [
-    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.usefixtures("kernels"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of what is not finite
 ]
 
