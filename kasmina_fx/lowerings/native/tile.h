@@ -10,6 +10,7 @@ namespace kasmina {
 constexpr int MOST = 128;     // rows of a tile: with its neighbours it fits a core's own cache
 constexpr int WIDEST = 64;    // features of a chunk, at most: plan.py
 constexpr int COLUMNS = 64;   // features of a tile, about: whole cache lines where seeds lie together
+constexpr int WIDE = PARTS == 1 ? 8 : PARTS == 2 ? 4 : 2;  // sums that registers hold
 constexpr int64_t TASKS = 32; // about so many, whatever the threads: sums do not depend on these
 
 static inline int64_t blocks_of(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
@@ -131,8 +132,8 @@ static void products(Block* out, int64_t many, const float* w, int64_t sn, int64
     product<N>(out + n, w + n * sn, sn, sk, x, depth, bias ? bias + n : nullptr);
     n += N;
   };
-  while (n + 8 <= many) next(std::integral_constant<int, 8>());
-  if (n + 4 <= many) next(std::integral_constant<int, 4>());
+  while (n + WIDE <= many) next(std::integral_constant<int, WIDE>());
+  if (n + WIDE / 2 <= many) next(std::integral_constant<int, WIDE / 2>());
   while (n < many) next(std::integral_constant<int, 1>());
 }
 

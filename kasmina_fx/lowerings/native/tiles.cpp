@@ -83,29 +83,34 @@ static void forward(float* out, float* kept, float* told, const float* before,
   }
 }
 
-// sums[m * sm + n * sn] += sum over blocks and rows of a[b * da + m] * x[b * dx + n]
-static void outer(float* sums, int64_t sm, int64_t sn, const Block* a, int64_t da, int64_t M,
-                  const Block* x, int64_t dx, int64_t N, int64_t blocks) {
-  for (int64_t m = 0; m < M; m += 4)
+// sums[m * N + n] += sum over blocks and rows of a[b * M + m] * x[b * N + n]
+static void outer(float* sums, const Block* a, int64_t M, const Block* x, int64_t N, int64_t blocks) {
+  constexpr int HIGH = PARTS == 1 ? 4 : 1;
+  for (int64_t m = 0; m < M; m += HIGH)
     for (int64_t n = 0; n < N; n += 4) {
-      Block found[4][4] = {};
+      const Block *left[HIGH], *right[4];  // beyond the last one: the last one again, and not written
+      for (int i = 0; i < HIGH; i++) left[i] = a + std::min(m + i, M - 1);
+      for (int j = 0; j < 4; j++) right[j] = x + std::min(n + j, N - 1);
+      Block found[HIGH][4] = {};
       for (int64_t b = 0; b < blocks; b++)
-        for (int i = 0; i < 4; i++)  // beyond the last one: the last one again, and not written
-          for (int j = 0; j < 4; j++)
-            found[i][j] = found[i][j] + a[b * da + std::min(m + i, M - 1)] * x[b * dx + std::min(n + j, N - 1)];
-      for (int64_t i = 0; i < std::min<int64_t>(4, M - m); i++) {
+        for (int i = 0; i < HIGH; i++)
+          for (int j = 0; j < 4; j++) found[i][j] = found[i][j] + left[i][b * M] * right[j][b * N];
+      for (int64_t i = 0; i < std::min<int64_t>(HIGH, M - m); i++) {
         Four four = sum4(found[i]);
-        for (int64_t j = 0; j < std::min<int64_t>(4, N - n); j++)
-          sums[(m + i) * sm + (n + j) * sn] += four[j];
+        float* to = sums + (m + i) * N + n;
+        if (n + 4 <= N)
+          store4(to, load4(to) + four);
+        else
+          for (int64_t j = 0; j < N - n; j++) to[j] += four[j];
       }
     }
 }
 
-static void down(float* sums, const Block* a, int64_t da, int64_t M, int64_t blocks) {
+static void down(float* sums, const Block* a, int64_t M, int64_t blocks) {
   for (int64_t m = 0; m < M; m += 4) {
     Block found[4] = {};
     for (int64_t b = 0; b < blocks; b++)
-      for (int i = 0; i < 4; i++) found[i] = found[i] + a[b * da + std::min(m + i, M - 1)];
+      for (int i = 0; i < 4; i++) found[i] = found[i] + a[b * M + std::min(m + i, M - 1)];
     Four four = sum4(found);
     for (int64_t i = 0; i < std::min<int64_t>(4, M - m); i++) sums[m + i] += four[i];
   }
@@ -213,16 +218,16 @@ static void backward(float* dy, float* blame, float* const* grads, const float* 
           if (!h) {
             for (int64_t b = 0; b < blocks; b++)
               for (int64_t i = 0; i < c; i++) before[b * c + i] = before[b * c + i] * sent[b * c + i];
-            down(mine, before, c, c, blocks);
-            down(mine + c, sent, c, c, blocks);
+            down(mine, before, c, blocks);
+            down(mine + c, sent, c, blocks);
             continue;
           }
-          outer(mine, c, 1, inner, h, h, before, c, c, blocks);
+          outer(mine, inner, h, before, c, blocks);
           float* behind = mine + h * c + (bank.bias ? h : 0);
-          outer(behind, h, 1, sent, c, c, hidden, h, h, blocks);
+          outer(behind, sent, c, hidden, h, blocks);
           if (bank.bias) {
-            down(mine + h * c, inner, h, h, blocks);
-            down(behind + h * c, sent, c, c, blocks);
+            down(mine + h * c, inner, h, blocks);
+            down(behind + h * c, sent, c, blocks);
           }
         }
         scatter(dy, bank, row, rows, member.data(), blends.get(), many, tile.get());
