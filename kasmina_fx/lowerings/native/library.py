@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from kasmina_fx._torch.cpp import compiled_library
 
 #: In this order they are one source.
-SOURCES: Final = ("lanes.h", "tile.h", "tiles.cpp")
+SOURCES: Final = ("lanes.h", "tile.h", "tiles.cpp", "statistics.cpp")
 #: Rows of a block, as in ``lanes.h``: kept chunks are padded to whole blocks.
 ROWS: Final = 16
 
@@ -20,10 +20,11 @@ class Functions(NamedTuple):
 
     forward: Any
     backward: Any
+    observe: Any
 
 
 #: Pointers that each takes behind its sizes.
-_POINTERS: Final = Functions(forward=12, backward=17)
+_POINTERS: Final = Functions(forward=12, backward=17, observe=3)
 
 
 @cache

@@ -5,6 +5,8 @@
     ``(3, n)`` are written too, unless they are empty.
 ``kasmina::tiles_on_cpu_backward(dy!, blame!, grads!, kept, tables, params, plan)``
     Makes the gradient of ``y`` out of that of ``out`` in ``dy``, and writes all of the others.
+``kasmina::observe_on_cpu(telemetry!, y, notes, chunks, one_in, rows)``
+    What ``kasmina::observe_rows`` is (:mod:`kasmina_fx.lowerings.sample`).
 
 All floating tensors are float32 and contiguous. They are registered without autograd, which has
 been seen to above: a call costs a few microseconds.
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from kasmina_fx.lowerings.native.library import functions
 from kasmina_fx.lowerings.plan import KERNELS, Plan
+from kasmina_fx.physical.layout import ChunkLayout
 
 _LIBRARY: Final = torch.library.Library("kasmina", "FRAGMENT")
 _LIBRARY.define(
@@ -30,6 +33,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "tiles_on_cpu_backward(Tensor(a!) dy, Tensor(b!) blame, Tensor(c!)[] grads, Tensor kept, "
     "Tensor[] tables, Tensor[] params, str plan) -> ()"
+)
+_LIBRARY.define(
+    "observe_on_cpu(Tensor(a!) telemetry, Tensor y, Tensor? notes, str chunks, int one_in, "
+    "int rows) -> ()"
 )
 
 
@@ -68,16 +75,45 @@ def _backward(
     )  # fmt: skip
 
 
+def _observe(
+    telemetry: Tensor, y: Tensor, notes: Tensor | None, chunks: str, one_in: int, rows: int
+) -> None:
+    features, threads = y.shape[-1], torch.get_num_threads()
+    count = rows_looked_at(y, one_in)
+    seen = min(rows, count) if rows else count
+    if not seen:
+        return
+    for run in ChunkLayout.parse(chunks).runs:
+        numbers = [features, run.offset, run.first_seed, run.count, telemetry.shape[1]]
+        numbers += [count, seen, run.size, threads]
+        functions().observe(
+            _array(*numbers), _written(telemetry), _read(y), None if notes is None else _read(notes)
+        )
+
+
+def rows_looked_at(y: Tensor, one_in: int) -> int:
+    """Return how many rows the first of ``one_in`` equal parts of a batch ``(..., D)`` has."""
+    count = y.numel() // y.shape[-1]
+    if one_in > 1 and y.dim() > 1:
+        count = (y.shape[0] + one_in - 1) // one_in * (count // y.shape[0])
+    return count
+
+
 def _fake(*_: object) -> None:
     return None
 
 
-for _name, _function in {"tiles_on_cpu": _tiles, "tiles_on_cpu_backward": _backward}.items():
+for _name, _function in {
+    "tiles_on_cpu": _tiles,
+    "tiles_on_cpu_backward": _backward,
+    "observe_on_cpu": _observe,
+}.items():
     _LIBRARY.impl(_name, _function, "CPU")
     torch.library.register_fake(f"kasmina::{_name}", _fake, lib=_LIBRARY)
 
 TILES: Final = torch.ops.kasmina.tiles_on_cpu.default
 TILES_BACKWARD: Final = torch.ops.kasmina.tiles_on_cpu_backward.default
+OBSERVE: Final = torch.ops.kasmina.observe_on_cpu.default
 
 
 def _sizes_of(y: Tensor, order: Tensor, seeds: Tensor, params: list[Tensor], plan: str) -> object:
@@ -104,6 +140,11 @@ def _sizes(
     switches = KERNELS[asked.kind].switches or (0, 0, 0)
     numbers = [rows, features, asked.offset, asked.first_seed, asked.count, active]
     numbers += [places, slots, capacity, asked.size, asked.hidden, *switches, threads]
+    return _array(*numbers)
+
+
+@lru_cache(maxsize=4096)
+def _array(*numbers: int) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
