@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -18,29 +16,22 @@ from kasmina_fx.physical.layout import ChunkLayout, Run
 
 
 class Fused(Lowering):
-    """The lowering for built-in blueprints where there are kernels: Triton's on GPUs, C++ on CPUs."""
+    """The lowering for built-in blueprints: kernels of Triton on GPUs, in C++ on CPUs."""
 
     name = "fused"
 
     def why_not(self, site: Site) -> str | None:
         """See :meth:`Lowering.why_not`."""
-        if natively(site.device):
-            others = {site.dtype, *site.dtypes} - {torch.float32}
-            if others:
-                return f"kernels for a CPU compute in float32, not in {_names(others)}"
-        elif not launches_on(site.device):
+        native = natively(site.device)
+        if not (native or launches_on(site.device)):
             return f"no Triton kernel runs on {site.device.type} here"
-        elif site.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"kernels compute in float32, bfloat16 and float16, not in {_names([site.dtype])}"
+        if native and site.dtype != torch.float32:
+            return f"kernels for a CPU compute in float32, not in {site.dtype}"
+        if site.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"kernels compute in float32, bfloat16 and float16, not in {site.dtype}"
         if not site.features_last:
             return "kernels read features of the last dim of a contiguous output"
-        for bank, shapes in zip(site.banks, site.sizes, strict=True):
-            if bank.kind not in KERNELS:
-                return f"blueprint {bank.kind} has no kernel"
-            size, hidden = site.chunks.runs[bank.run].size, hidden_size(bank.kind, shapes[0])
-            if size > LARGEST_SIZE or hidden > LARGEST_HIDDEN:
-                return f"chunks of {size} features are more than a program's registers hold"
-        return why_none() if natively(site.device) else None  # asked last: it may have to compile
+        return _why_no_bank(site) or (_why_not_native(site) if native else None)
 
     def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, Tensor]:
         """See :mod:`kasmina_fx.lowerings.tiles`: banks act on one output, one after the other."""
@@ -54,8 +45,21 @@ class Fused(Lowering):
         return out, torch.cat(notes, 1) if len(notes) > 1 else notes[0]
 
 
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+def _why_no_bank(site: Site) -> str | None:
+    for bank, shapes in zip(site.banks, site.sizes, strict=True):
+        if bank.kind not in KERNELS:
+            return f"blueprint {bank.kind} has no kernel"
+        size, hidden = site.chunks.runs[bank.run].size, hidden_size(bank.kind, shapes[0])
+        if size > LARGEST_SIZE or hidden > LARGEST_HIDDEN:
+            return f"chunks of {size} features are more than a program's registers hold"
+    return None
+
+
+def _why_not_native(site: Site) -> str | None:
+    others = sorted(map(str, site.dtypes - {torch.float32}))
+    if others:
+        return f"kernels for a CPU read parameters in float32, not in {' and '.join(others)}"
+    return why_none()  # asked last: it may have to compile
 
 
 def hidden_size(kind: str, first: tuple[int, ...]) -> int:

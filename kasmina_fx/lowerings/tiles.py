@@ -3,10 +3,11 @@
 ``kasmina::fused_tiles(y, tables, params, before, plan, keep, notes) -> (out, kept, notes)``
     The blend of one bank. ``y`` ``(..., D)`` is contiguous; ``out`` is like it. It is functional,
     and made so that Inductor sees through: ``out = y.clone(); kernel(out)``, of which it drops the
-    copy where nobody else needs ``y``. ``kept`` ``(rows, active * size)`` (on a CPU rows are padded
-    to whole blocks, in each of which features come first): the chunks of the active seeds as they
-    were, which with tables and parameters is all that backward needs; empty unless ``keep``. ``notes`` float32 ``(3, n)``: those of a blend, of seeds that this bank does not run
-    as ``before`` says (None: nothing ran); empty unless ``notes``.
+    copy where nobody else needs ``y``. ``kept`` ``(rows, active * size)``: the chunks of the active
+    seeds as they were, which with tables and parameters is all that backward needs; empty unless
+    ``keep`` (a CPU's kernels lay it out by blocks of rows, and pad these). ``notes`` float32
+    ``(3, n)``: those of a blend, of seeds that this bank does not run as ``before`` says (None:
+    nothing ran); empty unless ``notes``.
 ``kasmina::fused_tiles_backward(dout, kept, tables, params, plan) -> [dy, blame, *dparams]``
     Sums of a slot's gradients are float32, in a fixed order: the same bits every time.
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from kasmina_fx._torch.triton import launching, launches_on
+from kasmina_fx._torch.triton import launches_on, launching
 from kasmina_fx.lowerings.native.library import ROWS
 from kasmina_fx.lowerings.native.operators import TILES, TILES_BACKWARD
 from kasmina_fx.lowerings.plan import KERNELS, Plan
