@@ -42,14 +42,14 @@ static void forward(float* out, float* kept, float* told, const float* before,
             for (int64_t i = 0; i < c; i++) {
               if (told) unsound = unsound | (here & ~finite(z[i]));
               if (!blueprint.sane) continue;
+              // Where f is not finite, neither is what comes of it.
               Block delta = f[i] - z[i], grown = z[i] + a * delta;
-              Mask fits = finite(f[i]);
               if (told) {
-                Mask counts = fits & finite(delta);
+                Mask counts = finite(delta);
                 squares = squares + only(here & counts, delta * delta);
                 wrong = wrong | (here & ~counts);
               }
-              z[i] = choose(fits & finite(grown), grown, z[i]);
+              z[i] = choose(finite(grown), grown, z[i]);
             }
           }
           if (told) {
@@ -190,9 +190,8 @@ static void backward(float* dy, float* blame, float* const* grads, const float* 
             Mask blended[WIDEST];
             for (int64_t i = 0; i < c; i++) {
               Block delta = f[i] - z[i];
-              Mask fits = finite(f[i]);
-              blended[i] = fits & finite(z[i] + a * delta) & all(blends[m]);
-              Block error = weight * only(fits & finite(delta) & all(mode == 2), delta);
+              blended[i] = finite(z[i] + a * delta) & all(blends[m]);
+              Block error = weight * only(finite(delta) & all(mode == 2), delta);
               df[i] = only(here, choose(blended[i] & finite(dz[i]), a * dz[i], error));
             }
             if (h) {
