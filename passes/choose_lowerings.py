@@ -78,9 +78,19 @@ class ChooseLowerings(GraphPass):
 def site_of(match: Match) -> Site:
     """Describe a marker to lowerings."""
     y = value_of(argument(match.node, "y"))
-    rest = iter(blend_arguments(match.node).params if match.banks else ())
+    stacks = [value_of(n) for n in (blend_arguments(match.node).params if match.banks else ())]
+    rest = iter(stacks)
     sizes = [
-        tuple(tuple(int(n) for n in value_of(next(rest)).shape[1:]) for _ in range(bank.num_params))
+        tuple(tuple(int(n) for n in next(rest).shape[1:]) for _ in range(bank.num_params))
         for bank in match.banks
     ]
-    return Site(match.chunks, match.banks, y.dtype, y.device, y.dim(), is_dense(y), tuple(sizes))
+    return Site(
+        match.chunks,
+        match.banks,
+        y.dtype,
+        y.device,
+        y.dim(),
+        is_dense(y),
+        tuple(sizes),
+        frozenset(stack.dtype for stack in stacks),
+    )

@@ -21,7 +21,7 @@ class Site:
         banks: The banks that act on it.
         dtype: Of the host's output; ``device`` and ``rank`` (number of dims) likewise.
         dense: The output is contiguous, as far as its strides say.
-        sizes: Of each bank, the shape of a slot in each of its stacks.
+        sizes: Of each bank, the shape of a slot in each of its stacks; ``dtypes``: of all stacks.
     """
 
     chunks: ChunkLayout
@@ -31,6 +31,7 @@ class Site:
     rank: int
     dense: bool
     sizes: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    dtypes: frozenset[torch.dtype] = frozenset()
 
     @property
     def features_last(self) -> bool:

@@ -7,33 +7,31 @@ from torch import Tensor
 
 from kasmina_fx._torch.triton import launches_on
 from kasmina_fx.lowerings.base import Lowering, Site, Wanted
-from kasmina_fx.lowerings.plan import LARGEST_HIDDEN, LARGEST_SIZE, Plan
-from kasmina_fx.lowerings.tiles import FUSED, KERNELS
+from kasmina_fx.lowerings.native.library import why_none
+from kasmina_fx.lowerings.plan import KERNELS, LARGEST_HIDDEN, LARGEST_SIZE, Plan
+from kasmina_fx.lowerings.tiles import FUSED, natively
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BankInputs, BlendArguments, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout, Run
 
 
 class Fused(Lowering):
-    """The lowering for built-in blueprints where Triton compiles kernels."""
+    """The lowering for built-in blueprints: kernels of Triton on GPUs, in C++ on CPUs."""
 
     name = "fused"
 
     def why_not(self, site: Site) -> str | None:
         """See :meth:`Lowering.why_not`."""
-        if not launches_on(site.device):
+        native = natively(site.device)
+        if not (native or launches_on(site.device)):
             return f"no Triton kernel runs on {site.device.type} here"
+        if native and site.dtype != torch.float32:
+            return f"kernels for a CPU compute in float32, not in {site.dtype}"
         if site.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"kernels compute in float32, bfloat16 and float16, not in {site.dtype}"
         if not site.features_last:
             return "kernels read features of the last dim of a contiguous output"
-        for bank, shapes in zip(site.banks, site.sizes, strict=True):
-            if bank.kind not in KERNELS:
-                return f"blueprint {bank.kind} has no kernel"
-            size, hidden = site.chunks.runs[bank.run].size, hidden_size(bank.kind, shapes[0])
-            if size > LARGEST_SIZE or hidden > LARGEST_HIDDEN:
-                return f"chunks of {size} features are more than a program's registers hold"
-        return None
+        return _why_no_bank(site) or (_why_not_native(site) if native else None)
 
     def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, Tensor]:
         """See :mod:`kasmina_fx.lowerings.tiles`: banks act on one output, one after the other."""
@@ -45,6 +43,23 @@ class Fused(Lowering):
                 out, told = _run_bank(out, told, bank, whole, run, wanted)
             notes.append(no_notes(asked.y, run.count) if told is None else told)
         return out, torch.cat(notes, 1) if len(notes) > 1 else notes[0]
+
+
+def _why_no_bank(site: Site) -> str | None:
+    for bank, shapes in zip(site.banks, site.sizes, strict=True):
+        if bank.kind not in KERNELS:
+            return f"blueprint {bank.kind} has no kernel"
+        size, hidden = site.chunks.runs[bank.run].size, hidden_size(bank.kind, shapes[0])
+        if size > LARGEST_SIZE or hidden > LARGEST_HIDDEN:
+            return f"chunks of {size} features are more than a program's registers hold"
+    return None
+
+
+def _why_not_native(site: Site) -> str | None:
+    others = sorted(map(str, site.dtypes - {torch.float32}))
+    if others:
+        return f"kernels for a CPU read parameters in float32, not in {' and '.join(others)}"
+    return why_none()  # asked last: it may have to compile
 
 
 def hidden_size(kind: str, first: tuple[int, ...]) -> int:

@@ -24,6 +24,22 @@ LARGEST_SIZE: Final = 64
 LARGEST_HIDDEN: Final = 128
 
 
+class Kernels(NamedTuple):
+    """Says which kernels run a blueprint of some kind, and with which switches."""
+
+    module: str
+    switches: tuple[int, ...]  # ACT, BIAS, RESIDUAL
+
+
+#: The blueprints that have kernels.
+KERNELS: Final[dict[str, Kernels]] = {
+    "mlp": Kernels("two_layer", (1, 1, 0)),
+    "lora": Kernels("two_layer", (0, 0, 1)),
+    "residual_mlp": Kernels("two_layer", (1, 1, 1)),
+    "affine": Kernels("affine", ()),
+}
+
+
 class Tiling(NamedTuple):
     """Says how many active seeds a program handles, and how wide it is with its padding."""
 

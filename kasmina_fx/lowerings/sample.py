@@ -13,6 +13,9 @@ from torch.library import triton_op
 
 from kasmina_fx._torch.triton import launches_on, launching
 from kasmina_fx.lowerings.base import Site
+from kasmina_fx.lowerings.native.library import why_none
+from kasmina_fx.lowerings.native.operators import OBSERVE, rows_looked_at
+from kasmina_fx.lowerings.tiles import natively
 from kasmina_fx.physical.layout import ChunkLayout, Run, power_of_two
 
 #: Features of a program at least, the numbers it holds at once, and how wide a chunk may be.
@@ -28,10 +31,11 @@ def observe_rows(
     y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int, rows: int
 ) -> None:
     """Compute ``kasmina::observe_rows``, see above."""
+    if natively(y.device):
+        OBSERVE(telemetry, y, notes, chunks, one_in, rows)
+        return
     features, seeds = y.shape[-1], telemetry.shape[1]
-    count = y.numel() // features
-    if one_in > 1 and y.dim() > 1:
-        count = (y.shape[0] + one_in - 1) // one_in * (count // y.shape[0])
+    count = rows_looked_at(y, one_in)
     seen = torch.sym_min(rows, count) if rows else count
     wide = rows > _SQUARES  # else 32 bits hold the product of two row numbers
     kernel = launching("notes", "observe")
@@ -72,6 +76,8 @@ OBSERVE_ROWS: Final = torch.ops.kasmina.observe_rows.default
 
 def can_observe(site: Site) -> bool:
     """Say whether the kernel computes the statistics of an output."""
+    if natively(site.device):
+        return site.features_last and site.dtype == torch.float32 and why_none() is None
     widest = max(run.size for run in site.chunks.runs)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     return (

@@ -3,10 +3,11 @@
 ``kasmina::fused_tiles(y, tables, params, before, plan, keep, notes) -> (out, kept, notes)``
     The blend of one bank. ``y`` ``(..., D)`` is contiguous; ``out`` is like it. It is functional,
     and made so that Inductor sees through: ``out = y.clone(); kernel(out)``, of which it drops the
-    copy where nobody else needs ``y``. ``kept`` ``(rows, active * size)``: the chunks of the active
-    seeds as they were, which with tables and parameters is all that backward needs; empty unless
-    ``keep``. ``notes`` float32 ``(3, n)``: those of a blend, of seeds that this bank does not run
-    as ``before`` says (None: nothing ran); empty unless ``notes``.
+    copy where nobody else needs ``y``. ``kept``, in one dim ``(rows * active * size,)``: the chunks
+    of the active seeds as they were, which with tables and parameters is all that backward needs;
+    empty unless ``keep`` (a CPU's kernels lay it out by blocks of rows, and pad these). ``notes``
+    float32 ``(3, n)``: those of a blend, of seeds that this bank does not run as ``before`` says
+    (None: nothing ran); empty unless ``notes``.
 ``kasmina::fused_tiles_backward(dout, kept, tables, params, plan) -> [dy, blame, *dparams]``
     Sums of a slot's gradients are float32, in a fixed order: the same bits every time.
 
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from kasmina_fx._torch.triton import launching
-from kasmina_fx.lowerings.plan import Plan
+from kasmina_fx._torch.triton import launches_on, launching
+from kasmina_fx.lowerings.native.library import ROWS
+from kasmina_fx.lowerings.native.operators import TILES, TILES_BACKWARD
+from kasmina_fx.lowerings.plan import KERNELS, Plan
 from kasmina_fx.physical.layout import power_of_two
 
 #: What ``tables`` holds, in order; of a bank but for the last four, which are the layer's.
@@ -38,22 +41,6 @@ _LARGE: Final = 4096
 #: Rows of a block, and warps: forward and backward, of narrow and wide tiles.
 _BLOCK: Final = 16
 _WARPS: Final = ((1, 4), (1, 2))
-
-
-class Kernels(NamedTuple):
-    """Says which kernels run a blueprint of some kind, and with which switches."""
-
-    module: str
-    switches: tuple[int, ...]  # ACT, BIAS, RESIDUAL
-
-
-#: The blueprints that have kernels.
-KERNELS: Final[dict[str, Kernels]] = {
-    "mlp": Kernels("two_layer", (1, 1, 0)),
-    "lora": Kernels("two_layer", (0, 0, 1)),
-    "residual_mlp": Kernels("two_layer", (1, 1, 1)),
-    "affine": Kernels("affine", ()),
-}
 
 
 class _Launch(NamedTuple):
@@ -83,6 +70,11 @@ class _Launch(NamedTuple):
         return torch.sym_max(1, torch.sym_min(most, programs // self.tiles))
 
 
+def natively(device: torch.device) -> bool:
+    """Say whether kernels in C++ stand for those in Triton."""
+    return device.type == "cpu" and not launches_on(device)
+
+
 def _numbers(params: list[Tensor]) -> list[int]:
     """Return how many numbers a slot has in each stack."""
     return [math.prod(p.shape[1:]) for p in params]
@@ -100,6 +92,9 @@ def fused_tiles(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``kasmina::fused_tiles``, see above."""
     out, kept, told = _outputs(y, tables, plan, keep, notes)
+    if natively(y.device):
+        TILES(out, kept, told, before, tables, params, plan)
+        return out, kept, told
     order, seeds, positions, modes, alpha, roles, _, loss_scale = tables
     asked = Plan.parse(plan)
     launch, kernels = _Launch.of(y, order, asked), KERNELS[asked.kind]
@@ -154,7 +149,8 @@ def _outputs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     asked = Plan.parse(plan)
     launch = _Launch.of(y, tables[0], asked)
-    kept = y.new_empty(launch.rows * asked.size * launch.active if keep else 0)
+    rows = (launch.rows + ROWS - 1) // ROWS * ROWS if natively(y.device) else launch.rows
+    kept = y.new_empty(rows * asked.size * launch.active if keep else 0)
     told = y.new_empty((3 if notes else 0, asked.count), dtype=torch.float32)
     return y.clone(memory_format=torch.contiguous_format), kept, told
 
@@ -171,6 +167,9 @@ def fused_tiles_backward(
     """Compute ``kasmina::fused_tiles_backward``, see above."""
     order, seeds, positions, modes, alpha, roles, _, loss_scale = tables
     dy, blame, *grads = _gradients(dout, tables, params, plan)
+    if natively(dout.device):
+        TILES_BACKWARD(dy, blame, grads, kept, tables, params, plan)
+        return [dy, blame, *grads]
     asked = Plan.parse(plan)
     launch, kernels = _Launch.of(dout, order, asked, 1), KERNELS[asked.kind]
     numbers, tiling = _numbers(params), asked.tiling

@@ -17,13 +17,15 @@ from kasmina_fx import ChunkedKasminaLayer, KasminaLayer, capture, kasminify
 from kasmina_fx.graphs.capture import FRONTENDS
 from kasmina_fx.graphs.diff import graph_diff
 from kasmina_fx.graphs.text import graph_text, inserted_text
-from kasmina_fx.passes import GraphPass, find_matches, records_of, rewrite
+from kasmina_fx.passes import GraphPass, find_matches, passes_for, records_of, rewrite
 from kasmina_fx.passes.infra.matching import graph_modules
 from kasmina_fx.passes.infra.metadata import set_value, value_of
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.testing import assert_golden, graft
 
 GOLDEN = Path(__file__).parents[2] / "golden"
+#: The pipeline of most goldens: what is inserted where there are no kernels, or not for a dtype.
+PLAIN = passes_for("matmul")
 #: For goldens that hold nodes of torch's own: each release spells some in its way.
 spelled_as_torch_2_13 = pytest.mark.skipif(
     not torch.__version__.startswith("2.13"), reason="the nodes are spelled as torch 2.13 does"
@@ -237,7 +239,7 @@ def golden_text(before: GraphModule, after: GraphModule) -> str:
 def assert_golden_of_dynamos_graph(case: Case) -> None:
     """The golden file of a case: the graph before and after the pipeline."""
     before = capture(case.model(), case.x())
-    result = rewrite(before)
+    result = rewrite(before, passes=PLAIN)
     assert result.modified
     assert_golden(golden_text(before, result.graph_module), case.name, golden_dir=GOLDEN)
 
@@ -247,7 +249,7 @@ def assert_golden_of_inserted_nodes(case: Case) -> None:
     kept = case.name.startswith("place_telemetry")
     texts = {
         frontend: inserted_text(
-            rewrite(capture(case.model(), case.x(), frontend=frontend)).graph_module
+            rewrite(capture(case.model(), case.x(), frontend=frontend), passes=PLAIN).graph_module
         )
         for frontend in FRONTENDS
         if not (kept and frontend == "export")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx import KasminaLayer
+from kasmina_fx import KasminaLayer, compiles, kasmina_layers, kasminify
 from kasmina_fx._torch import triton
 from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.lowerings import Wanted, lowering_named
@@ -30,6 +30,14 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here")
     monkeypatch.setattr(triton, "INTERPRET", True)
+
+
+@pytest.fixture(params=["interpreter", "native"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Both implementations in turn: Triton's kernels in its interpreter, and those in C++."""
+    if request.param == "interpreter":
+        request.getfixturevalue("interpreter")
+    return str(request.param)
 
 
 @dataclass
@@ -101,3 +109,41 @@ def errors_against_float64(case: Blend) -> list[float]:
         float((a.double() - b).norm() / (b.norm() + 1e-30))
         for a, b in (pairs[0], pairs[2], *pairs[4:])
     ]
+
+
+def life(
+    lowering: str, dtype: torch.dtype, kind: str, device: str, features: int = 64
+) -> tuple[list[Tensor], int]:
+    """Outputs, gradients and statistics of a model that grows, and how many graphs it took."""
+    torch.manual_seed(1)
+    wide = features * 4 - 6  # chunks of two sizes
+    model: Any = nn.Sequential(nn.Linear(features, wide), nn.GELU(), nn.Linear(wide, features))
+    kasminify(model.to(device, dtype), num_seeds=features // 2, options={"lowering": lowering})
+    layers, found, before = list(kasmina_layers(model).values()), [], compiles()
+    last = features // 2 - 2  # in the run of the smaller chunks
+    for grown in ([1, 2, last], [4, 5, *range(last - 4, last)]):
+        for layer in layers:
+            graft(layer, grown, kind, 0.5)
+        for rows in (512, 512, 700):
+            torch.manual_seed(rows)
+            out = model(torch.randn(rows, features, device=device, dtype=dtype))
+            out.square().mean().backward()
+            found.append(out.detach())
+    for layer in layers:
+        found += [p.grad for p in layer.blueprint_parameters() if p.grad is not None]
+        report = layer.get_health_report()
+        found += [report[name] for name in ("runs", "reconstruction_loss", "mean", "variance")]
+    return [t.double().cpu() for t in found], compiles() - before
+
+
+def assert_lives_are_close(
+    found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float
+) -> None:
+    for a, b in zip(found, expected, strict=True):
+        error = (a - b).nan_to_num().norm() / (b.nan_to_num().norm() + 1e-30)
+        assert float(error) < tolerance
+
+
+def same_bits(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)

@@ -6,13 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import STAGES, Blend, errors_against_float64
-from torch import Tensor, nn
+from kernel_cases import (
+    STAGES,
+    Blend,
+    assert_lives_are_close,
+    errors_against_float64,
+    life,
+    same_bits,
+)
+from torch import nn
 from torch._inductor.utils import fresh_cache
 
-from kasmina_fx import compiles, explain, kasmina_layers, kasminify
+from kasmina_fx import explain, kasmina_layers, kasminify
 from kasmina_fx._torch import triton
-from kasmina_fx.lowerings.tiles import KERNELS
+from kasmina_fx.lowerings.plan import KERNELS
 from kasmina_fx.testing import graft
 
 pytestmark = pytest.mark.gpu
@@ -27,43 +34,20 @@ def test_fused_kernels_are_close_to_float64(kind: str, dtype: torch.dtype, size:
     assert max(errors_against_float64(case)) < TOLERANCES[dtype]
 
 
-def life(lowering: str, dtype: torch.dtype, kind: str = "mlp") -> tuple[list[Tensor], int]:
-    """Outputs, gradients and statistics of a model that grows, and how many graphs it took."""
-    torch.manual_seed(1)
-    model: Any = nn.Sequential(nn.Linear(64, 250), nn.GELU(), nn.Linear(250, 64)).to("cuda", dtype)
-    kasminify(model, num_seeds=32, options={"lowering": lowering})
-    layers, found, before = list(kasmina_layers(model).values()), [], compiles()
-    for grown in ([1, 2, 30], [4, 5, 20, 21, 22, 23]):
-        for layer in layers:
-            graft(layer, grown, kind, 0.5)
-        for rows in (512, 512, 700):
-            torch.manual_seed(rows)
-            out = model(torch.randn(rows, 64, device="cuda", dtype=dtype))
-            out.square().mean().backward()
-            found.append(out.detach())
-    for layer in layers:
-        found += [p.grad for p in layer.blueprint_parameters() if p.grad is not None]
-        report = layer.get_health_report()
-        found += [report[name] for name in ("runs", "reconstruction_loss", "mean", "variance")]
-    return [t.double().cpu() for t in found], compiles() - before
-
-
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("mlp", torch.bfloat16), *((kind, torch.float32) for kind in KERNELS)]
 )
 def test_a_compiled_life_is_the_same_with_fused_kernels_and_with_products(
     kind: str, dtype: torch.dtype
 ) -> None:
-    (kernels, graphs), (matmul, _) = life("fused", dtype, kind), life("matmul", dtype, kind)
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    for a, b in zip(kernels, matmul, strict=True):
-        error = (a - b).nan_to_num().norm() / (b.nan_to_num().norm() + 1e-30)
-        assert float(error) < tolerance
-    assert graphs <= 3
-    (again, _) = life("fused", dtype, kind)
-    assert all(
-        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(kernels, again, strict=True)
+    (kernels, graphs), (matmul, _) = (
+        life("fused", dtype, kind, "cuda"),
+        life("matmul", dtype, kind, "cuda"),
     )
+    assert_lives_are_close(kernels, matmul, 1e-4 if dtype == torch.float32 else 5e-2)
+    assert graphs <= 3
+    (again, _) = life("fused", dtype, kind, "cuda")
+    assert same_bits(kernels, again)
 
 
 def test_fused_is_chosen_where_it_can_and_the_report_says_why_not_elsewhere() -> None:
@@ -105,5 +89,5 @@ def test_torch_finds_the_writes_that_kernels_declare(monkeypatch: pytest.MonkeyP
             monkeypatch.setattr(asked, name, comparing(own, None))
     monkeypatch.setattr(triton, "_say_what_is_written", lambda: None)
     with fresh_cache():  # of a graph that was compiled before nothing is analysed
-        life("fused", torch.float32)
+        life("fused", torch.float32, "mlp", "cuda")
     assert set(compared) == {"forward", "backward", "finish", "report", "observe"}

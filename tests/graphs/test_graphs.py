@@ -135,7 +135,7 @@ def test_explain_says_what_becomes_of_each_layer() -> None:
     graft(layer_of(model, "up"), [0, 4])
     report = explain(model, x)
     up = next(r for r in report.layers if r.layer == "up")
-    assert (up.lowering, up.seeds, up.blended) == ("matmul", 5, 2)
+    assert (up.lowering, up.seeds, up.blended) == ("fused", 5, 2)
     assert up.slots == {"mlp_run0": "1/2", "mlp_run1": "1/2"}
     # two banks of two slots; mlp on 3 and 2 features: 2 * (3 * 6) and 2 * (2 * 4) multiplies
     assert up.flops == 2 * 6 * 2 * (36 + 16)

@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 import torch
 from graph_cases import growing_graph
-from kernel_cases import STAGES, Blend, assert_fused_is_right, fused, interpreter
+from kernel_cases import STAGES, Blend, assert_fused_is_right, fused, interpreter, kernels
 from torch import Tensor, nn
 
 from kasmina_fx import KasminaLayer, kasmina_layers, kasminify
+from kasmina_fx.lowerings.plan import KERNELS
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS
-from kasmina_fx.lowerings.tiles import FUSED, KERNELS
+from kasmina_fx.lowerings.tiles import FUSED
 from kasmina_fx.passes import run_passes
 from kasmina_fx.passes.infra.metadata import origin_of
 from kasmina_fx.testing import graft
 
-__all__ = ["interpreter"]
+__all__ = ["interpreter", "kernels"]
 pytestmark = [
-    pytest.mark.usefixtures("interpreter"),
+    pytest.mark.usefixtures("kernels"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of what is not finite
 ]
 
@@ -89,6 +90,37 @@ def test_a_bad_gradient_reaches_no_neighbour(value: float) -> None:
             return asked, grad
 
     assert_fused_is_right(Bad([4] * 9, kinds("mlp")))
+
+
+def steep(layer: KasminaLayer, y: Tensor) -> None:
+    for parameter in layer.blueprint_parameters():
+        parameter.data.mul_(50)
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_a_gradient_that_overflows_on_its_way_is_refused_and_blamed(kind: str) -> None:
+    class Steep(Blend):
+        def arguments(self) -> tuple[Any, Tensor]:
+            asked, grad = super().arguments()
+            grad[5, 4:6] = 3e38
+            return asked, grad
+
+    case = Steep([4] * 9, kinds(kind), poison=steep)
+    assert_fused_is_right(case, rtol=1e-3, atol=1e-3)  # of numbers 2,500 times as large
+    assert case.run(fused, torch.float32)[3].any()  # what is said of faults
+
+
+def test_a_scaled_loss_scales_reconstruction_and_blames_nobody() -> None:
+    class Scaled(Blend):
+        def arguments(self) -> tuple[Any, Tensor]:
+            asked, grad = super().arguments()
+            alpha, roles, faults, scale = asked.layer
+            grad[5, 4:6] = 3e38
+            return asked._replace(layer=[alpha, roles, faults, scale * 8]), grad
+
+    case = Scaled([4] * 9, kinds("mlp"), poison=steep)
+    assert_fused_is_right(case, rtol=1e-3, atol=1e-3)  # of numbers 2,500 times as large
+    assert not case.run(fused, torch.float32)[3].any()
 
 
 def test_a_shared_blueprint_has_one_gradient_of_all_its_seeds() -> None:

@@ -57,8 +57,9 @@ def build(source: Path, out: Path, *formats: str) -> None:
 
 
 def package_files() -> list[str]:
-    """Every module of the tree under the name it is imported by, and py.typed."""
-    own = [path.relative_to(ROOT) for path in (ROOT / "kasmina_fx").rglob("*.py")]
+    """Every module and C++ source of the tree, under its name in a package, and py.typed."""
+    kinds = ("*.py", "*.cpp", "*.h")
+    own = [p.relative_to(ROOT) for kind in kinds for p in (ROOT / "kasmina_fx").rglob(kind)]
     names = [path.as_posix() for path in own if path.parts[1] != "passes"]
     names += [
         f"kasmina_fx/{path.relative_to(ROOT).as_posix()}"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from graph_cases import (
     CASES,
+    PLAIN,
     Case,
     OneLayer,
     dormant_graph,
@@ -271,7 +272,7 @@ def test_values_are_computed_when_somebody_asks(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(splicing, "fake_call", counted)
     gm = growing_graph()
-    run_passes(gm)
+    run_passes(gm, PLAIN)
     inserted = [node for node in gm.graph.nodes if origin_of(node) is not None]
     waiting = [node for node in inserted if "val" not in node.meta]
     assert len(waiting) > len(inserted) / 2

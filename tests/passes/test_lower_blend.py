@@ -7,6 +7,7 @@ import torch
 from graph_cases import (
     GOLDEN,
     NEAR_MISSES,
+    PLAIN,
     Case,
     OneLayer,
     assert_leaves_alone,
@@ -22,7 +23,7 @@ from graph_cases import (
     spelled_as_torch_2_13,
     wrapped,
 )
-from kernel_cases import interpreter
+from kernel_cases import interpreter, kernels
 
 from kasmina_fx import capture, find_matches, inserted_text, op_counts, rewrite
 from kasmina_fx.errors import RewriteError
@@ -33,7 +34,7 @@ from kasmina_fx.passes.infra.metadata import origin_of, value_of
 from kasmina_fx.passes.lower_blend import LowerBlend
 from kasmina_fx.testing import assert_golden, graft
 
-__all__ = ["interpreter"]
+__all__ = ["interpreter", "kernels"]
 each_case = each_case_of("lower_blend")
 
 
@@ -126,13 +127,13 @@ def test_golden_of_one_class_is_that_of_every_stage(stage: SeedLifecycle) -> Non
     # What a stage means for a blueprint is in the tables `roles` and `modes`, never in the graph.
     model = wrapped(OneLayer())
     graft(layer_of(model), [0, 2], stage=stage)
-    after = rewrite(capture(model, torch.randn(3, 8))).graph_module
+    after = rewrite(capture(model, torch.randn(3, 8)), passes=PLAIN).graph_module
     assert_golden(inserted_text(after), "inserted/lower_blend/one_class", golden_dir=GOLDEN)
 
 
 @spelled_as_torch_2_13
-@pytest.mark.usefixtures("interpreter")
-def test_golden_of_the_fused_lowering() -> None:
+def test_golden_of_the_fused_lowering(kernels: str) -> None:
     gm = growing_graph()
     run_passes(gm)
-    assert_golden(graph_text(gm), "lower_blend/fused", golden_dir=GOLDEN)
+    name = {"interpreter": "lower_blend/fused", "native": "lower_blend/fused_on_cpu"}[kernels]
+    assert_golden(graph_text(gm), name, golden_dir=GOLDEN)
