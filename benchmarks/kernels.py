@@ -1,15 +1,23 @@
-"""How long each kernel of the fused lowering takes, one layer at a time, on a GPU.
+"""How long each kernel of the fused lowering takes, one layer at a time.
 
-    python benchmarks/kernels.py
+    python benchmarks/kernels.py [--device cuda|cpu]
 
-Layers of 16,384 rows in bfloat16 with `mlp` blueprints: those of a GPT-2 (768 wide, 256 seeds) with
-5 % of the seeds active, and one of 4,096 features and 1,024 seeds with 6 % and with all. Times are
-microseconds on the device, means of 10 calls seen by torch's profiler; "copy" is of 100 MB.
+On a GPU: layers of 16,384 rows in bfloat16 with `mlp` blueprints: those of a GPT-2 (768 wide, 256
+seeds) with 5 % of the seeds active, and one of 4,096 features and 1,024 seeds with 6 % and with
+all. Times are microseconds on the device, means of 10 calls seen by torch's profiler; "copy" is of
+100 MB.
+
+On a CPU: layers of 512 rows in float32. Times are microseconds of a call, medians of 100, with the
+notes in "forward" and the sums in "backward"; "plain" is what Inductor makes of the same
+statistics, "copy" is of the layer's output into memory that is there.
 """
 
 from __future__ import annotations
 
+import argparse
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,19 +26,26 @@ from _timing import machine
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from kasmina_fx.lowerings.native.operators import OBSERVE, TILES, TILES_BACKWARD
 from kasmina_fx.lowerings.plan import Plan
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS
 from kasmina_fx.lowerings.tiles import fused_tiles, fused_tiles_backward
 from kasmina_fx.physical.layout import ChunkLayout
 from kasmina_fx.physical.statistics import ROWS as STATISTICS
+from kasmina_fx.physical.statistics import merge_statistics
 
-ROWS, CALLS, DTYPE = 16_384, 10, torch.bfloat16
+ROWS, CALLS = {"cuda": 16_384, "cpu": 512}, {"cuda": 10, "cpu": 100}
+DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 KERNELS = ("forward", "report", "observe", "backward", "finish")
+ON_CPU = ("forward", "backward", "statistics", "plain", "copy")
 #: Features, seeds, and of how many seeds one is active.
 LAYERS = ((768, 256, 20), (2304, 256, 20), (3072, 256, 20), (4096, 1024, 16), (4096, 1024, 1))
+LAYERS_ON_CPU = ((4096, 1024, 16), (4096, 1024, 1), (4096, 4096, 1), (4096, 64, 1), (64, 16, 4))
 
 
-def bank(features: int, count: int, one_in: int) -> tuple[list[Tensor], list[Tensor], str]:
+def bank(
+    features: int, count: int, one_in: int, device: str
+) -> tuple[list[Tensor], list[Tensor], str]:
     """Return tables, stacks and the plan of a bank in which one seed in so many is active."""
     size, active = features // count, torch.arange(0, count, one_in)
     positions = torch.full((count,), -1).index_put((active,), torch.arange(len(active)))
@@ -39,11 +54,10 @@ def bank(features: int, count: int, one_in: int) -> tuple[list[Tensor], list[Ten
     alpha, order = torch.full((count,), 0.5), positions[positions >= 0]
     tables = [order, active.view(-1, 1), positions, modes, alpha, roles, faults, torch.ones(())]
     shapes = ((2 * size, size), (2 * size,), (size, 2 * size), (size,))
-    stacks = [
-        torch.randn(len(active), *shape, device="cuda", dtype=DTYPE) * 0.2 for shape in shapes
-    ]
-    plan = Plan("mlp", size, 2 * size, 0, 0, count, str(DTYPE).removeprefix("torch."))
-    return [table.cuda() for table in tables], stacks, str(plan)
+    dtype = DTYPE[device]
+    stacks = [torch.randn(len(active), *s, device=device, dtype=dtype) * 0.2 for s in shapes]
+    plan = Plan("mlp", size, 2 * size, 0, 0, count, str(dtype).removeprefix("torch."))
+    return [table.to(device) for table in tables], stacks, str(plan)
 
 
 def microseconds(call: Callable[[], Any]) -> dict[str, float]:
@@ -51,16 +65,16 @@ def microseconds(call: Callable[[], Any]) -> dict[str, float]:
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(CALLS):
+        for _ in range(CALLS["cuda"]):
             call()
         torch.cuda.synchronize()
-    return {event.key: event.device_time_total / CALLS for event in seen.key_averages()}
+    return {event.key: event.device_time_total / CALLS["cuda"] for event in seen.key_averages()}
 
 
 def layer(features: int, count: int, one_in: int) -> list[float]:
     """Return what each of KERNELS takes in a layer."""
-    tables, stacks, plan = bank(features, count, one_in)
-    y = torch.randn(ROWS, features, device="cuda", dtype=DTYPE)
+    tables, stacks, plan = bank(features, count, one_in, "cuda")
+    y = torch.randn(ROWS["cuda"], features, device="cuda", dtype=DTYPE["cuda"])
     grad, telemetry = torch.randn_like(y), torch.zeros(STATISTICS, count, device="cuda")
     chunks = str(ChunkLayout.of([features // count] * count, -1))
 
@@ -73,17 +87,58 @@ def layer(features: int, count: int, one_in: int) -> list[float]:
     return [sum(t for name, t in found.items() if name.startswith(kernel)) for kernel in KERNELS]
 
 
+def median(call: Callable[[], Any]) -> float:
+    """Return the median of a call's microseconds."""
+    times = []
+    for number in range(CALLS["cpu"] + 10):
+        start = time.perf_counter()
+        call()
+        if number >= 10:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e6
+
+
+def layer_on_cpu(features: int, count: int, one_in: int) -> list[float]:
+    """Return what each of ON_CPU takes in a layer."""
+    tables, stacks, plan = bank(features, count, one_in, "cpu")
+    y, telemetry = torch.randn(ROWS["cpu"], features), torch.zeros(STATISTICS, count)
+    grad, out, blame = torch.randn_like(y), y.clone(), torch.empty(count)
+    kept = torch.empty(ROWS["cpu"], len(tables[0]) * features // count)
+    notes, grads = torch.empty(3, count), [torch.empty_like(stack) for stack in stacks]
+    layout = ChunkLayout.of([features // count] * count, -1)
+
+    @torch.compile
+    def plain(y: Tensor, telemetry: Tensor) -> None:
+        telemetry.copy_(merge_statistics(y, None, telemetry, layout, 1, 1024))
+
+    calls: tuple[Callable[[], Any], ...] = (
+        lambda: TILES(out, kept, notes, None, tables, stacks, plan),
+        lambda: TILES_BACKWARD(grad, blame, grads, kept, tables, stacks, plan),
+        lambda: OBSERVE(telemetry, y, None, str(layout), 1, 1024),
+        lambda: plain(y, telemetry),
+        lambda: out.copy_(y),
+    )
+    return [median(call) for call in calls]
+
+
 def main() -> int:
-    if not torch.cuda.is_available():
+    parser = argparse.ArgumentParser(description="How long each kernel takes.")
+    parser.add_argument("--device", choices=tuple(ROWS), default="cuda")
+    device = parser.parse_args().device
+    if device == "cuda" and not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 1
-    print(", ".join(f"{key} {value}" for key, value in machine("cuda").items()))
-    print(f"| features | seeds | active | {' | '.join(KERNELS)} |\n|---:|---:|---:|{'---:|' * 5}")
-    for features, count, one_in in LAYERS:
-        times = " | ".join(f"{t:.1f}" for t in layer(features, count, one_in))
+    names, layers, times_of = (
+        (KERNELS, LAYERS, layer) if device == "cuda" else (ON_CPU, LAYERS_ON_CPU, layer_on_cpu)
+    )
+    print(", ".join(f"{key} {value}" for key, value in machine(device).items()))
+    print(f"| features | seeds | active | {' | '.join(names)} |\n|---:|---:|---:|{'---:|' * 5}")
+    for features, count, one_in in layers:
+        times = " | ".join(f"{t:.1f}" for t in times_of(features, count, one_in))
         print(f"| {features:,} | {count:,} | {-(-count // one_in):,} | {times} |", flush=True)
-    megabytes = torch.empty(50_000_000, device="cuda", dtype=DTYPE)
-    print(f"copy: {sum(microseconds(megabytes.clone).values()):.1f}")
+    if device == "cuda":
+        megabytes = torch.empty(50_000_000, device="cuda", dtype=DTYPE["cuda"])
+        print(f"copy: {sum(microseconds(megabytes.clone).values()):.1f}")
     return 0
 
 

@@ -19,6 +19,7 @@ def compiled_library(source: str) -> ctypes.CDLL:
 
     # Inductor's own loops are written in vectors, and never fuse a product and a sum.
     flags = ("-ffp-contract=fast", "-ftree-loop-vectorize", "-Wno-psabi")
-    library = CppCodeCache.load(source, extra_flags=flags)
+    # Not load(), which takes no flags in older releases.
+    library = CppCodeCache.load_async(source, extra_flags=flags)()
     assert isinstance(library, ctypes.CDLL)
     return library

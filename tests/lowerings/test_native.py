@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from kasmina_fx import explain, kasmina_layers, kasminify
 from kasmina_fx._torch.cpp import compiled_library
-from kasmina_fx.lowerings import Site, lowering_named
 from kasmina_fx.lowerings.native import library
 from kasmina_fx.lowerings.native.operators import OBSERVE, TILES, TILES_BACKWARD
 from kasmina_fx.lowerings.plan import KERNELS
@@ -178,15 +176,3 @@ def test_the_report_says_what_kernels_do_not_compute() -> None:
     for dtype in (torch.float64, torch.bfloat16):
         report = str(explain(model.to(dtype), torch.randn(5, 8, dtype=dtype)))
         assert f"kernels for a CPU compute in float32, not in {dtype}" in report
-
-
-def test_parameters_of_another_dtype_are_left_to_plain_operators() -> None:
-    asked, _ = Blend([4] * 9, dict.fromkeys(STAGES, "lora")).arguments()
-    banks = tuple(bank.spec for bank in asked.bank_inputs())
-    (up, down) = (tuple(p.shape[1:]) for p in asked.params)
-    chunks, cpu = ChunkLayout.parse(asked.chunks), torch.device("cpu")
-    site = Site(chunks, banks, torch.float32, cpu, 2, True, ((up, down),))
-    lowering = lowering_named("fused")
-    assert lowering.why_not(replace(site, dtypes=frozenset({torch.float32}))) is None
-    why_not = lowering.why_not(replace(site, dtypes=frozenset({torch.float32, torch.bfloat16})))
-    assert why_not == "kernels for a CPU read parameters in float32, not in torch.bfloat16"
