@@ -4,7 +4,7 @@
 is (:mod:`kasmina_fx.physical.markers`), for a ``y`` ``(..., D)`` that is contiguous.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -19,16 +19,21 @@ _COLUMNS, _BLOCK, _WIDEST = 16, 4096, 1024
 _SQUARES: Final = 46_340
 
 
+def rows_seen(y: Tensor, one_in: int, rows: int) -> tuple[Any, Any]:
+    """Return how many rows of ``y`` ``(..., D)`` count, from the first, and how many are seen."""
+    count = y.numel() // y.shape[-1]
+    if one_in > 1 and y.dim() > 1:
+        count = (y.shape[0] + one_in - 1) // one_in * (count // y.shape[0])
+    return count, torch.sym_min(rows, count) if rows else count
+
+
 @triton_op("kasmina::observe_rows", mutates_args={"telemetry"})
 def observe_rows(
     y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int, rows: int
 ) -> None:
     """Compute ``kasmina::observe_rows``, see above."""
     features, seeds = y.shape[-1], telemetry.shape[1]
-    count = y.numel() // features
-    if one_in > 1 and y.dim() > 1:
-        count = (y.shape[0] + one_in - 1) // one_in * (count // y.shape[0])
-    seen = torch.sym_min(rows, count) if rows else count
+    count, seen = rows_seen(y, one_in, rows)
     wide = rows > _SQUARES  # else 32 bits hold the product of two row numbers
     kernel = launching("notes", "observe")
     for run in ChunkLayout.parse(chunks).runs:

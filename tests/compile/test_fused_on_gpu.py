@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kasmina_fx import compiles, explain, kasmina_layers, kasminify
 from kasmina_fx._torch import triton
-from kasmina_fx.lowerings.tiles import KERNELS
+from kasmina_fx.lowerings.launches import KERNELS
 from kasmina_fx.testing import graft
 
 pytestmark = pytest.mark.gpu

@@ -12,8 +12,9 @@ from kernel_cases import STAGES, Blend, assert_fused_is_right, fused, interprete
 from torch import Tensor, nn
 
 from kasmina_fx import KasminaLayer, kasmina_layers, kasminify
+from kasmina_fx.lowerings.launches import KERNELS
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS
-from kasmina_fx.lowerings.tiles import FUSED, KERNELS
+from kasmina_fx.lowerings.tiles import FUSED
 from kasmina_fx.passes import run_passes
 from kasmina_fx.passes.infra.metadata import origin_of
 from kasmina_fx.testing import graft
