@@ -60,9 +60,13 @@ class Wanted:
 
 
 class Lowering(ABC):
-    """A way to compute a blend; ``name`` is what options and reports call it."""
+    """A way to compute a blend; ``name`` is what options and reports call it.
+
+    One that ``absorbs`` gives its output through the activation that is wanted.
+    """
 
     name: str
+    absorbs: bool = False
 
     @abstractmethod
     def why_not(self, site: Site) -> str | None:

@@ -22,6 +22,7 @@ class Dense(Lowering):
     """
 
     name = "dense"
+    absorbs = True
 
     def why_not(self, site: Site) -> str | None:
         """See :meth:`Lowering.why_not`: the kernels are of the same kinds."""
@@ -31,8 +32,9 @@ class Dense(Lowering):
         """See :meth:`Lowering.why_rather_not`."""
         if site.then in KEEP_THEIR_INPUT:
             return None
-        then = f"{site.then} keeps no" if site.then else "no activation rides along and keeps its"
-        return f"{then} input for backward"
+        if site.then:
+            return f"{site.then} keeps no input for backward"
+        return "no activation that keeps its input for backward rides along"
 
     def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
         """See :mod:`kasmina_fx.lowerings.rows`.
@@ -51,9 +53,7 @@ class Dense(Lowering):
         tables, plan = tables_of(last, whole, run), str(plan_of(out, last, run))
         seen: list[Tensor] = []
         if wanted.sample is not None:
-            stacks = [p.detach() for p in last.params]
-            read = [t.detach() for t in tables]
-            seen.append(BLENDED_ROWS(out.detach(), read, stacks, plan, *wanted.sample))
+            seen.append(BLENDED_ROWS(out, tables, list(last.params), plan, *wanted.sample))
         out, told[last.spec.run] = ROWS(
             out, tables, list(last.params), before, plan, wanted.then, wanted.notes
         )

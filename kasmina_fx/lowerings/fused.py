@@ -63,9 +63,7 @@ def run_bank(
 ) -> tuple[Tensor, Tensor]:
     """Blend one bank in place; return the output and notes, ``told`` being those so far."""
     given, plan = tables_of(bank, whole, run), str(plan_of(out, bank, run))
-    out, _, told = FUSED(
-        out, given, list(bank.params), told, plan, wanted.backward, wanted.notes
-    )
+    out, _, told = FUSED(out, given, list(bank.params), told, plan, wanted.backward, wanted.notes)
     return out, told
 
 

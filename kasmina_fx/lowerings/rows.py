@@ -170,6 +170,12 @@ def _(y: Tensor, _tables: Any, _params: Any, _plan: str, one_in: int, rows: int)
     return _seen(y, one_in, rows)[0]
 
 
+blended_rows.register_autograd(
+    lambda *_: (None,) * 6,
+    setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(output),
+)
+
+
 @triton_op("kasmina::fused_rows_backward", mutates_args={})
 def fused_rows_backward(
     dout: Tensor, y: Tensor, tables: list[Tensor], params: list[Tensor], plan: str, then: str

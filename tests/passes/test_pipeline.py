@@ -31,6 +31,7 @@ from kasmina_fx.testing import USED_GOLDENS, RecordingBackend
 TESTS = Path(__file__).parents[1]
 #: The golden files of CASES apart: each is named in a test below `tests/`.
 GOLDENS_OF_NO_CASE = {
+    "absorb_activation/spellings",
     "backward/gather",
     "backward/guard",
     "backward/pull",
@@ -39,6 +40,7 @@ GOLDENS_OF_NO_CASE = {
     "choose_lowerings/reasons",
     "eliminate_dead_code/before_after",
     "eliminate_dead_code/one_class",
+    "lower_blend/dense",
     "lower_blend/fused",
     "normalize_markers/packet_with_keywords",
     "unpin_tables/one_layer",

@@ -44,6 +44,7 @@ def forward(
 ):  # fmt: skip
     """Blend and activate all features; of ``seen`` rows, which are all unless SAMPLE."""
     inf = float("inf")
+    FAST: tl.constexpr = y.dtype.element_ty != tl.float32
     tile, split = tl.program_id(0) - left, tl.program_id(1)
     col, there, seed, place = columns(positions, tile, offset, count, features, c, PER, TILE, EVEN)
     member, on = tl.arange(0, TILE) // c, place >= 0
@@ -70,7 +71,7 @@ def forward(
         grown = (z + a[None, :] * delta).to(raw.dtype).to(tl.float32)
         fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
         fine = fits & (tl.abs(grown) < inf) & blends[None, :]
-        ended = activated(tl.where(fine, grown, z), THEN).to(raw.dtype)
+        ended = activated(tl.where(fine, grown, z), THEN, FAST).to(raw.dtype)
         tl.store(out + row[:, None] * features + col[None, :], ended, mask=here)
         if NOTES:
             fits = fits & (tl.abs(delta) < inf)
@@ -92,6 +93,7 @@ def backward(
 ):  # fmt: skip
     """Write the gradient of ``y`` and sum those of the slots."""
     inf = float("inf")
+    FAST: tl.constexpr = y.dtype.element_ty != tl.float32
     tile, split = tl.program_id(0) - left, tl.program_id(1)
     col, there, seed, place = columns(positions, tile, offset, count, features, c, PER, TILE, EVEN)
     i = tl.arange(0, TILE)
@@ -118,7 +120,7 @@ def backward(
         grown = (z + a[None, :] * delta).to(raw.dtype).to(tl.float32)
         fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
         blended = fits & (tl.abs(grown) < inf) & blends[None, :]
-        dz = sent_back(came.to(tl.float32), tl.where(blended, grown, z), THEN)
+        dz = sent_back(came.to(tl.float32), tl.where(blended, grown, z), THEN, FAST)
         error = tl.where(fits & (tl.abs(delta) < inf) & trains[None, :], delta, 0.0) * weight
         df = tl.where(blended & (tl.abs(dz) < inf), a[None, :] * dz, error)
         df = tl.where(here, df, 0.0)

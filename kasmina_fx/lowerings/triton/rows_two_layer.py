@@ -12,121 +12,21 @@ element by element. Nothing is written that is read, so that this is right.
 import triton
 import triton.language as tl
 
-from kasmina_fx.lowerings.triton.shared import activated, blame, columns, say, sent_back
+from kasmina_fx.lowerings.triton.products import back, back_alone, made, made_alone, weights
+from kasmina_fx.lowerings.triton.shared import (
+    activated,
+    blame,
+    columns,
+    first_left,
+    say,
+    sent_back,
+)
 
 #: See :mod:`kasmina_fx.lowerings.triton.two_layer`.
 WRITES = {
     "forward": {"out": None, "said": "NOTES"},
     "backward": {"dy": None, "sums": None},
 }
-
-
-@triton.jit
-def weights(
-    w1, b1, w2, b2, slot, slot_h, member, member_h, on, on_h,
-    c: tl.constexpr, h: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr,
-    BIAS: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """Return a tile's weights and biases, and the columns of seeds that have one not finite.
-
-    Those of such seeds are 0.
-    """
-    inf = float("inf")
-    i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
-    same = (member[:, None] == member_h[None, :]) & on[:, None] & on_h[None, :]
-    same_t = (member_h[:, None] == member[None, :]) & on_h[:, None] & on[None, :]
-    at1 = slot_h[None, :] * (c * h) + (j % h)[None, :] * c + (i % c)[:, None]
-    at2 = slot[None, :] * (c * h) + (i % c)[None, :] * h + (j % h)[:, None]
-    W1 = tl.load(w1 + at1, mask=same, other=0.0)
-    W2 = tl.load(w2 + at2, mask=same_t, other=0.0)
-    if BIAS:
-        B1 = tl.load(b1 + slot_h * h + j % h, mask=on_h, other=0.0).to(tl.float32)
-        B2 = tl.load(b2 + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
-    else:
-        B1, B2 = tl.zeros([HIDDEN], tl.float32), tl.zeros([TILE], tl.float32)
-    ill1 = (~(tl.abs(W1.to(tl.float32)) < inf)) | (~(tl.abs(B1) < inf))[None, :]
-    ill2 = (~(tl.abs(W2.to(tl.float32)) < inf)) | (~(tl.abs(B2) < inf))[None, :]
-    sick, sick_h = tl.zeros([TILE], tl.int32), tl.zeros([HIDDEN], tl.int32)
-    if tl.sum(ill1.to(tl.int32)) + tl.sum(ill2.to(tl.int32)) > 0:
-        ill = tl.max(tl.where(same, ill1, False).to(tl.int32), 0)
-        ill = tl.maximum(ill, tl.max(tl.where(same_t, ill2, False).to(tl.int32), 1))
-        sick = tl.max(tl.where(same, ill[None, :], 0), 1)
-        sick_h = tl.max(tl.where(same, sick[:, None], 0), 0)
-        W1 = tl.where(sick_h[None, :] > 0, 0.0, W1)
-        W2 = tl.where(sick_h[:, None] > 0, 0.0, W2)
-        B1, B2 = tl.where(sick_h > 0, 0.0, B1), tl.where(sick > 0, 0.0, B2)
-    return W1.to(PRODUCT), B1, W2.to(PRODUCT), B2, sick
-
-
-@triton.jit
-def rectified(u, ACT: tl.constexpr):
-    """Return ReLU of the hidden layer, NaN for NaN, where the blueprint has one."""
-    if ACT == 1:
-        u = tl.where(u < 0, 0.0, u)
-    return u
-
-
-@triton.jit
-def made(
-    raw, z, W1, B1, W2, B2,
-    ACT: tl.constexpr, RESIDUAL: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """Return the hidden layer, before its ReLU and as it enters the second product, and its end."""
-    u = tl.dot(raw.to(PRODUCT), W1, input_precision="ieee") + B1[None, :]
-    hidden = rectified(u, ACT).to(PRODUCT)
-    f = tl.dot(hidden, W2, input_precision="ieee") + B2[None, :]
-    if RESIDUAL:
-        f += z
-    return u, hidden, f
-
-
-@triton.jit
-def made_alone(
-    raw, z, W1, B1, W2, B2, member, member_h,
-    PER: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """Return what :func:`made` does, seed by seed: a zero beside a NaN keeps nothing out."""
-    u, hidden, f = made(raw, z, W1, B1, W2, B2, ACT, 0, PRODUCT)
-    if PER > 1:
-        for p in range(PER):
-            x = tl.where((member == p)[None, :], raw, 0.0).to(PRODUCT)
-            v = tl.dot(x, W1, input_precision="ieee") + B1[None, :]
-            v = tl.where((member_h == p)[None, :], v, 0.0)
-            own = rectified(v, ACT).to(PRODUCT)
-            end = tl.dot(own, W2, input_precision="ieee") + B2[None, :]
-            u = tl.where((member_h == p)[None, :], v, u)
-            hidden = tl.where((member_h == p)[None, :], own, hidden)
-            f = tl.where((member == p)[None, :], end, f)
-    if RESIDUAL:
-        f += z
-    return u, hidden, f
-
-
-@triton.jit
-def back(df, u, W1t, W2t, ACT: tl.constexpr, PRODUCT: tl.constexpr):
-    """Return the gradients of the hidden layer and, but for what is added, of the chunks."""
-    dh = tl.dot(df.to(PRODUCT), W2t, input_precision="ieee")
-    if ACT == 1:
-        dh = tl.where(u > 0, dh, 0.0)
-    return dh, tl.dot(dh.to(PRODUCT), W1t, input_precision="ieee")
-
-
-@triton.jit
-def back_alone(
-    df, u, W1t, W2t, member, member_h,
-    PER: tl.constexpr, ACT: tl.constexpr, PRODUCT: tl.constexpr,
-):  # fmt: skip
-    """Return what :func:`back` does, seed by seed."""
-    dh, dx = back(df, u, W1t, W2t, ACT, PRODUCT)
-    if PER > 1:
-        for p in range(PER):
-            mine = tl.where((member == p)[None, :], df, 0.0)
-            own, _ = back(mine, u, W1t, W2t, ACT, PRODUCT)
-            own = tl.where((member_h == p)[None, :], own, 0.0)
-            dh = tl.where((member_h == p)[None, :], own, dh)
-            end = tl.dot(own.to(PRODUCT), W1t, input_precision="ieee")
-            dx = tl.where((member == p)[None, :], end, dx)
-    return dh, dx
 
 
 @triton.jit
@@ -141,9 +41,11 @@ def forward(
     """Blend and activate all features; of ``seen`` rows, which are all unless SAMPLE."""
     inf = float("inf")
     PRODUCT: tl.constexpr = tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
+    FAST: tl.constexpr = y.dtype.element_ty != tl.float32
+    FEW: tl.constexpr = 16  # rows of a block seed by seed: such code should take few registers
     tile, split = tl.program_id(0) - left, tl.program_id(1)
     col, there, seed, place = columns(positions, tile, offset, count, features, c, PER, TILE, EVEN)
-    blocks = tl.cdiv(seen, ROWS)
+    blocks, full = tl.cdiv(seen, ROWS), seen // ROWS
     step, rest = rows // seen, rows % seen
     if tl.max(place, 0) < 0:
         for block in tl.range(split, blocks, splits, num_stages=STAGES):
@@ -155,7 +57,7 @@ def forward(
             if SAMPLE:
                 source = row * step + row * rest // seen + row % step
             raw = tl.load(y + source[:, None] * features + col[None, :], mask=here, other=0.0)
-            ended = activated(raw.to(tl.float32), THEN).to(raw.dtype)
+            ended = activated(raw.to(tl.float32), THEN, FAST).to(raw.dtype)
             tl.store(out + row[:, None] * features + col[None, :], ended, mask=here)
     else:
         member, member_h = tl.arange(0, TILE) // c, tl.arange(0, HIDDEN) // h
@@ -172,59 +74,67 @@ def forward(
         blends = blends & (sick == 0)
         squares = tl.zeros([ROWS, TILE], tl.float32)
         peak = tl.zeros([ROWS, TILE], tl.float32)
-        for block in tl.range(split, blocks, splits, num_stages=STAGES):
+        for block in tl.range(split, full, splits, num_stages=STAGES):
             row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-            here = (row < seen)[:, None]
-            inside = here
-            if not WHOLE:
-                inside = here & there[None, :]
             source = row
             if SAMPLE:
                 source = row * step + row * rest // seen + row % step
-            raw = tl.load(y + source[:, None] * features + col[None, :], mask=inside, other=0.0)
+            if WHOLE:
+                raw = tl.load(y + source[:, None] * features + col[None, :])
+            else:
+                here = (row >= 0)[:, None] & there[None, :]
+                raw = tl.load(y + source[:, None] * features + col[None, :], mask=here, other=0.0)
             z = raw.to(tl.float32)
             _, _, f = made(raw, z, W1, B1, W2, B2, ACT, RESIDUAL, PRODUCT)
             delta = f - z
             grown = (z + a[None, :] * delta).to(raw.dtype).to(tl.float32)
             value = tl.where(blends[None, :], grown, z)
-            ended = activated(value, THEN).to(raw.dtype)
-            tl.store(out + row[:, None] * features + col[None, :], ended, mask=inside)
-            squares += tl.where(here, delta * delta, 0.0)
+            ended = activated(value, THEN, FAST).to(raw.dtype)
+            if WHOLE:
+                tl.store(out + row[:, None] * features + col[None, :], ended)
+            else:
+                tl.store(out + row[:, None] * features + col[None, :], ended, mask=here)
+            squares += delta * delta
             if y.dtype.element_ty == tl.float16:
                 peak = tl.maximum(peak, tl.abs(f))
-        squared = tl.sum(squares, 0)
-        wrong, unsound = sick.to(tl.float32), tl.zeros([TILE], tl.float32)
+        squared, wrong = tl.sum(squares, 0), sick.to(tl.float32)
+        unsound = tl.zeros([TILE], tl.float32)
         # Finite, and far from where sums leave the dtype: then all decisions were the usual one.
         sound = (tl.sum(squared) < 1e30) & (tl.sum((~(tl.abs(a) <= 1)).to(tl.int32)) == 0)
         if y.dtype.element_ty == tl.float16:
             sound = sound & (tl.max(peak) < 65000)
-        if not sound:
-            squares = tl.zeros([ROWS, TILE], tl.float32)
-            wrongs = tl.zeros([ROWS, TILE], tl.float32)
-            unsounds = tl.zeros([ROWS, TILE], tl.float32)
-            for block in tl.range(split, blocks, splits, num_stages=1):
-                row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-                here = (row < seen)[:, None] & there[None, :]
-                source = row
-                if SAMPLE:
-                    source = row * step + row * rest // seen + row % step
-                raw = tl.load(y + source[:, None] * features + col[None, :], mask=here, other=0.0)
-                z = raw.to(tl.float32)
-                _, _, f = made_alone(
-                    raw, z, W1, B1, W2, B2, member, member_h, PER, ACT, RESIDUAL, PRODUCT
-                )
-                delta = f - z
-                grown = (z + a[None, :] * delta).to(raw.dtype).to(tl.float32)
-                fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
-                fine = fits & (tl.abs(grown) < inf) & blends[None, :]
-                ended = activated(tl.where(fine, grown, z), THEN).to(raw.dtype)
-                tl.store(out + row[:, None] * features + col[None, :], ended, mask=here)
-                fits = fits & (tl.abs(delta) < inf)
-                squares += tl.where(fits & here, delta * delta, 0.0)
-                wrongs += tl.where(~fits & here, 1.0, 0.0)
-                unsounds += tl.where(~(tl.abs(z) < inf) & here, 1.0, 0.0)
-            squared, unsound = tl.sum(squares, 0), tl.sum(unsounds, 0)
+        begin = first_left(sound, split, splits, full)
+        if begin < blocks:  # the last rows, or all of them again
+            more = tl.zeros([FEW, TILE], tl.float32)
+            wrongs = tl.zeros([FEW, TILE], tl.float32)
+            unsounds = tl.zeros([FEW, TILE], tl.float32)
+            for few in range(begin * (ROWS // FEW), blocks * (ROWS // FEW)):
+                if few // (ROWS // FEW) % splits == split:
+                    row = (few * FEW + tl.arange(0, FEW)).to(tl.int64)
+                    here = (row < seen)[:, None] & there[None, :]
+                    source = row
+                    if SAMPLE:
+                        source = row * step + row * rest // seen + row % step
+                    raw = tl.load(
+                        y + source[:, None] * features + col[None, :], mask=here, other=0.0
+                    )
+                    z = raw.to(tl.float32)
+                    _, _, f = made_alone(
+                        raw, z, W1, B1, W2, B2, member, member_h, PER, ACT, RESIDUAL, PRODUCT
+                    )
+                    delta = f - z
+                    grown = (z + a[None, :] * delta).to(raw.dtype).to(tl.float32)
+                    fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
+                    fine = fits & (tl.abs(grown) < inf) & blends[None, :]
+                    ended = activated(tl.where(fine, grown, z), THEN, FAST).to(raw.dtype)
+                    tl.store(out + row[:, None] * features + col[None, :], ended, mask=here)
+                    fits = fits & (tl.abs(delta) < inf)
+                    more += tl.where(fits & here, delta * delta, 0.0)
+                    wrongs += tl.where(~fits & here, 1.0, 0.0)
+                    unsounds += tl.where(~(tl.abs(z) < inf) & here, 1.0, 0.0)
+            squared = tl.where(sound, squared, 0.0) + tl.sum(more, 0)
             wrong += tl.sum(wrongs, 0)
+            unsound = tl.sum(unsounds, 0)
         if NOTES:
             say(said, positions, tile, split, count, squared, wrong, unsound, member, on, PER)
 
@@ -241,9 +151,11 @@ def backward(
     """Write the gradient of ``y`` and sum those of the slots; the hidden layer is made again."""
     inf = float("inf")
     PRODUCT: tl.constexpr = tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
+    FAST: tl.constexpr = y.dtype.element_ty != tl.float32
+    FEW: tl.constexpr = 16  # rows of a block seed by seed: such code should take few registers
     tile, split = tl.program_id(0) - left, tl.program_id(1)
     col, there, seed, place = columns(positions, tile, offset, count, features, c, PER, TILE, EVEN)
-    blocks = tl.cdiv(rows, ROWS)
+    blocks, full = tl.cdiv(rows, ROWS), rows // ROWS
     if tl.max(place, 0) < 0:
         for block in tl.range(split, blocks, splits, num_stages=STAGES):
             row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -253,7 +165,7 @@ def backward(
             at = row[:, None] * features + col[None, :]
             raw = tl.load(y + at, mask=here, other=0.0)
             came = tl.load(dout + at, mask=here, other=0.0)
-            dz = sent_back(came.to(tl.float32), raw.to(tl.float32), THEN)
+            dz = sent_back(came.to(tl.float32), raw.to(tl.float32), THEN, FAST)
             tl.store(dy + at, dz.to(came.dtype), mask=here)
     else:
         i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
@@ -277,77 +189,90 @@ def backward(
         weight = 2.0 * tl.load(loss_scale) / (1.0 * rows * c)
         at_once = weight if DOT != 2 else 1.0
         ab, at_loss = tl.where(blends, a, 0.0), tl.where(trains & (~blends), at_once, 0.0)
+        stays, added = 1.0 - ab, tl.where(blends, 1.0, 0.0)
         g1, g2 = tl.zeros([TILE, HIDDEN], tl.float32), tl.zeros([HIDDEN, TILE], tl.float32)
-        gb1, gb2 = tl.zeros([ROWS, HIDDEN], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
-        for block in tl.range(split, blocks, splits, num_stages=STAGES):
+        gb1, gb2 = tl.zeros([16, HIDDEN], tl.float32), tl.zeros([16, TILE], tl.float32)
+        doubt = tl.zeros([ROWS, TILE], tl.float32)
+        ones = tl.full([16, ROWS], 1.0, PRODUCT)
+        for block in tl.range(split, full, splits, num_stages=STAGES):
             row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-            here = (row < rows)[:, None]
-            inside = here
-            if not WHOLE:
-                inside = here & there[None, :]
             at = row[:, None] * features + col[None, :]
-            raw = tl.load(y + at, mask=inside, other=0.0)
-            came = tl.load(dout + at, mask=inside, other=0.0)
+            if WHOLE:
+                raw, came = tl.load(y + at), tl.load(dout + at)
+            else:
+                here = (row >= 0)[:, None] & there[None, :]
+                raw = tl.load(y + at, mask=here, other=0.0)
+                came = tl.load(dout + at, mask=here, other=0.0)
             z = raw.to(tl.float32)
             u, hidden, f = made(raw, z, W1, B1, W2, B2, ACT, RESIDUAL, PRODUCT)
             delta = f - z
             grown = (z + a[None, :] * delta).to(raw.dtype).to(tl.float32)
             value = tl.where(blends[None, :], grown, z)
-            dz = sent_back(came.to(tl.float32), value, THEN)
-            df = tl.where(here, ab[None, :] * dz + at_loss[None, :] * delta, 0.0)
+            dz = sent_back(came.to(tl.float32), value, THEN, FAST)
+            df = ab[None, :] * dz + at_loss[None, :] * delta
             dh, dx = back(df, u, W1t, W2t, ACT, PRODUCT)
             if RESIDUAL:
                 dx += df
-            total = tl.where(blends[None, :], dz - ab[None, :] * dz + dx, dz)
-            tl.store(dy + at, total.to(came.dtype), mask=inside)
-            g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), g1, input_precision="ieee")
-            g2 = tl.dot(tl.trans(hidden), df.to(PRODUCT), g2, input_precision="ieee")
-            gb1 += dh
+            total = (stays[None, :] * dz + added[None, :] * dx).to(came.dtype)
+            if WHOLE:
+                tl.store(dy + at, total)
+            else:
+                tl.store(dy + at, total, mask=here)
+            dh, df = dh.to(PRODUCT), df.to(PRODUCT)
+            g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh, g1, input_precision="ieee")
+            g2 = tl.dot(tl.trans(hidden), df, g2, input_precision="ieee")
+            gb1 = tl.dot(ones, dh, gb1, input_precision="ieee")
+            gb2 = tl.dot(ones, df, gb2, input_precision="ieee")
             # Zero, or NaN where something is not finite or near to leave the dtype.
             if y.dtype.element_ty == tl.float16:
-                doubt = f * 5.2e33 + dx
+                doubt += (f * 5.2e33 + dx) * 0.0
             else:
-                doubt = delta * 1.2676506e30 + dx
-            gb2 += df + doubt * 0.0
+                doubt += (delta * 1.2676506e30 + dx) * 0.0
         no, bad = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
-        sum1, sum2 = tl.sum(gb1, 0), tl.sum(gb2, 0)
-        sound = tl.abs(tl.sum(sum1) + tl.sum(sum2)) < inf
-        if not (sound & (tl.sum((~(tl.abs(a) <= 1)).to(tl.int32)) == 0)):
-            g1, g2 = tl.zeros([TILE, HIDDEN], tl.float32), tl.zeros([HIDDEN, TILE], tl.float32)
-            gb1, gb2 = tl.zeros([ROWS, HIDDEN], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
-            flags = tl.zeros([ROWS, TILE], tl.int32)  # 1: refused something; 2: z is not finite
-            for block in tl.range(split, blocks, splits, num_stages=1):
-                row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-                here = (row < rows)[:, None] & there[None, :]
-                at = row[:, None] * features + col[None, :]
-                raw = tl.load(y + at, mask=here, other=0.0)
-                came = tl.load(dout + at, mask=here, other=0.0)
-                z = raw.to(tl.float32)
-                u, hidden, f = made_alone(
-                    raw, z, W1, B1, W2, B2, member, member_h, PER, ACT, RESIDUAL, PRODUCT
-                )
-                delta = f - z
-                grown = (z + a[None, :] * delta).to(raw.dtype).to(tl.float32)
-                fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
-                blended = fits & (tl.abs(grown) < inf) & blends[None, :]
-                dz = sent_back(came.to(tl.float32), tl.where(blended, grown, z), THEN)
-                learns = fits & (tl.abs(delta) < inf) & trains[None, :]
-                error = tl.where(learns, delta, 0.0) * at_once
-                df = tl.where(blended & (tl.abs(dz) < inf), a[None, :] * dz, error)
-                df = tl.where(here & on[None, :], df, 0.0)
-                dh, dx = back_alone(df, u, W1t, W2t, member, member_h, PER, ACT, PRODUCT)
-                if RESIDUAL:
-                    dx += df
-                sent = tl.abs(dx) < inf
-                direct = tl.where(blended, dz - a[None, :] * dz, dz)
-                total = direct + tl.where(sent & blends[None, :], dx, 0.0)
-                tl.store(dy + at, total.to(came.dtype), mask=here)
-                g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), g1, input_precision="ieee")
-                g2 = tl.dot(tl.trans(hidden), df.to(PRODUCT), g2, input_precision="ieee")
-                gb1 += dh
-                gb2 += df
-                flags |= tl.where(here & ~sent, 1, 0) | tl.where(here & ~(tl.abs(z) < inf), 2, 0)
-            sum1, sum2 = tl.sum(gb1, 0), tl.sum(gb2, 0)
+        sum1, sum2 = tl.sum(gb1, 0) * 0.0625, tl.sum(gb2, 0) * 0.0625
+        sound = tl.abs(tl.sum(sum1) + tl.sum(sum2) + tl.sum(doubt)) < inf
+        sound = sound & (tl.sum((~(tl.abs(a) <= 1)).to(tl.int32)) == 0)
+        begin = first_left(sound, split, splits, full)
+        if begin < blocks:  # the last rows, or all of them again
+            g1, g2 = tl.where(sound, g1, 0.0), tl.where(sound, g2, 0.0)
+            r1, r2 = tl.zeros([FEW, HIDDEN], tl.float32), tl.zeros([FEW, TILE], tl.float32)
+            flags = tl.zeros([FEW, TILE], tl.int32)  # 1: refused something; 2: z is not finite
+            for few in range(begin * (ROWS // FEW), blocks * (ROWS // FEW)):
+                if few // (ROWS // FEW) % splits == split:
+                    row = (few * FEW + tl.arange(0, FEW)).to(tl.int64)
+                    here = (row < rows)[:, None] & there[None, :]
+                    at = row[:, None] * features + col[None, :]
+                    raw = tl.load(y + at, mask=here, other=0.0)
+                    came = tl.load(dout + at, mask=here, other=0.0)
+                    z = raw.to(tl.float32)
+                    u, hidden, f = made_alone(
+                        raw, z, W1, B1, W2, B2, member, member_h, PER, ACT, RESIDUAL, PRODUCT
+                    )
+                    delta = f - z
+                    grown = (z + a[None, :] * delta).to(raw.dtype).to(tl.float32)
+                    fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
+                    blended = fits & (tl.abs(grown) < inf) & blends[None, :]
+                    dz = sent_back(came.to(tl.float32), tl.where(blended, grown, z), THEN, FAST)
+                    learns = fits & (tl.abs(delta) < inf) & trains[None, :]
+                    error = tl.where(learns, delta, 0.0) * at_once
+                    df = tl.where(blended & (tl.abs(dz) < inf), a[None, :] * dz, error)
+                    df = tl.where(here & on[None, :], df, 0.0)
+                    dh, dx = back_alone(df, u, W1t, W2t, member, member_h, PER, ACT, PRODUCT)
+                    if RESIDUAL:
+                        dx += df
+                    sent = tl.abs(dx) < inf
+                    direct = tl.where(blended, dz - a[None, :] * dz, dz)
+                    total = direct + tl.where(sent & blends[None, :], dx, 0.0)
+                    tl.store(dy + at, total.to(came.dtype), mask=here)
+                    x, d1, d2 = tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), df.to(PRODUCT)
+                    g1 = tl.dot(x, d1, g1, input_precision="ieee")
+                    g2 = tl.dot(tl.trans(hidden), d2, g2, input_precision="ieee")
+                    r1 += dh
+                    r2 += df
+                    flags |= tl.where(here & ~sent, 1, 0)
+                    flags |= tl.where(here & ~(tl.abs(z) < inf), 2, 0)
+            sum1 = tl.where(sound, sum1, 0.0) + tl.sum(r1, 0)
+            sum2 = tl.where(sound, sum2, 0.0) + tl.sum(r2, 0)
             no = tl.max(flags & 1, 0).to(tl.float32)
             bad = tl.max(flags & 2, 0).to(tl.float32)
         # Not a product where nothing is learnt: what is not finite would be 0 x Inf.
