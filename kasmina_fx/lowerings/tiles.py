@@ -58,12 +58,11 @@ class _Launch(NamedTuple):
     def of(cls, y: Tensor, order: Tensor, plan: Plan, way: int = 0) -> "_Launch":
         tiling = plan.tiling
         active = order.shape[0]
-        wide = tiling.columns * max(tiling.hidden, 16) > 1024
         return cls(
             y.numel() // y.shape[-1],
             active,
             (active + tiling.seeds - 1) // tiling.seeds,
-            _WARPS[way][wide],
+            _WARPS[way][plan.wide],
         )
 
     def parts(self, programs: int) -> Any:

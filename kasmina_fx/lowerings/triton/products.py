@@ -57,7 +57,7 @@ def made(
     raw, z, W1, B1, W2, B2,
     ACT: tl.constexpr, RESIDUAL: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
-    """Return the hidden layer, before its ReLU and as it enters the second product, and its end."""
+    """Return the hidden layer, before its ReLU and as it enters the second product, and the end."""
     ROWS: tl.constexpr = raw.shape[0]
     c1 = tl.broadcast_to(B1[None, :], ROWS, B1.shape[0])
     u = tl.dot(raw.to(PRODUCT), W1, c1, input_precision="ieee")
@@ -97,7 +97,8 @@ def back(df, u, W1t, W2t, ACT: tl.constexpr, PRODUCT: tl.constexpr):
     dh = tl.dot(df.to(PRODUCT), W2t, input_precision="ieee")
     if ACT == 1:
         dh = tl.where(u > 0, dh, 0.0)
-    return dh, tl.dot(dh.to(PRODUCT), W1t, input_precision="ieee")
+    dh = dh.to(PRODUCT)
+    return dh, tl.dot(dh, W1t, input_precision="ieee")
 
 
 @triton.jit
@@ -111,8 +112,8 @@ def back_alone(
         for p in range(PER):
             mine = tl.where((member == p)[None, :], df, 0.0)
             own, _ = back(mine, u, W1t, W2t, ACT, PRODUCT)
-            own = tl.where((member_h == p)[None, :], own, 0.0)
+            own = tl.where((member_h == p)[None, :], own, 0.0).to(PRODUCT)
             dh = tl.where((member_h == p)[None, :], own, dh)
-            end = tl.dot(own.to(PRODUCT), W1t, input_precision="ieee")
+            end = tl.dot(own, W1t, input_precision="ieee")
             dx = tl.where((member == p)[None, :], end, dx)
     return dh, dx

@@ -16,6 +16,7 @@ from kasmina_fx.lowerings.triton.products import back, back_alone, made, made_al
 from kasmina_fx.lowerings.triton.shared import (
     activated,
     blame,
+    block_of,
     columns,
     first_left,
     say,
@@ -184,8 +185,7 @@ def backward(
         mode_h = tl.load(modes + place_h, mask=on_h, other=0)
         blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
         blends, trains = blends & (sick == 0), (mode == 2) & (sick == 0)
-        # Of the mean of squared errors. In float16 such a small number would vanish: there the sums
-        # of a slot are multiplied by it, at the end.
+        # Of the mean of squared errors. In float16 it would vanish: there it multiplies the sums.
         weight = 2.0 * tl.load(loss_scale) / (1.0 * rows * c)
         at_once = weight if DOT != 2 else 1.0
         ab, at_loss = tl.where(blends, a, 0.0), tl.where(trains & (~blends), at_once, 0.0)
@@ -194,21 +194,22 @@ def backward(
         gb1, gb2 = tl.zeros([16, HIDDEN], tl.float32), tl.zeros([16, TILE], tl.float32)
         doubt = tl.zeros([ROWS, TILE], tl.float32)
         ones = tl.full([16, ROWS], 1.0, PRODUCT)
+        # Triton keeps loads in flight by itself, but not one that two products read in two ways.
+        ahead = block_of(y, split, rows, there, col, features, ROWS, WHOLE)
         for block in tl.range(split, full, splits, num_stages=STAGES):
+            raw = ahead
+            ahead = block_of(y, block + splits, rows, there, col, features, ROWS, WHOLE)
             row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
             at = row[:, None] * features + col[None, :]
             if WHOLE:
-                raw, came = tl.load(y + at), tl.load(dout + at)
+                came = tl.load(dout + at)
             else:
                 here = (row >= 0)[:, None] & there[None, :]
-                raw = tl.load(y + at, mask=here, other=0.0)
                 came = tl.load(dout + at, mask=here, other=0.0)
             z = raw.to(tl.float32)
             u, hidden, f = made(raw, z, W1, B1, W2, B2, ACT, RESIDUAL, PRODUCT)
             delta = f - z
-            grown = (z + a[None, :] * delta).to(raw.dtype).to(tl.float32)
-            value = tl.where(blends[None, :], grown, z)
-            dz = sent_back(came.to(tl.float32), value, THEN, FAST)
+            dz = sent_back(came.to(tl.float32), z + ab[None, :] * delta, THEN, FAST)
             df = ab[None, :] * dz + at_loss[None, :] * delta
             dh, dx = back(df, u, W1t, W2t, ACT, PRODUCT)
             if RESIDUAL:
@@ -218,7 +219,7 @@ def backward(
                 tl.store(dy + at, total)
             else:
                 tl.store(dy + at, total, mask=here)
-            dh, df = dh.to(PRODUCT), df.to(PRODUCT)
+            df = df.to(PRODUCT)
             g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh, g1, input_precision="ieee")
             g2 = tl.dot(tl.trans(hidden), df, g2, input_precision="ieee")
             gb1 = tl.dot(ones, dh, gb1, input_precision="ieee")
@@ -249,9 +250,10 @@ def backward(
                         raw, z, W1, B1, W2, B2, member, member_h, PER, ACT, RESIDUAL, PRODUCT
                     )
                     delta = f - z
-                    grown = (z + a[None, :] * delta).to(raw.dtype).to(tl.float32)
+                    grown = z + a[None, :] * delta
                     fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
-                    blended = fits & (tl.abs(grown) < inf) & blends[None, :]
+                    blended = fits & (tl.abs(grown.to(raw.dtype).to(tl.float32)) < inf)
+                    blended = blended & blends[None, :]
                     dz = sent_back(came.to(tl.float32), tl.where(blended, grown, z), THEN, FAST)
                     learns = fits & (tl.abs(delta) < inf) & trains[None, :]
                     error = tl.where(learns, delta, 0.0) * at_once
@@ -264,10 +266,10 @@ def backward(
                     direct = tl.where(blended, dz - a[None, :] * dz, dz)
                     total = direct + tl.where(sent & blends[None, :], dx, 0.0)
                     tl.store(dy + at, total.to(came.dtype), mask=here)
-                    x, d1, d2 = tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), df.to(PRODUCT)
+                    x, d1, d2 = tl.trans(raw.to(PRODUCT)), dh, df.to(PRODUCT)
                     g1 = tl.dot(x, d1, g1, input_precision="ieee")
                     g2 = tl.dot(tl.trans(hidden), d2, g2, input_precision="ieee")
-                    r1 += dh
+                    r1 += dh.to(tl.float32)
                     r2 += df
                     flags |= tl.where(here & ~sent, 1, 0)
                     flags |= tl.where(here & ~(tl.abs(z) < inf), 2, 0)

@@ -73,6 +73,20 @@ def first_left(sound, split, splits, full):
 
 
 @triton.jit
+def block_of(
+    y, block, rows, there, col, features, ROWS: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """Return a block of rows; behind the last one, any others."""
+    row = tl.minimum(block * ROWS + tl.arange(0, ROWS), rows - 1).to(tl.int64)
+    at = row[:, None] * features + col[None, :]
+    if WHOLE:
+        raw = tl.load(y + at)
+    else:
+        raw = tl.load(y + at, mask=(row >= 0)[:, None] & there[None, :], other=0.0)
+    return raw
+
+
+@triton.jit
 def hyperbolic_tangent(x):
     """Return tanh of float32, to float32's precision at 0 too."""
     e = tl.exp(-2.0 * tl.abs(x))
