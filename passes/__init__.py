@@ -17,6 +17,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from kasmina_fx.arguments import check_instance
 from kasmina_fx.errors import InvalidArgument, shown
+from kasmina_fx.passes.absorb_activation import AbsorbActivation
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.eliminate_dead_code import EliminateDeadCode
 from kasmina_fx.passes.eliminate_dormant import EliminateDormant
@@ -45,6 +46,7 @@ __all__ = [
 DEFAULT_PASSES: Final[tuple[GraphPass, ...]] = (
     UnpinTables(),  # they are replaced at every change: CUDA graphs copy them in
     NormalizeMarkers(),  # one spelling of a marker: .default overload, positional arguments
+    AbsorbActivation(),  # say for each blend which activation a kernel could take along
     ChooseLowerings(),  # say for each marker what becomes of it, and why
     EliminateDormant(),  # a layer without a blueprint slot is its base
     LowerBlend(),  # the others become a chunked subgraph over their banks

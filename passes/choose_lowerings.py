@@ -1,6 +1,7 @@
 """Say for each blend marker what becomes of it, and why; changes no node.
 
 ``dormant``  no bank anywhere: the marker vanishes
+``dense``    one kernel a bank over all features, with the activation that follows the layer
 ``fused``    one kernel a bank on the chunks of active seeds, in place
 ``matmul``   stacked products on gathered chunks, pulled back
 ``statistics``, ``fused statistics``  of an observe marker: plain operators, or one kernel
@@ -19,7 +20,7 @@ from kasmina_fx.errors import InvalidArgument, shown
 from kasmina_fx.lowerings import LOWERINGS, Site
 from kasmina_fx.lowerings.sample import can_observe
 from kasmina_fx.passes.infra.matching import Match, argument, blend_arguments, known_matches
-from kasmina_fx.passes.infra.metadata import Lowering, set_lowering, value_of
+from kasmina_fx.passes.infra.metadata import Lowering, set_lowering, then_of, value_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
 
 #: What becomes of an observe marker where a kernel computes it.
@@ -57,22 +58,27 @@ class ChooseLowerings(GraphPass):
         if match.reason is not None:
             return Lowering("none", match.reason)
         if not match.is_blend:
-            kernel = self.lowering in ("auto", "fused") and can_observe(site_of(match))
+            kernel = self.lowering in ("auto", "dense", "fused") and can_observe(site_of(match))
             return Lowering(FUSED_STATISTICS if kernel else "statistics", "telemetry is on")
         if not match.banks:
             return Lowering("dormant", "no blueprint slot is allocated")
         site = site_of(match)
-        refused: list[str] = []
+        free = self.lowering == "auto"
+        refused: dict[str, list[str]] = {}  # who, by the reason
         for candidate in LOWERINGS:
-            if self.lowering in ("auto", candidate.name):
+            if free or self.lowering == candidate.name:
                 why_not = candidate.why_not(site)
+                if why_not is None and free:
+                    why_not = candidate.why_rather_not(site)
                 if why_not is None:
-                    why = (
-                        "forced by the option" if self.lowering != "auto" else "the first that can"
-                    )
-                    return Lowering(candidate.name, "; ".join([why, *refused]))
-                refused.append(f"not {candidate.name}: {why_not}")
-        return Lowering(LOWERINGS[-1].name, "; ".join(refused))
+                    why = "the first that can" if free else "forced by the option"
+                    return Lowering(candidate.name, "; ".join([why, *_reasons(refused)]))
+                refused.setdefault(why_not, []).append(candidate.name)
+        return Lowering(LOWERINGS[-1].name, "; ".join(_reasons(refused)))
+
+
+def _reasons(refused: dict[str, list[str]]) -> list[str]:
+    return [f"not {' or '.join(names)}: {why_not}" for why_not, names in refused.items()]
 
 
 def site_of(match: Match) -> Site:
@@ -93,4 +99,5 @@ def site_of(match: Match) -> Site:
         is_dense(y),
         tuple(sizes),
         frozenset(stack.dtype for stack in stacks),
+        then_of(match.node),
     )

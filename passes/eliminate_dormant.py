@@ -9,13 +9,13 @@ after   %y = linear(x, w, b)            (uses of %out read %y, observe's notes a
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from kasmina_fx.passes.infra.matching import Match, argument, blend_matches
+from kasmina_fx.passes.infra.outputs import outputs_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
 
 
@@ -47,12 +47,3 @@ class EliminateDormant(GraphPass):
             match.graph_module.graph.erase_node(node)
         match.graph_module.graph.erase_node(match.node)
         return True
-
-
-def outputs_of(node: Node) -> tuple[list[Node], list[Node]]:
-    """List the ``getitem`` nodes of a blend's two outputs: front ends write none to several."""
-    found: tuple[list[Node], list[Node]] = ([], [])
-    for user in node.users:
-        if user.target is operator.getitem:
-            found[user.args[1]].append(user)  # type: ignore[index]  # getitem's index: 0 or 1
-    return found

@@ -19,7 +19,7 @@ The number of nodes depends on runs and blueprint classes, never on the number o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,16 +28,24 @@ from torch.fx import GraphModule, Node
 
 from kasmina_fx.errors import RewriteError
 from kasmina_fx.lowerings import LOWERINGS, Wanted, lowering_named
-from kasmina_fx.passes.eliminate_dormant import outputs_of
+from kasmina_fx.passes.infra.following import follower_of, observers_of
 from kasmina_fx.passes.infra.matching import (
     Match,
+    argument,
     blend_arguments,
     blend_matches,
     find_matches,
     graph_modules,
     require_normal,
 )
-from kasmina_fx.passes.infra.metadata import has_value, lowering_of, set_value, value_of
+from kasmina_fx.passes.infra.metadata import (
+    has_value,
+    lowering_of,
+    set_value,
+    then_of,
+    value_of,
+)
+from kasmina_fx.passes.infra.outputs import outputs_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
 from kasmina_fx.passes.infra.regions import autocast_at
 from kasmina_fx.passes.infra.splicing import splice
@@ -75,14 +83,18 @@ class LowerBlend(GraphPass):
         asked = blend_arguments(node)
         counts = tuple(len(getattr(asked, name)) for name in LISTS)
         inputs = asked.tensors()
+        chosen = self._chosen(match)
+        wanted = self._wanted(node, chosen)
         template = trace_template(
-            _Blend(self._chosen(match), self._wanted(node), asked.chunks, asked.banks, counts),
+            _Blend(chosen, wanted, asked.chunks, asked.banks, counts),
             _described(match, asked),
             inputs,
             autocast_at(node),
         )
-        results = splice(match.graph_module, node, template, inputs, by=self.name)
-        for nodes, result in zip(outputs_of(node), results, strict=True):
+        out, notes, *seen = splice(match.graph_module, node, template, inputs, by=self.name)
+        if wanted.then:
+            self._absorb(match, out, seen)
+        for nodes, result in zip(outputs_of(node), (out, notes), strict=True):
             for old in nodes:
                 if has_value(old):
                     set_value(result, value_of(old), like=node)
@@ -90,14 +102,34 @@ class LowerBlend(GraphPass):
                 graph.erase_node(old)
         graph.erase_node(node)
 
+    def _absorb(self, match: Match, out: Node, seen: list[Node]) -> None:
+        follower = follower_of(match.node)
+        assert follower is not None  # as the marker's annotation says
+        set_value(out, value_of(follower.node), like=match.node)
+        follower.node.replace_all_uses_with(out)
+        match.graph_module.graph.erase_node(follower.node)
+        layout = replace(match.chunks, feature_dim=-1)
+        for observer in observers_of(match.node):
+            _, notes, telemetry, *_ = observer.args
+            observer.args = (seen[0], notes, telemetry, str(layout), 1, 0)
+
     def _chosen(self, match: Match) -> str:
         lowering = lowering_of(match.node)
         return LOWERINGS[-1].name if lowering is None else lowering.name
 
-    def _wanted(self, node: Node) -> Wanted:
+    def _wanted(self, node: Node, chosen: str) -> Wanted:
         _, notes = outputs_of(node)
+        then = then_of(node) if lowering_named(chosen).absorbs else ""
+        samples = {_sample(observer) for observer in observers_of(node)}
+        if len(samples) > 1:
+            then = ""
         # Dynamo guards on the mode, so a graph for inference is never asked for a backward.
-        return Wanted(torch.is_grad_enabled(), any(n.users for n in notes))
+        return Wanted(
+            torch.is_grad_enabled(),
+            any(n.users for n in notes),
+            then,
+            next(iter(samples), None) if then else None,
+        )
 
     def ensures(self, gm: GraphModule) -> None:
         """See :meth:`GraphPass.ensures`."""
@@ -128,6 +160,10 @@ class _Blend(Meaning):
         lists: list[Any] = [[next(rest) for _ in range(count)] for count in self.counts]
         asked = BlendArguments(*[y, *lists, self.chunks, self.banks])
         return lowering_named(self.lowering).blend(asked, self.wanted)
+
+
+def _sample(observer: Node) -> tuple[int, int]:
+    return argument(observer, "one_in") or 1, argument(observer, "rows") or 0
 
 
 def _described(match: Match, asked: Any) -> list[Argument]:

@@ -22,6 +22,8 @@ class Site:
         dtype: Of the host's output; ``device`` and ``rank`` (number of dims) likewise.
         dense: The output is contiguous, as far as its strides say.
         sizes: Of each bank, the shape of a slot in each of its stacks; ``dtypes``: of all stacks.
+        then: The activation that could be absorbed, of
+            :data:`kasmina_fx.lowerings.rows.ACTIVATIONS`; "" for none.
     """
 
     chunks: ChunkLayout
@@ -32,6 +34,7 @@ class Site:
     dense: bool
     sizes: tuple[tuple[tuple[int, ...], ...], ...] = ()
     dtypes: frozenset[torch.dtype] = frozenset()
+    then: str = ""
 
     @property
     def features_last(self) -> bool:
@@ -46,21 +49,34 @@ class Wanted:
     Attributes:
         backward: What a backward needs is kept.
         notes: Somebody reads the second output.
+        then: The activation that the output is given through, for a lowering that can.
+        sample: ``(one_in, rows)`` of who observes the blend before it: a third output, ``(n, D)``,
+            holds the rows that are looked at.
     """
 
     backward: bool = True
     notes: bool = True
+    then: str = ""
+    sample: tuple[int, int] | None = None
 
 
 class Lowering(ABC):
-    """A way to compute a blend; ``name`` is what options and reports call it."""
+    """A way to compute a blend; ``name`` is what options and reports call it.
+
+    One that ``absorbs`` gives its output through the activation that is wanted.
+    """
 
     name: str
+    absorbs: bool = False
 
     @abstractmethod
     def why_not(self, site: Site) -> str | None:
         """Say why it can't compute this blend, or None if it can."""
 
+    def why_rather_not(self, site: Site) -> str | None:
+        """Say why "auto" had better take another one that can, or None."""
+        return None
+
     @abstractmethod
-    def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, Tensor]:
+    def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
         """Compute ``kasmina::blend``: the passes trace it, on fake tensors."""

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from kasmina_fx._torch.triton import launches_on
 from kasmina_fx.lowerings.base import Lowering, Site, Wanted
+from kasmina_fx.lowerings.launches import natively
 from kasmina_fx.lowerings.native.library import why_none
 from kasmina_fx.lowerings.plan import KERNELS, LARGEST_HIDDEN, LARGEST_SIZE, Plan
-from kasmina_fx.lowerings.tiles import FUSED, natively
+from kasmina_fx.lowerings.tiles import FUSED
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BankInputs, BlendArguments, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout, Run
@@ -33,14 +34,14 @@ class Fused(Lowering):
             return "kernels read features of the last dim of a contiguous output"
         return _why_no_bank(site) or (_why_not_native(site) if native else None)
 
-    def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, Tensor]:
+    def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
         """See :mod:`kasmina_fx.lowerings.tiles`: banks act on one output, one after the other."""
         layout, whole = ChunkLayout.parse(asked.chunks), LayerTables(*asked.layer)
         banks, out, notes = asked.bank_inputs(), asked.y, []
         for index, run in enumerate(layout.runs):
             told: Tensor | None = None
             for bank in (bank for bank in banks if bank.spec.run == index):
-                out, told = _run_bank(out, told, bank, whole, run, wanted)
+                out, told = run_bank(out, told, bank, whole, run, wanted)
             notes.append(no_notes(asked.y, run.count) if told is None else told)
         return out, torch.cat(notes, 1) if len(notes) > 1 else notes[0]
 
@@ -67,7 +68,7 @@ def hidden_size(kind: str, first: tuple[int, ...]) -> int:
     return first[0] if KERNELS[kind].module == "two_layer" else 0
 
 
-def _run_bank(
+def run_bank(
     out: Tensor,
     told: Tensor | None,
     bank: BankInputs,
@@ -75,8 +76,15 @@ def _run_bank(
     run: Run,
     wanted: Wanted,
 ) -> tuple[Tensor, Tensor]:
-    tables, mine = bank.tables, whole.of(run)
-    plan = Plan(
+    """Blend one bank in place; return the output and notes, ``told`` being those so far."""
+    given, plan = tables_of(bank, whole, run), str(plan_of(out, bank, run))
+    out, _, told = FUSED(out, given, list(bank.params), told, plan, wanted.backward, wanted.notes)
+    return out, told
+
+
+def plan_of(out: Tensor, bank: BankInputs, run: Run) -> Plan:
+    """Return the plan of a bank's kernels on such an output."""
+    return Plan(
         bank.spec.kind,
         size=run.size,
         hidden=hidden_size(bank.spec.kind, tuple(bank.params[0].shape[1:])),
@@ -85,12 +93,13 @@ def _run_bank(
         count=run.count,
         dot=str(_product_dtype(out, bank.params[0])).removeprefix("torch."),
     )
+
+
+def tables_of(bank: BankInputs, whole: LayerTables, run: Run) -> list[Tensor]:
+    """Return what operators of one bank take as ``tables``."""
+    tables = bank.tables
     given = [tables.order, tables.seeds, tables.positions, tables.modes]
-    given += [whole.alpha, whole.roles, mine.faults, whole.loss_scale]
-    out, _, told = FUSED(
-        out, given, list(bank.params), told, str(plan), wanted.backward, wanted.notes
-    )
-    return out, told
+    return [*given, whole.alpha, whole.roles, whole.of(run).faults, whole.loss_scale]
 
 
 def _product_dtype(y: Tensor, weight: Tensor) -> torch.dtype:

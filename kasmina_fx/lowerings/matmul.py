@@ -18,6 +18,6 @@ class Matmul(Lowering):
         """See :meth:`Lowering.why_not`: it computes all of them."""
         return None
 
-    def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, Tensor]:
+    def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
         """See :mod:`kasmina_fx.physical.blend`."""
         return blend.blend(asked)

@@ -83,6 +83,11 @@ class Plan:
         dot = fields.pop("dot")
         return Plan(kind, **{name: int(value) for name, value in fields.items()}, dot=dot)
 
+    @property
+    def wide(self) -> bool:
+        """Whether a tile's weights take several warps to hold."""
+        return self.tiling.columns * max(self.tiling.hidden, SMALLEST_TILE) > 1024
+
     @cached_property
     def tiling(self) -> Tiling:
         """How many seeds share a program."""

@@ -5,7 +5,7 @@ is (:mod:`kasmina_fx.physical.markers`), for a ``y`` ``(..., D)`` that is contig
 """
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch.library import triton_op
 
 from kasmina_fx._torch.triton import launches_on, launching
 from kasmina_fx.lowerings.base import Site
+from kasmina_fx.lowerings.launches import natively
 from kasmina_fx.lowerings.native.library import why_none
-from kasmina_fx.lowerings.native.operators import OBSERVE, rows_looked_at
-from kasmina_fx.lowerings.tiles import natively
+from kasmina_fx.lowerings.native.operators import OBSERVE
 from kasmina_fx.physical.layout import ChunkLayout, Run, power_of_two
 
 #: Features of a program at least, the numbers it holds at once, and how wide a chunk may be.
@@ -24,6 +24,14 @@ _WARPS: Final = 8
 #: Features that are loaded at once, where rows allow it: 16 bytes of a 16-bit dtype.
 _EVEN: Final = 8
 _SQUARES: Final = 46_340
+
+
+def rows_seen(y: Tensor, one_in: int, rows: int) -> tuple[Any, Any]:
+    """Return how many rows of ``y`` ``(..., D)`` count, from the first, and how many are seen."""
+    count = y.numel() // y.shape[-1]
+    if one_in > 1 and y.dim() > 1:
+        count = (y.shape[0] + one_in - 1) // one_in * (count // y.shape[0])
+    return count, torch.sym_min(rows, count) if rows else count
 
 
 @triton_op("kasmina::observe_rows", mutates_args={"telemetry"})
@@ -35,8 +43,7 @@ def observe_rows(
         OBSERVE(telemetry, y, notes, chunks, one_in, rows)
         return
     features, seeds = y.shape[-1], telemetry.shape[1]
-    count = rows_looked_at(y, one_in)
-    seen = torch.sym_min(rows, count) if rows else count
+    count, seen = rows_seen(y, one_in, rows)
     wide = rows > _SQUARES  # else 32 bits hold the product of two row numbers
     kernel = launching("notes", "observe")
     said = y if notes is None else notes  # never telemetry, which is written

@@ -11,27 +11,33 @@
 ``kasmina::fused_tiles_backward(dout, kept, tables, params, plan) -> [dy, blame, *dparams]``
     Sums of a slot's gradients are float32, in a fixed order: the same bits every time.
 
-``tables`` are those of :data:`TABLES`. Neither operator knows how many seeds are active: that is
-the length of ``order``, a dynamic dimension.
+``tables`` are those of :data:`kasmina_fx.lowerings.launches.TABLES`. Neither operator knows
+how many seeds are active: that is the length of ``order``, a dynamic dimension.
 """
 
-import math
 from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from kasmina_fx._torch.triton import launches_on, launching
+from kasmina_fx._torch.triton import launching
+from kasmina_fx.lowerings.launches import (
+    DOTS,
+    TABLES,
+    even,
+    finish,
+    four,
+    gradients,
+    natively,
+    numbers_of,
+    report,
+    sent_to_tables,
+)
 from kasmina_fx.lowerings.native.library import ROWS
 from kasmina_fx.lowerings.native.operators import TILES, TILES_BACKWARD
 from kasmina_fx.lowerings.plan import KERNELS, Plan
-from kasmina_fx.physical.layout import power_of_two
 
-#: What ``tables`` holds, in order; of a bank but for the last four, which are the layer's.
-TABLES: Final = ("order", "seeds", "positions", "modes", "alpha", "roles", "faults", "loss_scale")
-
-_DOTS: Final = {"float32": 0, "bfloat16": 1, "float16": 2}
 #: Into how many parts the rows fall, each a program of its own: at most so many, and about so many
 #: programs in all, forward and backward. In backward each has sums of its own: fewer where they are
 #: large. Tuned on an H100: programs that start are not free, and a few must keep a chip busy.
@@ -55,12 +61,11 @@ class _Launch(NamedTuple):
     def of(cls, y: Tensor, order: Tensor, plan: Plan, way: int = 0) -> "_Launch":
         tiling = plan.tiling
         active = order.shape[0]
-        wide = tiling.columns * max(tiling.hidden, 16) > 1024
         return cls(
             y.numel() // y.shape[-1],
             active,
             (active + tiling.seeds - 1) // tiling.seeds,
-            _WARPS[way][wide],
+            _WARPS[way][plan.wide],
         )
 
     def parts(self, programs: int) -> Any:
@@ -68,16 +73,6 @@ class _Launch(NamedTuple):
         blocks = (self.rows + _BLOCK - 1) // _BLOCK
         most = torch.sym_min(_MOST, blocks)
         return torch.sym_max(1, torch.sym_min(most, programs // self.tiles))
-
-
-def natively(device: torch.device) -> bool:
-    """Say whether kernels in C++ stand for those in Triton."""
-    return device.type == "cpu" and not launches_on(device)
-
-
-def _numbers(params: list[Tensor]) -> list[int]:
-    """Return how many numbers a slot has in each stack."""
-    return [math.prod(p.shape[1:]) for p in params]
 
 
 @triton_op("kasmina::fused_tiles", mutates_args={})
@@ -103,45 +98,31 @@ def fused_tiles(
     tiling = asked.tiling
     sizes = [y.shape[-1], asked.offset, asked.first_seed, asked.count, launch.active]
     sizes += [seeds.shape[1], launch.rows, splits]
-    even = _even(asked, y.shape[-1])
+    wide = even(asked, asked.size, y.shape[-1])
     kernel = launching(kernels.module, "forward")[(launch.tiles, splits)]
     # The last three are for backward: a CUDA graph copies in what may move, if it reads it.
     common = (out, kept, said, order, seeds, alpha, roles, positions, modes, loss_scale)
     if kernels.module == "affine":
         kernel(
             *common, *params, *sizes,
-            asked.size, tiling.seeds, tiling.columns, _BLOCK, keep, notes, even,
+            asked.size, tiling.seeds, tiling.columns, _BLOCK, keep, notes, wide,
             num_warps=launch.warps,
         )  # fmt: skip
     else:
         act, bias, residual = kernels.switches
         kernel(
-            *common, *_four(params), *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
-            _alone(asked), act, bias, residual, keep, notes, _DOTS[asked.dot], even,
+            *common, *four(params), *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
+            _alone(asked), act, bias, residual, keep, notes, DOTS[asked.dot], wide,
             num_warps=launch.warps,
         )  # fmt: skip
     if notes:
-        launching("notes", "report")[((asked.count + 15) // 16,)](
-            said, said if before is None else before, told, positions, alpha, roles,
-            asked.first_seed, asked.count, launch.rows, splits,
-            asked.size, 128, before is not None, 16, num_warps=4,
-        )  # fmt: skip
+        report(said, splits, before, told, tables, asked, launch.rows)
     return out, kept, told
-
-
-def _even(plan: Plan, features: int) -> int:
-    """Return how many features may be loaded at once: a power of two that divides all chunks."""
-    return math.gcd(plan.size, plan.offset, features, 8)
 
 
 def _alone(plan: Plan) -> int:
     """Return how often a block may be computed again: once a seed, unless there is but one."""
     return plan.tiling.seeds if plan.tiling.seeds > 1 else 0
-
-
-def _four(params: list[Tensor]) -> list[Tensor]:
-    """Return weight, bias, weight, bias; without biases the weights stand for them."""
-    return params if len(params) == 4 else [params[0], params[0], params[1], params[1]]
 
 
 def _outputs(
@@ -165,55 +146,41 @@ def fused_tiles_backward(
     dout: Tensor, kept: Tensor, tables: list[Tensor], params: list[Tensor], plan: str
 ) -> list[Tensor]:
     """Compute ``kasmina::fused_tiles_backward``, see above."""
-    order, seeds, positions, modes, alpha, roles, _, loss_scale = tables
-    dy, blame, *grads = _gradients(dout, tables, params, plan)
+    order, seeds, _, modes, alpha, roles, _, loss_scale = tables
+    dy, *found = _gradients(dout, tables, params, plan)
     if natively(dout.device):
-        TILES_BACKWARD(dy, blame, grads, kept, tables, params, plan)
-        return [dy, blame, *grads]
+        TILES_BACKWARD(dy, found[0], found[1:], kept, tables, params, plan)
+        return [dy, *found]
     asked = Plan.parse(plan)
     launch, kernels = _Launch.of(dout, order, asked, 1), KERNELS[asked.kind]
-    numbers, tiling = _numbers(params), asked.tiling
-    width = sum(numbers) + 2
+    width, tiling = sum(numbers_of(params)) + 2, asked.tiling
     slots, places = seeds.shape
     splits = launch.parts(_PROGRAMS[1] if width < _LARGE else _PROGRAMS[1] // 4)
     sums = dout.new_empty(splits * slots * places * width, dtype=torch.float32)
     sizes = [dout.shape[-1], asked.offset, asked.first_seed, launch.active]
     sizes += [places, slots, launch.rows, splits]
-    even = _even(asked, dout.shape[-1])
+    wide = even(asked, asked.size, dout.shape[-1])
     kernel = launching(kernels.module, "backward")[(launch.tiles, splits)]
     common = (dy, sums, kept, order, seeds, alpha, roles, modes, loss_scale)
     if kernels.module == "affine":
         kernel(
             *common, *params, *sizes, asked.size, tiling.seeds, tiling.columns, _BLOCK, width,
-            even, num_warps=launch.warps,
+            wide, num_warps=launch.warps,
         )  # fmt: skip
     else:
         act, bias, residual = kernels.switches
         kernel(
-            *common, *_four(params), *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
-            _alone(asked), act, bias, residual, _DOTS[asked.dot], width, even,
+            *common, *four(params), *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
+            _alone(asked), act, bias, residual, DOTS[asked.dot], width, wide,
             num_warps=launch.warps,
         )  # fmt: skip
-    block = min(1024, power_of_two(width - 2))
-    # Not one that is written: the same tensor twice would have to be copied first.
-    padded = [*grads, *[sums] * (4 - len(grads))]
-    capacity = params[0].shape[0]
-    launching("finish", "finish")[(capacity,)](
-        sums, seeds, positions, loss_scale, blame, *padded,
-        asked.count, capacity, slots, places, splits,
-        *numbers, *[0] * (4 - len(numbers)), width, block, max(1, 4096 // block), 64, num_warps=8,
-    )  # fmt: skip
-    return [dy, blame, *grads]
+    finish(sums, splits, tables, found, params, asked)
+    return [dy, *found]
 
 
 def _gradients(dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: str) -> list[Tensor]:
-    count = Plan.parse(plan).count
-    blame = tables[TABLES.index("faults")].new_empty(count)
-    return [
-        dout.clone(memory_format=torch.contiguous_format),
-        blame,
-        *(torch.empty_like(p) for p in params),
-    ]
+    dy = dout.clone(memory_format=torch.contiguous_format)
+    return [dy, *gradients(tables, params, Plan.parse(plan))]
 
 
 @fused_tiles_backward.register_fake
@@ -235,9 +202,7 @@ def _backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
     kept, *others = ctx.saved_tensors
     tables, params = others[: len(TABLES)], others[len(TABLES) :]
     dy, blame, *grads = fused_tiles_backward(dout.contiguous(), kept, tables, params, ctx.plan)
-    faults = TABLES.index("faults")
-    of_tables = [blame if i == faults else None for i in range(len(TABLES))]
-    return dy, of_tables, grads, None, None, None, None
+    return dy, sent_to_tables(blame), grads, None, None, None, None
 
 
 fused_tiles.register_autograd(_backward, setup_context=_save)

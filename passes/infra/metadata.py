@@ -23,6 +23,7 @@ _LAZY: Final = "kasmina_lazy_value"
 _ORIGIN: Final = "kasmina"
 _LOWERING: Final = "kasmina_lowering"
 _ROLE: Final = "kasmina_role"
+_THEN: Final = "kasmina_then"
 _COPIED: Final = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
@@ -102,6 +103,17 @@ def lowering_of(node: Node) -> Lowering | None:
 def set_lowering(node: Node, lowering: Lowering) -> None:
     """Choose what becomes of a marker."""
     node.meta[_LOWERING] = lowering
+
+
+def then_of(node: Node) -> str:
+    """Return the activation that a kernel of a marker could take along, or ""."""
+    then: str = node.meta.get(_THEN, "")
+    return then
+
+
+def set_then(node: Node, then: str) -> None:
+    """Say which activation a kernel of a marker could take along."""
+    node.meta[_THEN] = then
 
 
 def layer_path(node: Node) -> str:

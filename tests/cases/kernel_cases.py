@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kasmina_fx import KasminaLayer, compiles, kasmina_layers, kasminify
@@ -90,20 +91,62 @@ class Blend:
 
 
 def fused(asked: BlendArguments) -> tuple[Tensor, Tensor]:
-    return lowering_named("fused").blend(asked, Wanted())
+    out, notes = lowering_named("fused").blend(asked, Wanted())
+    return out, notes
 
 
-def assert_fused_is_right(case: Blend, rtol: float = 1e-4, atol: float = 2e-5) -> None:
+#: Activations by the names that kernels know them by. A GELU as written: on a CPU, torch's is NaN
+#: for infinity and infinity for 3e38 (2.13).
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda y: y,
+    "gelu": lambda y: 0.5 * y * (1 + torch.erf(y * 0.5**0.5)),
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+How = Callable[[BlendArguments], tuple[Tensor, Tensor]]
+
+
+def dense(then: str) -> How:
+    """One pass, and the activation in it."""
+
+    def both(asked: BlendArguments) -> tuple[Tensor, Tensor]:
+        out, notes = lowering_named("dense").blend(asked, Wanted(then=then))
+        return out, notes
+
+    return both
+
+
+def plain(then: str) -> How:
+    """The definition, and the activation after it."""
+
+    def both(asked: BlendArguments) -> tuple[Tensor, Tensor]:
+        out, notes = blend(asked)
+        return FUNCTIONS[then](out), notes
+
+    return both
+
+
+def assert_fused_is_right(
+    case: Blend, rtol: float = 1e-4, atol: float = 2e-5, how: How = fused, then: str = ""
+) -> None:
     """Compare kernels in the case's dtype with plain operators in the same one."""
-    expected = case.run(blend, case.dtype)
-    for found, want in zip(case.run(fused, case.dtype), expected, strict=True):
+    expected = case.run(plain(then), case.dtype)
+    for found, want in zip(case.run(how, case.dtype), expected, strict=True):
         torch.testing.assert_close(found, want, rtol=rtol, atol=atol, equal_nan=True)
 
 
-def errors_against_float64(case: Blend) -> list[float]:
+def assert_dense_is_right(case: Blend, then: str = "", **tolerances: float) -> None:
+    """Compare the kernels of whole rows with plain operators."""
+    assert_fused_is_right(case, how=dense(then), then=then, **tolerances)
+
+
+def errors_against_float64(case: Blend, how: How = fused, then: str = "") -> list[float]:
     """Relative errors of output, host gradient and stacks' gradients."""
     pairs: list[Any] = [
-        *zip(case.run(fused, case.dtype), case.run(blend, torch.float64), strict=True)
+        *zip(case.run(how, case.dtype), case.run(plain(then), torch.float64), strict=True)
     ]
     return [
         float((a.double() - b).norm() / (b.norm() + 1e-30))

@@ -29,7 +29,7 @@ from kasmina_fx import capture, find_matches, inserted_text, op_counts, rewrite
 from kasmina_fx.errors import RewriteError
 from kasmina_fx.graphs.text import graph_text
 from kasmina_fx.lifecycle import RUNS, SeedLifecycle
-from kasmina_fx.passes import records_of, run_passes
+from kasmina_fx.passes import passes_for, records_of, run_passes
 from kasmina_fx.passes.infra.metadata import origin_of, value_of
 from kasmina_fx.passes.lower_blend import LowerBlend
 from kasmina_fx.testing import assert_golden, graft
@@ -134,6 +134,14 @@ def test_golden_of_one_class_is_that_of_every_stage(stage: SeedLifecycle) -> Non
 @spelled_as_torch_2_13
 def test_golden_of_the_fused_lowering(kernels: str) -> None:
     gm = growing_graph()
-    run_passes(gm)
+    run_passes(gm, passes_for("fused"))
     name = {"interpreter": "lower_blend/fused", "native": "lower_blend/fused_on_cpu"}[kernels]
     assert_golden(graph_text(gm), name, golden_dir=GOLDEN)
+
+
+@spelled_as_torch_2_13
+@pytest.mark.usefixtures("interpreter")
+def test_golden_of_the_dense_lowering() -> None:
+    gm = growing_graph()
+    run_passes(gm)
+    assert_golden(graph_text(gm), "lower_blend/dense", golden_dir=GOLDEN)

@@ -32,6 +32,7 @@ from kasmina_fx.testing import USED_GOLDENS, RecordingBackend
 TESTS = Path(__file__).parents[1]
 #: The golden files of CASES apart: each is named in a test below `tests/`.
 GOLDENS_OF_NO_CASE = {
+    "absorb_activation/spellings",
     "backward/gather",
     "backward/guard",
     "backward/pull",
@@ -40,6 +41,7 @@ GOLDENS_OF_NO_CASE = {
     "choose_lowerings/reasons",
     "eliminate_dead_code/before_after",
     "eliminate_dead_code/one_class",
+    "lower_blend/dense",
     "lower_blend/fused",
     "lower_blend/fused_on_cpu",
     "normalize_markers/packet_with_keywords",

@@ -60,7 +60,7 @@ def forward(
         grown = (z + a[None, :] * delta).to(raw.dtype)
         fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
         fine = fits & (tl.abs(grown.to(tl.float32)) < inf)
-        tl.store(where, grown, mask=here & fine & blends[None, :])
+        tl.store(where, tl.where(fine & blends[None, :], grown, raw), mask=here)
         if NOTES:
             fits = fits & (tl.abs(delta) < inf)
             squares += tl.where(fits & here, delta * delta, 0.0)
@@ -131,7 +131,7 @@ def backward(
         sent = tl.abs(dx) < inf
         direct = tl.where(blend, dz - a[None, :] * dz, dz)
         total = direct + tl.where(sent & blends[None, :], dx, 0.0)
-        tl.store(where, total.to(came.dtype), mask=here & blends[None, :])
+        tl.store(where, tl.where(blends[None, :], total.to(came.dtype), came), mask=here)
         g1 += df * z
         g2 += df
         flags |= tl.where(here & ~sent, 1, 0) | tl.where(here & ~(tl.abs(z) < inf), 2, 0)

@@ -110,7 +110,8 @@ def forward(
         grown = (z + a[None, :] * delta).to(raw.dtype)
         fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
         fine = fits & (tl.abs(grown.to(tl.float32)) < inf)
-        tl.store(where, grown, mask=here & fine & blends[None, :])
+        # Of a mask that neighbours share, or each element would be a store of its own.
+        tl.store(where, tl.where(fine & blends[None, :], grown, raw), mask=here)
         if NOTES:
             fits = fits & (tl.abs(delta) < inf)
             squares += tl.where(fits & here, delta * delta, 0.0)
@@ -247,7 +248,7 @@ def backward(
         sent = tl.abs(dx) < inf
         direct = tl.where(blended, dz - a[None, :] * dz, dz)
         total = direct + tl.where(sent & blends[None, :], dx, 0.0)
-        tl.store(where, total.to(came.dtype), mask=here & blends[None, :])
+        tl.store(where, tl.where(blends[None, :], total.to(came.dtype), came), mask=here)
         if learns:
             g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), g1, input_precision="ieee")
             g2 = tl.dot(tl.trans(hidden.to(PRODUCT)), df.to(PRODUCT), g2, input_precision="ieee")

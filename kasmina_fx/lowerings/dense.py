@@ -1,0 +1,67 @@
+"""One pass over the output, with the activation that follows the layer, where most seeds run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kasmina_fx._torch.triton import launches_on
+from kasmina_fx.lowerings.base import Lowering, Site, Wanted
+from kasmina_fx.lowerings.fused import Fused, plan_of, run_bank, tables_of
+from kasmina_fx.lowerings.rows import BLENDED_ROWS, KEEP_THEIR_INPUT, ROWS
+from kasmina_fx.physical.blend import no_notes
+from kasmina_fx.physical.graph_inputs import BlendArguments, LayerTables
+from kasmina_fx.physical.layout import ChunkLayout
+
+
+class Dense(Lowering):
+    """The lowering that reads and writes all features once, active or not.
+
+    Where an activation that keeps its input for backward uses the output alone, that pass happens
+    anyway and this one takes its place, whatever the share of active seeds: nothing to decide by
+    data, nothing to compile anew. Elsewhere :class:`Fused` touches active chunks alone.
+    """
+
+    name = "dense"
+    absorbs = True
+
+    def why_not(self, site: Site) -> str | None:
+        """See :meth:`Lowering.why_not`: the kernels are of the same kinds, but on CPUs."""
+        if not launches_on(site.device):
+            return f"no Triton kernel runs on {site.device.type} here"
+        return Fused().why_not(site)
+
+    def why_rather_not(self, site: Site) -> str | None:
+        """See :meth:`Lowering.why_rather_not`."""
+        if site.then in KEEP_THEIR_INPUT:
+            return None
+        if site.then:
+            return f"{site.then} keeps no input for backward"
+        return "no activation that keeps its input for backward rides along"
+
+    def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
+        """See :mod:`kasmina_fx.lowerings.rows`.
+
+        The bank of the widest run is last and takes the pass; those before it act in place.
+        """
+        layout, whole = ChunkLayout.parse(asked.chunks), LayerTables(*asked.layer)
+        banks, out = asked.bank_inputs(), asked.y
+        told: list[Tensor | None] = [None] * len(layout.runs)
+        banks.sort(key=lambda bank: layout.runs[bank.spec.run].width)  # stable
+        for bank in banks[:-1]:
+            run, before = layout.runs[bank.spec.run], told[bank.spec.run]
+            out, told[bank.spec.run] = run_bank(out, before, bank, whole, run, wanted)
+        last = banks[-1]
+        run, before = layout.runs[last.spec.run], told[last.spec.run]
+        tables, plan = tables_of(last, whole, run), str(plan_of(out, last, run))
+        seen: list[Tensor] = []
+        if wanted.sample is not None:
+            seen.append(BLENDED_ROWS(out, tables, list(last.params), plan, *wanted.sample))
+        out, told[last.spec.run] = ROWS(
+            out, tables, list(last.params), before, plan, wanted.then, wanted.notes
+        )
+        notes = [
+            no_notes(asked.y, run.count) if said is None else said
+            for run, said in zip(layout.runs, told, strict=True)
+        ]
+        return out, torch.cat(notes, 1) if len(notes) > 1 else notes[0], *seen
