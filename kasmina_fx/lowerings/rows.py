@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 
 #: Of narrow tiles, of wide ones, and of narrow ones in float32, whose products tensor cores do not
 #: do; each of a backward's programs has sums of its own. Chosen by what Triton 3.6 compiles for an
-#: H100: no spill in an inner loop, 34 instructions an element forward and 54 backward (`mlp`, GELU).
+#: H100: no spill in an inner loop, 34 instructions an element forward, 54 backward (`mlp`, GELU).
 FORWARD: Final = [Shape(32, 2, 4, 4224), Shape(16, 4, 2, 4224), Shape(16, 4, 2, 4224)]
 BACKWARD: Final = [Shape(32, 2, 3, 2112), Shape(16, 8, 2, 1056), Shape(16, 4, 2, 1056)]
 
@@ -110,9 +110,8 @@ def _outputs(y: Tensor, plan: Plan, notes: bool) -> tuple[Tensor, Tensor]:
 
 
 @fused_rows.register_fake
-def _(
-    y: Tensor, _tables: Any, _params: Any, _before: Any, plan: str, _then: str, notes: bool
-) -> tuple[Tensor, Tensor]:
+def _(y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, plan, _, notes = others
     return _outputs(y, Plan.parse(plan), notes)
 
 
@@ -168,7 +167,8 @@ def _seen(y: Tensor, one_in: int, rows: int) -> tuple[Tensor, Any]:
 
 
 @blended_rows.register_fake
-def _(y: Tensor, _tables: Any, _params: Any, _plan: str, one_in: int, rows: int) -> Tensor:
+def _(y: Tensor, *others: Any) -> Tensor:
+    *_, one_in, rows = others
     return _seen(y, one_in, rows)[0]
 
 
@@ -217,7 +217,8 @@ def _results(dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: Pla
 
 
 @fused_rows_backward.register_fake
-def _(dout: Tensor, _y: Any, tables: Any, params: Any, plan: str, _then: str) -> list[Tensor]:
+def _(dout: Tensor, *others: Any) -> list[Tensor]:
+    _, tables, params, plan, _ = others
     return _results(dout, tables, params, Plan.parse(plan))
 
 
