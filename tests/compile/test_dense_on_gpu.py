@@ -45,10 +45,13 @@ def test_what_is_not_finite_reaches_no_neighbour(value: float) -> None:
     kinds = dict.fromkeys(STAGES, "mlp")
     sizes: dict[str, Any] = {"sizes": [4] * 12, "kinds": kinds, "rows": 300, "device": "cuda"}
     bad, good = (Blend(**sizes, poison=p).run(dense("relu"), torch.float32) for p in (poison, None))
-    same = bad[0] == good[0]
-    assert not bool(same[100, 17])
-    same[100, 16:20] = True
-    assert bool(same.all())
+    for found, expected in ((bad[0], good[0]), (bad[2], good[2])):  # the output, the gradient
+        same = found == expected
+        same[100, 16:20] = True
+        assert bool(same.all())
+    assert not bool((bad[0] == good[0])[100, 17])
+    for found, expected in zip(bad[4:], good[4:], strict=True):  # of stacks: seed 4 is the third
+        assert bool((found[[0, 1, 3, 4]] == expected[[0, 1, 3, 4]]).all())
 
 
 def life(lowering: str, dtype: torch.dtype, then: type[nn.Module]) -> tuple[list[Tensor], int]:
