@@ -3,9 +3,11 @@
     python benchmarks/kernels.py [--device cuda|cpu]
 
 On a GPU: layers of 16,384 rows in bfloat16 with `mlp` blueprints: those of a GPT-2 (768 wide, 256
-seeds) with 5 % of the seeds active, and one of 4,096 features and 1,024 seeds with 6 % and with
-all. Times are microseconds on the device, means of 10 calls seen by torch's profiler; "copy" is of
-100 MB.
+seeds) with 5 % of the seeds active, and one of 4,096 features and 1,024 seeds with 6 %, half and
+all of them. "tiles" touch active chunks alone, "rows" pass over the output and compute a GELU too;
+its sample is of the 1,024 rows that statistics look at. Times are microseconds on the device, means
+of 10 calls seen by torch's profiler; "copy" is of 100 MB, "gelu" of the last layer's output, both
+ways.
 
 On a CPU: layers of 512 rows in float32. Times are microseconds of a call, medians of 100, with the
 notes in "forward" and the sums in "backward"; "plain" is what Inductor makes of the same
@@ -18,7 +20,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from kasmina_fx.lowerings.native.operators import OBSERVE, TILES, TILES_BACKWARD
 from kasmina_fx.lowerings.plan import Plan
+from kasmina_fx.lowerings.rows import blended_rows, fused_rows, fused_rows_backward
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS
 from kasmina_fx.lowerings.tiles import fused_tiles, fused_tiles_backward
 from kasmina_fx.physical.layout import ChunkLayout
@@ -36,10 +39,10 @@ from kasmina_fx.physical.statistics import merge_statistics
 
 ROWS, CALLS = {"cuda": 16_384, "cpu": 512}, {"cuda": 10, "cpu": 100}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
-KERNELS = ("forward", "report", "observe", "backward", "finish")
+KERNELS = ("forward", "report", "sample", "observe", "backward", "finish")
 ON_CPU = ("forward", "backward", "statistics", "plain", "copy")
 #: Features, seeds, and of how many seeds one is active.
-LAYERS = ((768, 256, 20), (2304, 256, 20), (3072, 256, 20), (4096, 1024, 16), (4096, 1024, 1))
+LAYERS = ((768, 256, 20), (2304, 256, 20), (3072, 256, 20), *((4096, 1024, n) for n in (16, 2, 1)))
 LAYERS_ON_CPU = ((4096, 1024, 16), (4096, 1024, 1), (4096, 4096, 1), (4096, 64, 1), (64, 16, 4))
 
 
@@ -71,20 +74,29 @@ def microseconds(call: Callable[[], Any]) -> dict[str, float]:
     return {event.key: event.device_time_total / CALLS["cuda"] for event in seen.key_averages()}
 
 
-def layer(features: int, count: int, one_in: int) -> list[float]:
+def layer(features: int, count: int, one_in: int, dense: bool) -> list[float]:
     """Return what each of KERNELS takes in a layer."""
     tables, stacks, plan = bank(features, count, one_in, "cuda")
     y = torch.randn(ROWS["cuda"], features, device="cuda", dtype=DTYPE["cuda"])
     grad, telemetry = torch.randn_like(y), torch.zeros(STATISTICS, count, device="cuda")
     chunks = str(ChunkLayout.of([features // count] * count, -1))
 
-    def step() -> None:
+    def in_place() -> None:
         _, kept, _ = fused_tiles(y, tables, stacks, None, plan, True, True)
         OBSERVE_ROWS(y, None, telemetry, chunks, 1, 1024)
         fused_tiles_backward(grad, kept, tables, stacks, plan)
 
-    found = microseconds(step)
-    return [sum(t for name, t in found.items() if name.startswith(kernel)) for kernel in KERNELS]
+    def in_one_pass() -> None:
+        fused_rows(y, tables, stacks, None, plan, "gelu", True)
+        OBSERVE_ROWS(y, None, telemetry, chunks, 1, 1024)
+        fused_rows_backward(grad, y, tables, stacks, plan, "gelu")
+
+    found = microseconds(in_one_pass if dense else in_place)
+    times = {k: sum(t for name, t in found.items() if name.startswith(k)) for k in KERNELS}
+    if dense:
+        sample = microseconds(lambda: blended_rows(y, tables, stacks, plan, 1, 1024))
+        times["sample"] = sum(sample.values())
+    return [*times.values()]
 
 
 def median(call: Callable[[], Any]) -> float:
@@ -121,6 +133,38 @@ def layer_on_cpu(features: int, count: int, one_in: int) -> list[float]:
     return [median(call) for call in calls]
 
 
+def table(first: str, names: Sequence[str]) -> None:
+    """Print the head of a table."""
+    print(f"|{first} features | seeds | active | {' | '.join(names)} |")
+    print(f"|{'---|' if first else ''}{'---:|' * (3 + len(names))}")
+
+
+def line(first: str, one: tuple[int, int, int], times: Sequence[float]) -> None:
+    """Print a line of it."""
+    features, count, one_in = one
+    numbers = " | ".join(f"{t:.1f}" for t in times)
+    print(f"|{first} {features:,} | {count:,} | {-(-count // one_in):,} | {numbers} |", flush=True)
+
+
+def on_gpu() -> None:
+    table(" shape |", KERNELS)
+    for one in LAYERS:
+        for shape in ("tiles", "rows"):
+            line(f" {shape} |", one, layer(*one, shape == "rows"))
+    megabytes = torch.empty(50_000_000, device="cuda", dtype=DTYPE["cuda"])
+    print(f"copy: {sum(microseconds(megabytes.clone).values()):.1f}")
+    y = torch.randn(ROWS["cuda"], 4096, device="cuda", dtype=DTYPE["cuda"])
+    forward = microseconds(lambda: torch.nn.functional.gelu(y))
+    backward = microseconds(lambda: torch.ops.aten.gelu_backward(y, y))
+    print(f"gelu: {sum(forward.values()):.1f}, {sum(backward.values()):.1f}")
+
+
+def on_cpu() -> None:
+    table("", ON_CPU)
+    for one in LAYERS_ON_CPU:
+        line("", one, layer_on_cpu(*one))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="How long each kernel takes.")
     parser.add_argument("--device", choices=tuple(ROWS), default="cuda")
@@ -128,17 +172,11 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 1
-    names, layers, times_of = (
-        (KERNELS, LAYERS, layer) if device == "cuda" else (ON_CPU, LAYERS_ON_CPU, layer_on_cpu)
-    )
     print(", ".join(f"{key} {value}" for key, value in machine(device).items()))
-    print(f"| features | seeds | active | {' | '.join(names)} |\n|---:|---:|---:|{'---:|' * 5}")
-    for features, count, one_in in layers:
-        times = " | ".join(f"{t:.1f}" for t in times_of(features, count, one_in))
-        print(f"| {features:,} | {count:,} | {-(-count // one_in):,} | {times} |", flush=True)
     if device == "cuda":
-        megabytes = torch.empty(50_000_000, device="cuda", dtype=DTYPE["cuda"])
-        print(f"copy: {sum(microseconds(megabytes.clone).values()):.1f}")
+        on_gpu()
+    else:
+        on_cpu()
     return 0
 
 

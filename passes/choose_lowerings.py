@@ -15,7 +15,7 @@ from typing import ClassVar, Final
 
 from torch.fx import GraphModule
 
-from kasmina_fx._torch.tracing import is_dense
+from kasmina_fx._torch.tracing import is_dense, usual
 from kasmina_fx.errors import InvalidArgument, shown
 from kasmina_fx.lowerings import LOWERINGS, Site
 from kasmina_fx.lowerings.sample import can_observe
@@ -90,6 +90,7 @@ def site_of(match: Match) -> Site:
         tuple(tuple(int(n) for n in next(rest).shape[1:]) for _ in range(bank.num_params))
         for bank in match.banks
     ]
+    orders = blend_arguments(match.node).order if match.banks else ()
     return Site(
         match.chunks,
         match.banks,
@@ -100,4 +101,5 @@ def site_of(match: Match) -> Site:
         tuple(sizes),
         frozenset(stack.dtype for stack in stacks),
         then_of(match.node),
+        tuple(usual(value_of(order).shape[0]) for order in orders),
     )

@@ -24,6 +24,7 @@ class Site:
         sizes: Of each bank, the shape of a slot in each of its stacks; ``dtypes``: of all stacks.
         then: The activation that could be absorbed, of
             :data:`kasmina_fx.lowerings.rows.ACTIVATIONS`; "" for none.
+        running: Of each bank, for how many seeds its tables have room while this is compiled.
     """
 
     chunks: ChunkLayout
@@ -35,6 +36,14 @@ class Site:
     sizes: tuple[tuple[tuple[int, ...], ...], ...] = ()
     dtypes: frozenset[torch.dtype] = frozenset()
     then: str = ""
+    running: tuple[int, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Return which part of the features belongs to seeds that run, 0 to 1, or a bit more."""
+        runs = [self.chunks.runs[bank.run] for bank in self.banks]
+        features = sum(n * run.size for n, run in zip(self.running, runs, strict=False))
+        return features / self.chunks.width
 
     @property
     def features_last(self) -> bool:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from kasmina_fx._torch.triton import launches_on
 from kasmina_fx.lowerings.base import Lowering, Site, Wanted
-from kasmina_fx.lowerings.fused import Fused, plan_of, run_bank, tables_of
+from kasmina_fx.lowerings.fused import Fused, plan_of, plans_of, run_bank, tables_of
 from kasmina_fx.lowerings.rows import BLENDED_ROWS, KEEP_THEIR_INPUT, ROWS
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BlendArguments, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout
+
+#: Of the features, the share that makes one pass over all of them the cheaper way: at all of them
+#: it moves two tensors forward where active chunks are read, put aside and written.
+MOST: Final = 0.75
 
 
 class Dense(Lowering):
     """The lowering that reads and writes all features once, active or not.
 
     Where an activation that keeps its input for backward uses the output alone, that pass happens
-    anyway and this one takes its place, whatever the share of active seeds: nothing to decide by
-    data, nothing to compile anew. Elsewhere :class:`Fused` touches active chunks alone.
+    anyway and this one takes its place, whatever the share of active seeds. Elsewhere
+    :class:`Fused` touches active chunks alone, unless most seeds run when the graph is compiled:
+    either computes the same whatever comes later, so nothing is compiled anew for it.
     """
 
     name = "dense"
@@ -29,15 +36,17 @@ class Dense(Lowering):
         """See :meth:`Lowering.why_not`: the kernels are of the same kinds, but on CPUs."""
         if not launches_on(site.device):
             return f"no Triton kernel runs on {site.device.type} here"
+        if site.dtype == torch.float32 and any(plan.wide for plan in plans_of(site)):
+            return "float32 products of wide chunks are more than a program's registers hold"
         return Fused().why_not(site)
 
     def why_rather_not(self, site: Site) -> str | None:
         """See :meth:`Lowering.why_rather_not`."""
-        if site.then in KEEP_THEIR_INPUT:
+        if site.then in KEEP_THEIR_INPUT or site.share >= MOST:
             return None
         if site.then:
-            return f"{site.then} keeps no input for backward"
-        return "no activation that keeps its input for backward rides along"
+            return f"few seeds run, and {site.then} keeps no input for backward"
+        return "few seeds run, and no activation that keeps its input for backward rides along"
 
     def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
         """See :mod:`kasmina_fx.lowerings.rows`.

@@ -95,6 +95,17 @@ def plan_of(out: Tensor, bank: BankInputs, run: Run) -> Plan:
     )
 
 
+def plans_of(site: Site) -> list[Plan]:
+    """Return what plans of a site's banks would be, of those that have kernels."""
+    name = str(site.dtype).removeprefix("torch.")
+    return [
+        Plan(bank.kind, run.size, hidden_size(bank.kind, shapes[0]), run.offset, 0, run.count, name)
+        for bank, shapes in zip(site.banks, site.sizes, strict=True)
+        for run in [site.chunks.runs[bank.run]]
+        if bank.kind in KERNELS
+    ]
+
+
 def tables_of(bank: BankInputs, whole: LayerTables, run: Run) -> list[Tensor]:
     """Return what operators of one bank take as ``tables``."""
     tables = bank.tables

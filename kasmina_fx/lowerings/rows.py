@@ -109,9 +109,8 @@ def _outputs(y: Tensor, plan: Plan, notes: bool) -> tuple[Tensor, Tensor]:
 
 
 @fused_rows.register_fake
-def _(
-    y: Tensor, _tables: Any, _params: Any, _before: Any, plan: str, _then: str, notes: bool
-) -> tuple[Tensor, Tensor]:
+def _(y: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, plan, _, notes = others
     return _outputs(y, Plan.parse(plan), notes)
 
 
@@ -130,7 +129,7 @@ def _forward(
 
     Returns what is said, and by how many parts.
     """
-    _, seeds, positions, _, alpha, roles, *_ = tables
+    _, seeds, positions, modes, alpha, roles, _, loss_scale = tables
     features, seen = y.shape[-1], out.numel() // out.shape[-1]
     grid, kernels, tiling = _Grid.of(FORWARD, seen, features, plan), KERNELS[plan.kind], plan.tiling
     said = y.new_empty(grid.parts * 3 * plan.count if notes else 0, dtype=torch.float32)
@@ -138,15 +137,17 @@ def _forward(
     sizes += [rows, seen, grid.parts, grid.left]
     number = ACTIVATIONS.index(then)
     kernel = launching(f"rows_{kernels.module}", "forward")[(grid.tiles, grid.parts)]
+    # The last three are for backward: a CUDA graph copies in what may move, if it reads it.
+    common = (y, out, said, positions, alpha, roles, seeds, modes, loss_scale)
     if kernels.module == "affine":
         kernel(
-            y, out, said, positions, alpha, roles, *params, *sizes,
+            *common, *params, *sizes,
             plan.size, tiling.seeds, tiling.columns, grid.shape.rows, notes, grid.even, grid.whole,
             number, part, grid.shape.stages, num_warps=grid.shape.warps,
         )  # fmt: skip
     else:
         kernel(
-            y, out, said, positions, alpha, roles, *four(params), *sizes,
+            *common, *four(params), *sizes,
             plan.size, plan.hidden, *tiling, grid.shape.rows, *kernels.switches, notes,
             DOTS[plan.dot], grid.even, grid.whole, number, part, grid.shape.stages,
             num_warps=grid.shape.warps,
@@ -170,7 +171,8 @@ def _seen(y: Tensor, one_in: int, rows: int) -> tuple[Tensor, Any]:
 
 
 @blended_rows.register_fake
-def _(y: Tensor, _tables: Any, _params: Any, _plan: str, one_in: int, rows: int) -> Tensor:
+def _(y: Tensor, *others: Any) -> Tensor:
+    *_, one_in, rows = others
     return _seen(y, one_in, rows)[0]
 
 
@@ -219,7 +221,8 @@ def _results(dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: Pla
 
 
 @fused_rows_backward.register_fake
-def _(dout: Tensor, _y: Any, tables: Any, params: Any, plan: str, _then: str) -> list[Tensor]:
+def _(dout: Tensor, *others: Any) -> list[Tensor]:
+    _, tables, params, plan, _ = others
     return _results(dout, tables, params, Plan.parse(plan))
 
 

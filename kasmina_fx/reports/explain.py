@@ -18,9 +18,11 @@ from kasmina_fx.graphs.text import op_counts
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.model import kasmina_layers
 from kasmina_fx.passes import DEFAULT_PASSES, GraphPass, find_matches, run_passes
+from kasmina_fx.passes.absorb_activation import AbsorbActivation
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.infra.matching import Match, argument
 from kasmina_fx.passes.infra.metadata import role_of, value_of
+from kasmina_fx.passes.normalize_markers import NormalizeMarkers
 from kasmina_fx.seeds.entry_names import OWN
 from kasmina_fx.targets import skipped_targets, targets_of
 
@@ -118,6 +120,9 @@ def explain(
     plain: nn.Module = uncompiled(model)
     graphs, breaks = _graphs(plain, args, kwargs)
     before = sum(sum(op_counts(gm).values()) for gm in graphs)
+    for step in passes:
+        if isinstance(step, (NormalizeMarkers, AbsorbActivation)):  # what a choice goes by
+            graphs = [step(gm).graph_module for gm in graphs]
     chooser = next((p for p in passes if isinstance(p, ChooseLowerings)), ChooseLowerings())
     layers = kasmina_layers(plain)
     matches = {

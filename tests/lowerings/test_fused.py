@@ -15,7 +15,7 @@ from kasmina_fx import KasminaLayer, kasmina_layers, kasminify
 from kasmina_fx.lowerings.plan import KERNELS
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS
 from kasmina_fx.lowerings.tiles import FUSED
-from kasmina_fx.passes import run_passes
+from kasmina_fx.passes import passes_for, run_passes
 from kasmina_fx.passes.infra.metadata import origin_of
 from kasmina_fx.testing import graft
 
@@ -174,7 +174,7 @@ def test_a_graph_for_inference_keeps_nothing_and_refuses_a_backward() -> None:
 
 def test_the_number_of_nodes_depends_on_banks_alone() -> None:
     gm = growing_graph()
-    run_passes(gm)
+    run_passes(gm, passes_for("fused"))
     ours = [n for n in gm.graph.nodes if origin_of(n) is not None]
     assert len(ours) <= 60
     assert sum(n.target is FUSED for n in ours) == 1
@@ -189,7 +189,7 @@ def test_a_pipeline_with_kernels_computes_what_the_layer_does() -> None:
     graft(layer, [3], "affine", 0.5)
 
     def passes_alone(gm: Any, inputs: Any) -> Any:
-        return run_passes(gm).graph_module
+        return run_passes(gm, passes_for("fused")).graph_module
 
     x, parameters = torch.randn(5, 6), [*model.parameters()]
     compiled: Any = torch.compile(model, backend=passes_alone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from graph_cases import (
     GOLDEN,
     NEAR_MISSES,
@@ -10,15 +11,21 @@ from graph_cases import (
     dormant_graph,
     each_near_miss,
     growing_graph,
+    layer_of,
     near_miss,
     plain_graph,
+    wrapped,
 )
+from kernel_cases import interpreter
+from torch import nn
 
-from kasmina_fx import find_matches
+from kasmina_fx import capture, find_matches
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.infra.metadata import lowering_of
-from kasmina_fx.testing import assert_golden
+from kasmina_fx.testing import assert_golden, graft
+
+__all__ = ["interpreter"]
 
 
 def test_lowerings_are_chosen_with_their_reason() -> None:
@@ -59,6 +66,27 @@ def test_a_near_miss_is_not_lowered_and_the_reason_says_why(near: str, lowering:
     chosen = lowering_of(match.node)
     assert chosen is not None
     assert (chosen.name, chosen.why) == ("none", NEAR_MISSES[near][1])
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("seeds", "chosen"), [([0, 2], "fused"), ([0, 1, 3], "dense")])
+def test_the_share_of_seeds_that_run_decides_where_no_activation_does(
+    seeds: list[int], chosen: str
+) -> None:
+    model = wrapped(nn.Sequential(nn.Linear(8, 12)), seeds=4)
+    graft(layer_of(model, "0"), seeds)
+    gm = capture(model, torch.randn(3, 8))
+    lowering = ChooseLowerings().choose(find_matches(gm)[0])
+    assert lowering.name == chosen
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_float32_products_of_wide_chunks_are_not_dense() -> None:
+    model = wrapped(nn.Sequential(nn.Linear(8, 120)), seeds=3)
+    graft(layer_of(model, "0"), [0, 1, 2])
+    gm = capture(model, torch.randn(3, 8))
+    chosen = ChooseLowerings("dense").choose(find_matches(gm)[0])
+    assert "float32 products of wide chunks" in chosen.why
 
 
 def test_a_lowering_that_is_not_built_is_refused() -> None:

@@ -36,7 +36,8 @@ def parameters(
 
 @triton.jit
 def forward(
-    y, out, said, positions, alpha, roles, scale, shift,
+    y, out, said, positions, alpha, roles, _seeds, _modes, _loss_scale,
+    scale, shift,
     features, offset, first_seed, count, places, rows, seen, splits, left,
     c: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     NOTES: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, THEN: tl.constexpr,
