@@ -57,7 +57,9 @@ class Shape(NamedTuple):
 #: do; each of a backward's programs has sums of its own. Chosen by what Triton 3.6 compiles for an
 #: H100: no spill in an inner loop, 34 instructions an element forward, 54 backward (`mlp`, GELU).
 FORWARD: Final = [Shape(32, 2, 4, 4224), Shape(16, 4, 2, 4224), Shape(16, 4, 2, 4224)]
-BACKWARD: Final = [Shape(32, 2, 3, 2112), Shape(16, 8, 2, 1056), Shape(16, 4, 2, 1056)]
+BACKWARD: Final = [Shape(32, 2, 3, 2112), Shape(16, 8, 2, 264), Shape(16, 4, 2, 1056)]
+#: Of a sample, whose programs have few rows each to read their weights for.
+SAMPLE: Final = [shape._replace(stages=2, programs=1056) for shape in FORWARD]
 
 
 class _Grid(NamedTuple):
@@ -131,7 +133,8 @@ def _forward(
     """
     _, seeds, positions, modes, alpha, roles, _, loss_scale = tables
     features, seen = y.shape[-1], out.numel() // out.shape[-1]
-    grid, kernels, tiling = _Grid.of(FORWARD, seen, features, plan), KERNELS[plan.kind], plan.tiling
+    grid = _Grid.of(SAMPLE if part else FORWARD, seen, features, plan)
+    kernels, tiling = KERNELS[plan.kind], plan.tiling
     said = y.new_empty(grid.parts * 3 * plan.count if notes else 0, dtype=torch.float32)
     sizes = [features, plan.offset, plan.first_seed, plan.count, seeds.shape[1]]
     sizes += [rows, seen, grid.parts, grid.left]

@@ -32,8 +32,7 @@ WRITES = {
 
 @triton.jit
 def forward(
-    y, out, said, positions, alpha, roles, _seeds, _modes, _loss_scale,
-    w1, b1, w2, b2,
+    y, out, said, positions, alpha, roles, _seeds, _modes, _loss_scale, w1, b1, w2, b2,
     features, offset, first_seed, count, places, rows, seen, splits, left,
     c: tl.constexpr, h: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr,
     ROWS: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
