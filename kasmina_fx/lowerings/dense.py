@@ -18,6 +18,9 @@ from kasmina_fx.physical.layout import ChunkLayout
 #: Of the features, the share that makes one pass over all of them the cheaper way: at all of them
 #: it moves two tensors forward where active chunks are read, put aside and written.
 MOST: Final = 0.75
+#: Whether "auto" may take it. On an H100 its kernels took two to five times as long as those of
+#: tiles where few seeds run (docs/performance.md); with all it has not been measured.
+AUTO: Final = False
 
 
 class Dense(Lowering):
@@ -42,6 +45,8 @@ class Dense(Lowering):
 
     def why_rather_not(self, site: Site) -> str | None:
         """See :meth:`Lowering.why_rather_not`."""
+        if not AUTO:
+            return "it is taken where it is asked for by name"
         if site.then in KEEP_THEIR_INPUT or site.share >= MOST:
             return None
         if site.then:

@@ -25,6 +25,7 @@ from torch.fx import GraphModule, Node
 
 from kasmina_fx import capture, find_matches
 from kasmina_fx.errors import RewriteError
+from kasmina_fx.lowerings import dense
 from kasmina_fx.lowerings.rows import ACTIVATIONS, ROWS
 from kasmina_fx.passes import passes_for, run_passes
 from kasmina_fx.passes.absorb_activation import AbsorbActivation
@@ -220,7 +221,10 @@ def test_the_dense_lowering_takes_the_activation_along(name: str, then: Then) ->
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("then", [F.gelu, F.relu, used_twice])
-def test_auto_is_dense_where_the_activation_keeps_its_input(then: Then) -> None:
+def test_auto_is_dense_where_the_activation_keeps_its_input(
+    then: Then, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "AUTO", True)
     gm = graph(then)
     matches = find_matches(gm)
     run_passes(gm)

@@ -21,6 +21,7 @@ from torch import nn
 
 from kasmina_fx import capture, find_matches
 from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.lowerings import dense
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.infra.metadata import lowering_of
 from kasmina_fx.testing import assert_golden, graft
@@ -71,13 +72,22 @@ def test_a_near_miss_is_not_lowered_and_the_reason_says_why(near: str, lowering:
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(("seeds", "chosen"), [([0, 2], "fused"), ([0, 1, 3], "dense")])
 def test_the_share_of_seeds_that_run_decides_where_no_activation_does(
-    seeds: list[int], chosen: str
+    seeds: list[int], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(dense, "AUTO", True)
     model = wrapped(nn.Sequential(nn.Linear(8, 12)), seeds=4)
     graft(layer_of(model, "0"), seeds)
     gm = capture(model, torch.randn(3, 8))
     lowering = ChooseLowerings().choose(find_matches(gm)[0])
     assert lowering.name == chosen
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_dense_is_taken_where_it_is_asked_for() -> None:
+    match = find_matches(growing_graph())[0]
+    auto, asked = ChooseLowerings().choose(match), ChooseLowerings("dense").choose(match)
+    assert (auto.name, asked.name) == ("fused", "dense")
+    assert "not dense: it is taken where it is asked for by name" in auto.why
 
 
 @pytest.mark.usefixtures("interpreter")

@@ -143,5 +143,5 @@ def test_golden_of_the_fused_lowering(kernels: str) -> None:
 @pytest.mark.usefixtures("interpreter")
 def test_golden_of_the_dense_lowering() -> None:
     gm = growing_graph()
-    run_passes(gm)
+    run_passes(gm, passes_for("dense"))
     assert_golden(graph_text(gm), "lower_blend/dense", golden_dir=GOLDEN)

@@ -28,9 +28,9 @@ def forward(
     i = tl.arange(0, TILE)
     member = i // c
     at = tl.program_id(0) * PER + member
-    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1).to(tl.int32)
+    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
     on = place >= 0
-    seed = tl.load(seeds + place, mask=on, other=0).to(tl.int32)
+    seed = tl.load(seeds + place, mask=on, other=0)
     slot = place // places
     col = offset + seed * c + i % c
     if EVEN > 1:  # neighbours in a chunk lie together: one load for several
@@ -60,7 +60,7 @@ def forward(
         grown = (z + a[None, :] * delta).to(raw.dtype)
         fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
         fine = fits & (tl.abs(grown.to(tl.float32)) < inf)
-        tl.store(where, tl.where(fine & blends[None, :], grown, raw), mask=here)
+        tl.store(where, grown, mask=here & fine & blends[None, :])
         if NOTES:
             fits = fits & (tl.abs(delta) < inf)
             squares += tl.where(fits & here, delta * delta, 0.0)
@@ -92,9 +92,9 @@ def backward(
     i = tl.arange(0, TILE)
     member = i // c
     at = tl.program_id(0) * PER + member
-    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1).to(tl.int32)
+    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
     on = place >= 0
-    seed = tl.load(seeds + place, mask=on, other=0).to(tl.int32)
+    seed = tl.load(seeds + place, mask=on, other=0)
     slot = place // places
     col = offset + seed * c + i % c
     if EVEN > 1:  # neighbours in a chunk lie together: one load for several
@@ -131,7 +131,7 @@ def backward(
         sent = tl.abs(dx) < inf
         direct = tl.where(blend, dz - a[None, :] * dz, dz)
         total = direct + tl.where(sent & blends[None, :], dx, 0.0)
-        tl.store(where, tl.where(blends[None, :], total.to(came.dtype), came), mask=here)
+        tl.store(where, total.to(came.dtype), mask=here & blends[None, :])
         g1 += df * z
         g2 += df
         flags |= tl.where(here & ~sent, 1, 0) | tl.where(here & ~(tl.abs(z) < inf), 2, 0)

@@ -40,10 +40,10 @@ def forward(
     i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
     member, member_h = i // c, j // h
     at, at_h = tl.program_id(0) * PER + member, tl.program_id(0) * PER + member_h
-    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1).to(tl.int32)
-    place_h = tl.load(order + at_h, mask=(member_h < PER) & (at_h < active), other=-1).to(tl.int32)
+    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
+    place_h = tl.load(order + at_h, mask=(member_h < PER) & (at_h < active), other=-1)
     on, on_h = place >= 0, place_h >= 0
-    seed = tl.load(seeds + place, mask=on, other=0).to(tl.int32)
+    seed = tl.load(seeds + place, mask=on, other=0)
     slot, slot_h = place // places, place_h // places
     col = offset + seed * c + i % c
     if EVEN > 1:  # neighbours in a chunk lie together: one load for several
@@ -61,13 +61,11 @@ def forward(
         B2 = tl.load(b2 + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
     else:
         B1, B2 = tl.zeros([HIDDEN], tl.float32), tl.zeros([TILE], tl.float32)
-    # Seeds with a parameter that is not finite do not run; whose it is, is asked only if there is
-    # one: 0 times what is not finite is NaN, and so is a sum with it.
+    # Seeds with a parameter that is not finite do not run; whose it is, is asked only if there is.
+    ill1 = (~(tl.abs(W1.to(tl.float32)) < inf)) | (~(tl.abs(B1) < inf))[None, :]
+    ill2 = (~(tl.abs(W2.to(tl.float32)) < inf)) | (~(tl.abs(B2) < inf))[None, :]
     sick, sick_h = tl.zeros([TILE], tl.int32), tl.zeros([HIDDEN], tl.int32)
-    odd = tl.sum(W1.to(tl.float32) * 0.0) + tl.sum(W2.to(tl.float32) * 0.0)
-    if odd + tl.sum(B1 * 0.0) + tl.sum(B2 * 0.0) != 0:
-        ill1 = (~(tl.abs(W1.to(tl.float32)) < inf)) | (~(tl.abs(B1) < inf))[None, :]
-        ill2 = (~(tl.abs(W2.to(tl.float32)) < inf)) | (~(tl.abs(B2) < inf))[None, :]
+    if tl.sum(ill1.to(tl.int32)) + tl.sum(ill2.to(tl.int32)) > 0:
         ill = tl.max(tl.where(same, ill1, False).to(tl.int32), 0)
         ill = tl.maximum(ill, tl.max(tl.where(same_t, ill2, False).to(tl.int32), 1))
         sick = tl.max(tl.where(same, ill[None, :], 0), 1)
@@ -95,7 +93,7 @@ def forward(
             u = tl.where(u < 0, 0.0, u)
         f = tl.dot(u.to(PRODUCT), W2, input_precision="ieee") + B2[None, :]
         if ALONE > 0:
-            if tl.sum(f * 0.0) != 0:
+            if tl.sum((~(tl.abs(f) < inf)).to(tl.int32)) > 0:
                 for p in range(ALONE):
                     x = tl.where((member == p)[None, :], raw, 0.0).to(PRODUCT)
                     u = tl.dot(x, W1, input_precision="ieee") + B1[None, :]
@@ -110,8 +108,7 @@ def forward(
         grown = (z + a[None, :] * delta).to(raw.dtype)
         fits = tl.abs(f.to(raw.dtype).to(tl.float32)) < inf
         fine = fits & (tl.abs(grown.to(tl.float32)) < inf)
-        # Of a mask that neighbours share, or each element would be a store of its own.
-        tl.store(where, tl.where(fine & blends[None, :], grown, raw), mask=here)
+        tl.store(where, grown, mask=here & fine & blends[None, :])
         if NOTES:
             fits = fits & (tl.abs(delta) < inf)
             squares += tl.where(fits & here, delta * delta, 0.0)
@@ -145,10 +142,10 @@ def backward(
     i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
     member, member_h = i // c, j // h
     at, at_h = tl.program_id(0) * PER + member, tl.program_id(0) * PER + member_h
-    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1).to(tl.int32)
-    place_h = tl.load(order + at_h, mask=(member_h < PER) & (at_h < active), other=-1).to(tl.int32)
+    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
+    place_h = tl.load(order + at_h, mask=(member_h < PER) & (at_h < active), other=-1)
     on, on_h = place >= 0, place_h >= 0
-    seed = tl.load(seeds + place, mask=on, other=0).to(tl.int32)
+    seed = tl.load(seeds + place, mask=on, other=0)
     slot, slot_h = place // places, place_h // places
     col = offset + seed * c + i % c
     if EVEN > 1:  # neighbours in a chunk lie together: one load for several
@@ -168,13 +165,11 @@ def backward(
         B2 = tl.load(b2 + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
     else:
         B1, B2 = tl.zeros([HIDDEN], tl.float32), tl.zeros([TILE], tl.float32)
-    # Seeds with a parameter that is not finite do not run; whose it is, is asked only if there is
-    # one: 0 times what is not finite is NaN, and so is a sum with it.
+    # Seeds with a parameter that is not finite do not run; whose it is, is asked only if there is.
+    ill1 = (~(tl.abs(W1.to(tl.float32)) < inf)) | (~(tl.abs(B1) < inf))[None, :]
+    ill2 = (~(tl.abs(W2.to(tl.float32)) < inf)) | (~(tl.abs(B2) < inf))[None, :]
     sick, sick_h = tl.zeros([TILE], tl.int32), tl.zeros([HIDDEN], tl.int32)
-    odd = tl.sum(W1.to(tl.float32) * 0.0) + tl.sum(W2.to(tl.float32) * 0.0)
-    if odd + tl.sum(B1 * 0.0) + tl.sum(B2 * 0.0) != 0:
-        ill1 = (~(tl.abs(W1.to(tl.float32)) < inf)) | (~(tl.abs(B1) < inf))[None, :]
-        ill2 = (~(tl.abs(W2.to(tl.float32)) < inf)) | (~(tl.abs(B2) < inf))[None, :]
+    if tl.sum(ill1.to(tl.int32)) + tl.sum(ill2.to(tl.int32)) > 0:
         ill = tl.max(tl.where(same, ill1, False).to(tl.int32), 0)
         ill = tl.maximum(ill, tl.max(tl.where(same_t, ill2, False).to(tl.int32), 1))
         sick = tl.max(tl.where(same, ill[None, :], 0), 1)
@@ -184,7 +179,6 @@ def backward(
         B1, B2 = tl.where(sick_h > 0, 0.0, B1), tl.where(sick > 0, 0.0, B2)
     W1, W2 = W1.to(PRODUCT), W2.to(PRODUCT)
     blends, trains = blends & (sick == 0), (mode == 2) & (sick == 0)
-    learns = tl.max(mode, 0) > 0  # of frozen slots no gradient is asked
     # Of the mean of squared errors. In float16 such a small number would vanish: there the sums of
     # a slot are multiplied by it, at the end.
     weight = 2.0 * tl.load(loss_scale) / (1.0 * rows * c)
@@ -208,7 +202,7 @@ def backward(
             hidden = tl.where(u < 0, 0.0, u)
         f = tl.dot(hidden.to(PRODUCT), W2, input_precision="ieee") + B2[None, :]
         if ALONE > 0:
-            if tl.sum(f * 0.0) != 0:
+            if tl.sum((~(tl.abs(f) < inf)).to(tl.int32)) > 0:
                 for p in range(ALONE):
                     x = tl.where((member == p)[None, :], raw, 0.0).to(PRODUCT)
                     v = tl.dot(x, W1, input_precision="ieee") + B1[None, :]
@@ -233,7 +227,7 @@ def backward(
             dh = tl.where(u > 0, dh, 0.0)
         dx = tl.dot(dh.to(PRODUCT), W1t, input_precision="ieee")
         if ALONE > 0:
-            if tl.sum(dx * 0.0) != 0:
+            if tl.sum((~(tl.abs(dx) < inf)).to(tl.int32)) > 0:
                 for p in range(ALONE):
                     mine = tl.where((member == p)[None, :], df, 0.0).to(PRODUCT)
                     back = tl.dot(mine, W2t, input_precision="ieee")
@@ -248,12 +242,11 @@ def backward(
         sent = tl.abs(dx) < inf
         direct = tl.where(blended, dz - a[None, :] * dz, dz)
         total = direct + tl.where(sent & blends[None, :], dx, 0.0)
-        tl.store(where, tl.where(blends[None, :], total.to(came.dtype), came), mask=here)
-        if learns:
-            g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), g1, input_precision="ieee")
-            g2 = tl.dot(tl.trans(hidden.to(PRODUCT)), df.to(PRODUCT), g2, input_precision="ieee")
-            gb1 += dh
-            gb2 += df
+        tl.store(where, total.to(came.dtype), mask=here & blends[None, :])
+        g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), g1, input_precision="ieee")
+        g2 = tl.dot(tl.trans(hidden.to(PRODUCT)), df.to(PRODUCT), g2, input_precision="ieee")
+        gb1 += dh
+        gb2 += df
         flags |= tl.where(here & ~sent, 1, 0) | tl.where(here & ~(tl.abs(z) < inf), 2, 0)
     # Not a product where nothing is learnt: what is not finite would be 0 x Inf.
     g1 = tl.where(mode[:, None] > 0, g1, 0.0)
