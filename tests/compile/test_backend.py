@@ -55,7 +55,7 @@ def test_options_and_mode_reach_inductor_and_nothing_else() -> None:
         ({"epilog_fusion": True}, UnknownOption, "did you mean 'epilogue_fusion'"),
         ({"lowerings": "auto"}, UnknownOption, "did you mean 'lowering'"),
         ({"zzz": 1}, UnknownOption, "kasmina's own are lowering, strict"),
-        ({"lowering": "triton"}, InvalidArgument, "this release has auto, fused, matmul"),
+        ({"lowering": "triton"}, InvalidArgument, "this release has auto, dense, fused, matmul"),
         ({"disabled_passes": ["lower"]}, InvalidArgument, "there are unpin_tables"),
         ({"disabled_passes": "verify"}, InvalidArgument, "give a list"),
     ],
