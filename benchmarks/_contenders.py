@@ -73,8 +73,9 @@ def grown(shape: Shape, seeds: int, active: range, **options: Any) -> nn.Sequent
     return model
 
 
-def kasmina(shape: Shape, seeds: int, active: range, telemetry: bool) -> Contender:
-    model = grown(shape, seeds, active, telemetry=telemetry)
+def kasmina(shape: Shape, seeds: int, active: range, telemetry: bool, lowering: str) -> Contender:
+    options = {"lowering": lowering}
+    model = grown(shape, seeds, active, telemetry=telemetry, options=options)
     layer: Any = model[0]
     return Contender(model, model, layer.weight, True)
 

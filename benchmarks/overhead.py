@@ -1,7 +1,7 @@
 """What seeds cost beside the plain compiled host, and beside other ways to write them.
 
     python benchmarks/overhead.py --device cpu|cuda [--quick] [--check] [--json PATH] [--seeds N]
-        [--against KEPT | --keep KEPT]
+        [--lowering NAME] [--against KEPT | --keep KEPT]
 
 One process, one run. All ratios are to `torch.compile(Linear + GELU)` of the same shape, measured
 in the same rounds; `_contenders.py` says what is compared, `_timing.py` how it is measured. Active
@@ -52,6 +52,7 @@ class Group:
     shape: c.Shape
     seeds: int
     active: str
+    lowering: str = "auto"
     modes: tuple[str, ...] = (FORWARD, TRAINING)
 
     @property
@@ -71,7 +72,9 @@ class Group:
             adapted = c.lora(self.shape) if self.seeds == 1024 else None
             made |= {} if adapted is None else {c.LORA: adapted}
         for name, telemetry in ((c.KASMINA, False), (c.KASMINA_TELEMETRY, True)):
-            made[name] = c.kasmina(self.shape, self.seeds, self.active_ids, telemetry)
+            made[name] = c.kasmina(
+                self.shape, self.seeds, self.active_ids, telemetry, self.lowering
+            )
         return made
 
     def takes_part(self, name: str, mode: str) -> bool:
@@ -92,15 +95,15 @@ def shapes(device: str) -> tuple[c.Shape, c.Shape]:
     )
 
 
-def groups(device: str, quick: bool, seeds: Sequence[int]) -> list[Group]:
+def groups(device: str, quick: bool, seeds: Sequence[int], lowering: str) -> list[Group]:
     narrow, wide = shapes(device)
     if quick:
-        chosen = [Group(narrow, 1024, active, (FORWARD,)) for active in (NONE, SOME, ALL)]
+        chosen = [Group(narrow, 1024, active, modes=(FORWARD,)) for active in (NONE, SOME, ALL)]
         chosen[1] = Group(narrow, 1024, SOME)
     else:
         hosts = {number: wide if number > narrow.features else narrow for number in SEEDS}
         chosen = [Group(hosts[n], n, active) for n in SEEDS for active in (NONE, SOME, ALL)]
-    return [group for group in chosen if group.seeds in seeds]
+    return [replace(group, lowering=lowering) for group in chosen if group.seeds in seeds]
 
 
 def outcome(contender: c.Contender, x: Tensor, gradient: Tensor, mode: str) -> list[Tensor]:
@@ -223,6 +226,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 if a bound is exceeded (CPU)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything there")
     parser.add_argument("--seeds", type=int, nargs="+", choices=SEEDS, default=SEEDS)
+    parser.add_argument("--lowering", default="auto", help="of kasmina; first calls take auto")
     worse = f"exit 1 if a ratio is over {ALLOWED} times the one kept there"
     parser.add_argument("--against", type=Path, metavar="KEPT", help=worse)
     parser.add_argument("--keep", type=Path, metavar="KEPT", help="write the ratios there")
@@ -237,7 +241,7 @@ def main() -> int:
     limits = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, suppress_errors=False)
     results: list[dict[str, Any]] = []
     with limits, fresh_cache():
-        for group in groups(args.device, args.quick, args.seeds):
+        for group in groups(args.device, args.quick, args.seeds, args.lowering):
             results += measure(group, plan)
             gc.collect()
             done = f"{group.seeds} seeds, {group.active} active"

@@ -29,7 +29,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels run in Triton's interpreter, on tensors of the CPU."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
-        pytest.skip("kernels are compiled here")
+        pytest.skip("with a GPU, kernels are compiled for it: tests marked gpu run them")
     monkeypatch.setattr(triton, "INTERPRET", True)
 
 
