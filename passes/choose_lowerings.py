@@ -11,8 +11,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, Final
 
+import torch
 from torch.fx import GraphModule
 
 from kasmina_fx._torch.tracing import is_dense, usual
@@ -21,6 +23,7 @@ from kasmina_fx.lowerings import LOWERINGS, Site
 from kasmina_fx.lowerings.sample import can_observe
 from kasmina_fx.passes.infra.matching import Match, argument, blend_arguments, known_matches
 from kasmina_fx.passes.infra.metadata import Lowering, set_lowering, then_of, value_of
+from kasmina_fx.passes.infra.outputs import outputs_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
 
 #: What becomes of an observe marker where a kernel computes it.
@@ -90,7 +93,8 @@ def site_of(match: Match) -> Site:
         tuple(tuple(int(n) for n in next(rest).shape[1:]) for _ in range(bank.num_params))
         for bank in match.banks
     ]
-    orders = blend_arguments(match.node).order if match.banks else ()
+    asked = blend_arguments(match.node) if match.banks else None
+    orders, seeds = (asked.order, asked.seeds) if asked else ((), ())
     return Site(
         match.chunks,
         match.banks,
@@ -101,5 +105,9 @@ def site_of(match: Match) -> Site:
         tuple(sizes),
         frozenset(stack.dtype for stack in stacks),
         then_of(match.node),
-        tuple(usual(value_of(order).shape[0]) for order in orders),
+        running=tuple(usual(value_of(order).shape[0]) for order in orders),
+        places=tuple(prod(map(usual, value_of(table).shape)) for table in seeds),
+        rows=prod(map(usual, y.shape)) // match.chunks.width,
+        training=torch.is_grad_enabled(),
+        notes=match.is_blend and any(node.users for node in outputs_of(match.node)[1]),
     )

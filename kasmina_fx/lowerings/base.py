@@ -25,6 +25,9 @@ class Site:
         then: The activation that could be absorbed, of
             :data:`kasmina_fx.lowerings.rows.ACTIVATIONS`; "" for none.
         running: Of each bank, for how many seeds its tables have room while this is compiled.
+        places: Of each bank, how many places its slots have then, in use or not.
+        rows: Of the output, likewise: elements that a feature has.
+        training: A backward follows; ``notes``: somebody reads the second output.
     """
 
     chunks: ChunkLayout
@@ -37,6 +40,10 @@ class Site:
     dtypes: frozenset[torch.dtype] = frozenset()
     then: str = ""
     running: tuple[int, ...] = ()
+    places: tuple[int, ...] = ()
+    rows: int = 1
+    training: bool = True
+    notes: bool = True
 
     @property
     def share(self) -> float:

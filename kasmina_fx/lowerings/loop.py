@@ -1,0 +1,100 @@
+"""One small subgraph a chunk, one after the other: for layers of few seeds, and users' modules.
+
+Each chunk of a run that a bank acts on is blended as a layer of that one chunk would be, by
+:mod:`kasmina_fx.physical.blend`. Chunks are cut out of ``y`` and parameters out of stacks that are
+in the seeds' order, so that nothing is stacked: a user's module sees its own chunk, and no ``vmap``
+asks it for a batching rule. The number of nodes follows the number of *chunks*, which a layout
+fixes, and not that of slots in use: a germination is data here, too. Chunks whose seeds sleep are
+computed as well, and left as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from kasmina_fx.lifecycle import Mode
+from kasmina_fx.lowerings.base import Lowering, Site, Wanted
+from kasmina_fx.physical import blend, operators
+from kasmina_fx.physical.graph_inputs import BankInputs, BlendArguments, LayerTables
+from kasmina_fx.physical.layout import ChunkLayout, Run, format_banks
+
+#: Subgraphs of a layer at most: each is some 60 nodes, and all are compiled.
+MOST: Final = 4
+
+
+class Loop(Lowering):
+    """The lowering that takes seeds one by one."""
+
+    name = "loop"
+
+    def why_not(self, site: Site) -> str | None:
+        """See :meth:`Lowering.why_not`."""
+        if any(bank.shared for bank in site.banks):
+            return "seeds that share parameters go through one product"
+        chunks = sum(site.chunks.runs[bank.run].count for bank in site.banks)
+        if chunks > MOST:
+            return f"a subgraph for each of {chunks} chunks: {MOST} are the most"
+        return None
+
+    def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
+        """See :meth:`Lowering.blend`."""
+        y, layout = asked.y, ChunkLayout.parse(asked.chunks)
+        dim, whole, banks = layout.feature_dim, LayerTables(*asked.layer), asked.bank_inputs()
+        parts, notes = [], []
+        # Splits, not slices: the backward of a split is one concatenation.
+        widths = [run.width for run in layout.runs]
+        for index, (run, part) in enumerate(zip(layout.runs, y.split(widths, dim), strict=True)):
+            mine = [bank for bank in banks if bank.spec.run == index]
+            if not mine:
+                parts.append(part)
+                notes.append(blend.no_notes(y, run.count))
+            for one in _one_by_one(part, mine, whole.of(run), run, dim):
+                out, said = blend.blend(one)
+                parts.append(out)
+                notes.append(said)
+        if len(parts) == 1:
+            return parts[0], notes[0]
+        return torch.cat(parts, dim), torch.cat(notes, 1)
+
+
+def _one_by_one(
+    part: Tensor, banks: list[BankInputs], layer: LayerTables, run: Run, dim: int
+) -> Iterator[BlendArguments]:
+    """Yield, for each chunk of a run, what a layer of that chunk alone would ask for."""
+    if not banks:
+        return
+    chunks = str(ChunkLayout.of([run.size], dim))
+    specs = format_banks([replace(bank.spec, run=0) for bank in banks])
+    of_banks = [_of_seeds(bank) for bank in banks]
+    alphas, roles, faults = (t.split(1) for t in layer[:3])
+    for i, chunk in enumerate(part.split(run.size, dim)):
+        mine = [alphas[i], roles[i], faults[i], layer.loss_scale]
+        sits, modes, trains, params = ([own[n][i] for own in of_banks] for n in range(4))
+        places = [s.unsqueeze(0) for s in sits]
+        flat = [p for of_bank in params for p in of_bank]
+        modes = [mode.unsqueeze(0) for mode in modes]
+        yield BlendArguments(chunk, mine, places, sits, modes, trains, sits, flat, chunks, specs)
+
+
+def _of_seeds(bank: BankInputs) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[list[Tensor]]]:
+    """Return a bank's tables and parameters in the order of the run's seeds, each ``(1, ...)``.
+
+    Whether a blueprint sits there (0, else -1), its mode, whether it reconstructs (0, else -1), and
+    its parameters, zeros where there is none.
+    """
+    tables = bank.tables
+    positions, slots = tables.positions, tables.seeds.view(-1)
+    empty = positions < 0
+    modes = tables.modes.view(-1).index_select(0, positions.clamp_min(0))
+    modes = modes.masked_fill(empty, Mode.FROZEN)
+    sits = torch.where(empty, -1, 0)
+    trains = torch.where(modes == Mode.RECONSTRUCTS, 0, -1)
+    pull, used = operators.current().pull, slots.shape[0]
+    stacks = [pull(p[:used], positions, slots).split(1) for p in bank.params]
+    of_each = [list(own) for own in zip(*stacks, strict=True)] if stacks else [[]] * len(positions)
+    return list(sits.split(1)), list(modes.split(1)), list(trains.split(1)), of_each
