@@ -1,18 +1,19 @@
 """How often the cost model takes the lowering that is quickest, or nearly.
 
-    python benchmarks/choice.py --device cpu|cuda [--json PATH]
+    python benchmarks/choice.py --device cpu|cuda [--threads N] [--json PATH]
     python benchmarks/choice.py --fit PATH
 
 Layers of several widths, chunk sizes and blueprints, with a few, half and all of their seeds active
-and several numbers of rows, in training and in inference: each cell is measured with every lowering
-that can, and the model's choice is compared with the quickest. A host is Linear 64 -> features and
-GELU, a small one, so that a blend is much of the time; seeds keep statistics, as by default. Times
-are those of a whole step (a forward, or a forward and a backward from a fixed gradient), the
-quickest of several rounds in turns: others may use the machine. A layer is compiled once for each
-lowering and mode, with a symbol for its rows, as in the life of a network that grows.
+and several numbers of rows, in training and in inference: in each cell every lowering that can is
+measured, and the model's choice compared with the quickest. The host is Linear 64 -> features and
+GELU, small so that the blend is much of the time; seeds keep statistics, as by default. A time is
+that of a whole step (a forward, or a forward and a backward from a fixed gradient), the quickest of
+several rounds in turns. With one thread the clock is that thread's own, which others on the machine
+hardly spoil. A layer is compiled once for each lowering and mode, with a symbol for its rows, as in
+the life of a network that grows; the model is asked in each cell as if it were compiled there.
 
-``--json`` keeps what was measured; ``--fit`` reads such a file, finds the prices that explain it
-best, and says how often a model with these would choose well.
+``--json`` keeps what was measured. ``--fit`` reads such a file, finds the prices for
+``kasmina_fx/lowerings/cost.py`` that explain it best, and says how well these would choose.
 """
 
 from __future__ import annotations
@@ -20,43 +21,50 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import Plan, interleave, machine
+from _timing import Plan, Step, interleave, machine
 from torch import Tensor, nn
+from torch._dynamo import maybe_mark_dynamic
 
 from kasmina_fx import capture, find_matches, kasmina_layers, kasminify
 from kasmina_fx.blueprints.registry import register
-from kasmina_fx.lowerings import LOWERINGS, Site
+from kasmina_fx.lowerings import LOWERINGS, Site, cost, lowering_named
 from kasmina_fx.passes import passes_for
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings, site_of
 from kasmina_fx.passes.infra.matching import Match
 from kasmina_fx.passes.infra.metadata import Lowering
+from kasmina_fx.physical.layout import ChunkLayout, format_banks, parse_banks
 from kasmina_fx.testing import graft
 
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-ROWS = {"cpu": (64, 512, 4096, 16384), "cuda": (64, 1024, 16384)}
-#: Numbers of an output at most.
-MOST = {"cpu": 2**22, "cuda": 2**26}
-INPUTS = 64
-PLAN = {"cpu": Plan(5, 0.01, 0.4), "cuda": Plan(5, 0.005, 0.1)}
-#: Blueprint (`tanh` is a module of a user's), features, features of a chunk.
-LAYERS = (
-    ("mlp", 4096, 4), ("mlp", 4096, 1), ("mlp", 1024, 16), ("mlp", 4096, 64), ("mlp", 1024, 256),
-    ("mlp", 64, 64), ("mlp", 64, 16), ("mlp", 256, 64), ("lora", 4096, 256), ("lora", 1024, 64), ("lora", 256, 4),
-    ("affine", 1024, 4), ("affine", 4096, 256), ("bottleneck", 1024, 16), ("bottleneck", 256, 128),
-    ("tanh", 1024, 64), ("tanh", 256, 256),
-)  # fmt: skip
 #: A choice is good if its time is at most so many times the best one's.
 GOOD = 1.1
-NAMES = [lowering.name for lowering in LOWERINGS]
-MODES = ("inference", "training")
+INPUTS = 64
+HOST, MODES = "host", ("inference", "training")
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+ROWS = {"cpu": (64, 512, 4096, 16384), "cuda": (64, 1024, 16384)}
+#: Numbers of an output, at most.
+MOST = {"cpu": 2**22, "cuda": 2**26}
+PLANS = {"cpu": Plan(5, 0.01, 0.3), "cuda": Plan(5, 0.005, 0.1)}
+#: Blueprint (`tanh` is a module of a user's), features, and features of a chunk.
+LAYERS = {
+    "cpu": (
+        ("mlp", 4096, 1), ("mlp", 4096, 4), ("mlp", 1024, 16), ("mlp", 2048, 64),
+        ("mlp", 512, 256), ("mlp", 64, 64), ("lora", 256, 4), ("lora", 1024, 256),
+        ("affine", 1024, 4), ("bottleneck", 256, 128), ("tanh", 256, 64), ("tanh", 256, 256),
+    ),
+    "cuda": (
+        ("mlp", 4096, 4), ("mlp", 768, 3), ("mlp", 2048, 64), ("mlp", 1024, 256),
+        ("lora", 3072, 12), ("affine", 1024, 4), ("bottleneck", 256, 128), ("tanh", 256, 256),
+    ),
+}  # fmt: skip
 
 
 class Tanh(nn.Sequential):
@@ -68,13 +76,13 @@ class Tanh(nn.Sequential):
 
 @dataclass(frozen=True)
 class Forced(ChooseLowerings):
-    """Blends by one lowering; statistics as they are kept with "auto"."""
+    """Blends by one lowering, and keeps statistics as "auto" does."""
 
     blend: str = ""
 
     def choose(self, match: Match) -> Lowering:
         chosen = super().choose(match)
-        return Lowering(self.blend, "forced") if chosen.name in NAMES else chosen
+        return Lowering(self.blend, "forced") if match.is_blend and match.banks else chosen
 
 
 @dataclass(frozen=True)
@@ -90,80 +98,77 @@ class Layer:
     def count(self) -> int:
         return self.features // self.size
 
-    @property
-    def actives(self) -> list[int]:
-        """How many seeds are a few, half, and all of them."""
-        return sorted({max(1, self.count // 16), max(1, self.count // 2), self.count})
-
-    @property
-    def rows(self) -> list[int]:
-        return [rows for rows in ROWS[self.device] if rows * self.features <= MOST[self.device]]
-
-    def random(self, *size: int) -> Tensor:
-        return torch.randn(*size, device=self.device).to(DTYPES[self.device])
-
-    def inputs(self, rows: int) -> Tensor:
-        x = self.random(rows, INPUTS)
-        torch._dynamo.maybe_mark_dynamic(x, 0)
-        return x
+    def host(self) -> nn.Module:
+        torch.manual_seed(0)
+        host = nn.Sequential(nn.Linear(INPUTS, self.features), nn.GELU())
+        return host.to(self.device, DTYPES[self.device])
 
     def model(self, lowering: str) -> nn.Module:
-        """A compiled model that blends by this lowering."""
+        """A compiled model that blends by this lowering, or the plain host."""
+        if lowering == HOST:
+            host = self.host()
+            host.compile()
+            return host
         steps = [
             Forced(blend=lowering) if isinstance(step, ChooseLowerings) else step
             for step in passes_for()
         ]
-        torch.manual_seed(0)
-        host = nn.Sequential(nn.Linear(INPUTS, self.features), nn.GELU())
-        host = host.to(self.device, DTYPES[self.device])
-        return kasminify(host, num_seeds=self.count, options={"passes": steps})
+        return kasminify(self.host(), num_seeds=self.count, options={"passes": steps})
+
+    def random(self, rows: int, columns: int) -> Tensor:
+        x = torch.randn(rows, columns, device=self.device).to(DTYPES[self.device])
+        maybe_mark_dynamic(x, 0)
+        return x
 
     def site(self, model: nn.Module, rows: int, mode: str) -> Site:
         """What lowerings are asked about."""
         with torch.set_grad_enabled(mode == "training"):
-            (match, *_) = find_matches(capture(model, self.inputs(rows)))
-            return site_of(match)
+            return site_of(find_matches(capture(model, self.random(rows, INPUTS)))[0])
 
     def measure(self) -> Iterator[dict[str, Any]]:
-        """Yield a cell for each number of seeds and rows, and each mode."""
+        """Yield a cell for each number of seeds and rows, and each mode; none without a choice."""
         torch._dynamo.reset()
         order = torch.randperm(self.count, generator=torch.Generator().manual_seed(2)).tolist()
-        first = self.model("matmul")
-        grow(first, order[:1], self.kind)
-        site = self.site(first, 64, "training")
-        models = {each.name: self.model(each.name) for each in LOWERINGS if not each.why_not(site)}
-        done = 0
-        for active in self.actives:
-            for model in models.values():
-                grow(model, order[done:active], self.kind)
+        asked = self.model("matmul")
+        self.grow(asked, order[:1])
+        site = self.site(asked, 64, "training")
+        able = [each.name for each in LOWERINGS if each.why_not(site) is None]
+        if len(able) < 2:
+            return
+        models, done = {name: self.model(name) for name in (HOST, *able)}, 0
+        for active in sorted({max(1, self.count // 16), max(1, self.count // 2), self.count}):
+            for name, model in models.items():
+                if name != HOST:
+                    self.grow(model, order[done:active])
             done = active
-            for rows in self.rows:
-                for mode in MODES:
-                    yield self.cell(models, active, rows, mode)
+            for rows in ROWS[self.device]:
+                if rows * self.features <= MOST[self.device]:
+                    for mode in MODES:
+                        yield self.cell(models, active, rows, mode)
+
+    def grow(self, model: nn.Module, seeds: Sequence[int]) -> None:
+        (layer,) = kasmina_layers(model).values()
+        torch.manual_seed(1)
+        graft(layer, list(seeds), self.kind)
 
     def cell(self, models: dict[str, nn.Module], active: int, rows: int, mode: str) -> Any:
-        x, grad = self.inputs(rows), self.random(rows, self.features)
-        steps = {name: step_of(model.train(mode == "training"), grad, mode) for name, model in models.items()}
-        began = time.perf_counter()
+        x, gradient = self.random(rows, INPUTS), self.random(rows, self.features)
+        for model in models.values():
+            model.train(mode == "training")
+        steps = {name: step_of(model, gradient, mode) for name, model in models.items()}
         for step in steps.values():
             step(x)  # may compile
-        first = time.perf_counter() - began
-        samples = interleave(steps, [x], PLAN[self.device])
-        site = self.site(models["matmul"], rows, mode)
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        samples = interleave(steps, [x], PLANS[self.device], clock)
+        site = self.site(next(m for name, m in models.items() if name != HOST), rows, mode)
         return {
-            "kind": self.kind, "features": self.features, "size": self.size, "active": active,
-            "rows": rows, "mode": mode, "site": site, "compiling": first,
+            "layer": f"{self.kind} {self.features}/{self.size}",
+            "active": active, "rows": rows, "mode": mode, "site": written(site),
             "seconds": {name: min(found.seconds) for name, found in samples.items()},
         }  # fmt: skip
 
 
-def grow(model: nn.Module, seeds: Sequence[int], kind: str) -> None:
-    (layer,) = kasmina_layers(model).values()
-    torch.manual_seed(1)
-    graft(layer, list(seeds), kind)
-
-
-def step_of(model: nn.Module, grad: Tensor, mode: str) -> Any:
+def step_of(model: nn.Module, gradient: Tensor, mode: str) -> Step:
     parameters = list(model.parameters())
 
     def forward(x: Tensor) -> None:
@@ -171,36 +176,169 @@ def step_of(model: nn.Module, grad: Tensor, mode: str) -> Any:
             model(x)
 
     def training(x: Tensor) -> None:
-        model(x).backward(grad)
+        model(x).backward(gradient)
         for parameter in parameters:
             parameter.grad = None
 
     return training if mode == "training" else forward
 
 
+def written(site: Site) -> dict[str, Any]:
+    """What a site is, in numbers and strings."""
+    return asdict(site) | {
+        "chunks": str(site.chunks),
+        "banks": format_banks(site.banks),
+        "dtype": str(site.dtype).removeprefix("torch."),
+        "device": site.device.type,
+        "dtypes": [],
+    }
+
+
+def read(text: dict[str, Any]) -> Site:
+    """Undo :func:`written`."""
+    changed = {
+        "chunks": ChunkLayout.parse(text["chunks"]),
+        "banks": parse_banks(text["banks"]),
+        "dtype": getattr(torch, text["dtype"]),
+        "device": torch.device(text["device"]),
+        "sizes": tuple(tuple(map(tuple, shapes)) for shapes in text["sizes"]),
+    }
+    return Site(**text | changed)
+
+
+Prediction = Callable[[str, Site], float]
+
+
+def by_model(name: str, site: Site) -> float:
+    return cost.predicted(lowering_named(name), site)
+
+
+def judge(cells: Sequence[dict[str, Any]], predict: Prediction) -> float:
+    """Print how well predictions choose; return the share of cells where that is good."""
+    ratios, missed = [], []
+    for cell in cells:
+        site, times = read(cell["site"]), dict(cell["seconds"])
+        host = times.pop(HOST)
+        found = [cost.Candidate(n, 1e6 * predict(n, site), reason(n, site)) for n in times]
+        times = {each.name: times[each.name] for each in found if each.why_not is None}
+        chosen = cost.quickest(found)
+        best = min(times, key=lambda name: times[name])
+        ratios.append(times[chosen.name] / times[best])
+        if ratios[-1] > GOOD:
+            told = [
+                f"{each.name} {each.microseconds:.0f} {1e6 * (times[each.name] - host):.0f}"
+                for each in found
+                if each.name in times
+            ]
+            missed.append(f"{name_of(cell)}: {chosen.name} {ratios[-1]:.2f} of {best}'s ({told})")
+    good = sum(ratio <= GOOD for ratio in ratios)
+    print("\n".join(missed))
+    print(
+        f"within {GOOD - 1:.0%} of the quickest: {good} of {len(ratios)} cells; "
+        f"mean ratio {statistics.mean(ratios):.3f}, worst {max(ratios):.2f}"
+    )
+    return good / len(ratios)
+
+
+def reason(name: str, site: Site) -> str | None:
+    return lowering_named(name).why_rather_not(site)
+
+
+def name_of(cell: dict[str, Any]) -> str:
+    return f"{cell['layer']}, {cell['active']} active, {cell['rows']} rows, {cell['mode']}"
+
+
+def fit(cells: Sequence[dict[str, Any]], width: cost.Width) -> dict[tuple[str, bool], cost.Prices]:
+    """Prices that explain what lowerings took beside the host, by least relative squares."""
+    samples: dict[tuple[str, bool], list[tuple[list[float], float]]] = {}
+    for cell in cells:
+        site, host = read(cell["site"]), cell["seconds"][HOST]
+        for name, seconds in cell["seconds"].items():
+            if name != HOST:
+                units = [
+                    cost.Prices(*(float(i == unit) for i in range(5))).of(
+                        lowering_named(name).work(site), width
+                    )
+                    for unit in range(5)
+                ]
+                key = cost.priced_as(name), cell["mode"] == "training"
+                row = [value / seconds for value in units]
+                samples.setdefault(key, []).append((row, max(0.0, 1 - host / seconds)))
+    return {key: cost.Prices(*not_negative(*zip(*rows))) for key, rows in samples.items()}
+
+
+def not_negative(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:
+    """Solve least squares for numbers that are not below 0, one coordinate after the other."""
+    matrix, target = torch.tensor(rows, dtype=torch.float64), torch.tensor(wanted).double()
+    scale = matrix.norm(dim=0).clamp_min(1e-300)
+    matrix = matrix / scale
+    products, sums = (matrix.T @ matrix).tolist(), (matrix.T @ target).tolist()
+    found = [0.0] * len(sums)
+    for _ in range(20_000):
+        for i, row in enumerate(products):
+            if row[i]:
+                rest = sums[i] - sum(a * b for a, b in zip(row, found)) + row[i] * found[i]
+                found[i] = max(0.0, rest / row[i])
+    return [value / by for value, by in zip(found, scale.tolist())]
+
+
+def show_fit(kept: dict[str, Any]) -> None:
+    cells, width = kept["cells"], cost.Width(*kept["width"])
+    print("with the prices of the package:")
+    judge(cells, by_model)
+    prices = fit(cells, width)
+    print("\nwith these:")
+    for key, found in prices.items():
+        print(f'("{key[0]}", {key[1]}): Prices({", ".join(f"{p:.2g}" for p in found)}),')
+
+    def predict(name: str, site: Site) -> float:
+        return prices[cost.priced_as(name), site.training].of(lowering_named(name).work(site), width)
+
+    judge(cells, predict)
+    for key in prices:
+        errors = [
+            (cell["seconds"][HOST] + predict(name, read(cell["site"]))) / seconds
+            for cell in cells
+            for name, seconds in cell["seconds"].items()
+            if name != HOST and key == (cost.priced_as(name), cell["mode"] == "training")
+        ]
+        low, middle, high = statistics.quantiles(errors, n=10)[::4]
+        print(f"{key}: predicted beside measured {low:.2f}, {middle:.2f}, {high:.2f} (deciles 1, 5, 9)")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="How often the cost model chooses well.")
     parser.add_argument("--device", choices=tuple(DTYPES))
-    parser.add_argument("--only", help="layers of this blueprint alone")
     parser.add_argument("--threads", type=int, help="of a CPU")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything there")
+    parser.add_argument("--fit", type=Path, metavar="PATH", help="find prices in such a file")
     args = parser.parse_args()
+    if args.fit:
+        show_fit(json.loads(args.fit.read_text()))
+        return 0
+    if args.device is None:
+        parser.error("give --device or --fit")
     if args.threads:
         torch.set_num_threads(args.threads)
-    print(", ".join(f"{key} {value}" for key, value in machine(args.device).items()) + "\n")
-    began = time.perf_counter()
+    began, about = time.perf_counter(), machine(args.device)
+    print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n", flush=True)
     register(Tanh, name="tanh")
-    kept = []
-    for kind, features, size in LAYERS:
-        if args.only not in (None, kind): continue
-        for cell in Layer(kind, features, size, args.device).measure():
-            times = "  ".join(f"{n} {t * 1e6:8.0f}" for n, t in cell["seconds"].items())
-            print(f"[{time.perf_counter() - began:4.0f}] {kind:10} {features:5} {size:4} {cell['active']:5} {cell['rows']:6} {cell['mode']:9} {cell['compiling']:5.1f} {times}", flush=True)
-            kept.append(cell)
+    cells: list[dict[str, Any]] = []
+    for layer in LAYERS[args.device]:
+        for cell in Layer(*layer, args.device).measure():
+            times = {name: f"{1e6 * seconds:.0f}" for name, seconds in cell["seconds"].items()}
+            print(f"{name_of(cell)}: {', '.join(map(' '.join, times.items()))} us", flush=True)
+            cells.append(cell)
         gc.collect()
+        done = f"[{time.perf_counter() - began:4.0f} s] {' '.join(map(str, layer))}"
+        print(done, file=sys.stderr, flush=True)
     if args.json:
-        import pickle
-        pickle.dump(kept, open(args.json, "wb"))
+        width = cost.width_of(torch.device(args.device))
+        kept = {"machine": about, "width": list(width), "cells": cells}
+        args.json.write_text(json.dumps(kept) + "\n")
+    print()
+    judge(cells, by_model)
+    print(f"{time.perf_counter() - began:.0f} s in all")
     return 0
 
 

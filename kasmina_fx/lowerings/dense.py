@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kasmina_fx._torch.triton import launches_on
-from kasmina_fx.lowerings.base import Lowering, Site, Wanted
-from kasmina_fx.lowerings.fused import Fused, plan_of, plans_of, run_bank, tables_of
+from kasmina_fx.lowerings.base import Lowering, Site, Wanted, Work
+from kasmina_fx.lowerings.fused import Fused, in_tiles, plan_of, plans_of, run_bank, tables_of
 from kasmina_fx.lowerings.rows import BLENDED_ROWS, KEEP_THEIR_INPUT, ROWS
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BlendArguments, LayerTables
@@ -52,6 +52,12 @@ class Dense(Lowering):
         if site.then:
             return f"few seeds run, and {site.then} keeps no input for backward"
         return "few seeds run, and no activation that keeps its input for backward rides along"
+
+    def work(self, site: Site) -> Work:
+        """See :meth:`Lowering.work`: tiles are of neighbours, and seeds that run lie anywhere."""
+        work = site.work(site.running, launches=len(site.banks), full=site.numbers)
+        plans = zip(plans_of(site), site.running, strict=True)
+        return in_tiles(site, work, [min(p.count, n * p.tiling.seeds) for p, n in plans])
 
     def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
         """See :mod:`kasmina_fx.lowerings.rows`.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kasmina_fx.lifecycle import Mode
-from kasmina_fx.lowerings.base import Lowering, Site, Wanted
+from kasmina_fx.lowerings.base import Lowering, Site, Wanted, Work
 from kasmina_fx.physical import blend, operators
 from kasmina_fx.physical.graph_inputs import BankInputs, BlendArguments, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout, Run, format_banks
@@ -36,10 +36,15 @@ class Loop(Lowering):
         """See :meth:`Lowering.why_not`."""
         if any(bank.shared for bank in site.banks):
             return "seeds that share parameters go through one product"
-        chunks = sum(site.chunks.runs[bank.run].count for bank in site.banks)
+        chunks = sum(_chunks(site))
         if chunks > MOST:
             return f"a subgraph for each of {chunks} chunks: {MOST} are the most"
         return None
+
+    def work(self, site: Site) -> Work:
+        """See :meth:`Lowering.work`: all chunks are computed, active or not."""
+        chunks = _chunks(site)
+        return site.work(chunks, launches=sum(chunks), full=site.numbers)
 
     def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
         """See :meth:`Lowering.blend`."""
@@ -60,6 +65,11 @@ class Loop(Lowering):
         if len(parts) == 1:
             return parts[0], notes[0]
         return torch.cat(parts, dim), torch.cat(notes, 1)
+
+
+def _chunks(site: Site) -> list[int]:
+    """Return of how many chunks each bank's blueprints are computed."""
+    return [site.chunks.runs[bank.run].count for bank in site.banks]
 
 
 def _one_by_one(

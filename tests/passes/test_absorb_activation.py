@@ -231,11 +231,11 @@ def test_auto_is_dense_where_the_activation_keeps_its_input(
     chosen = lowering_of(matches[0].node)
     assert chosen is not None
     expected = {
-        F.gelu: "dense: the first that can",
-        F.relu: "fused: the first that can; not dense: few seeds run, and relu keeps no input for "
-        "backward",
-        used_twice: "fused: the first that can; not dense: few seeds run, and no activation that "
-        "keeps its input for backward rides along",
+        F.gelu: "dense: the quickest by prediction",
+        F.relu: "fused: the quickest by prediction; not dense: few seeds run, and relu keeps no "
+        "input for backward",
+        used_twice: "fused: the quickest by prediction; not dense: few seeds run, and no "
+        "activation that keeps its input for backward rides along",
     }
     assert f"{chosen.name}: {chosen.why}" == expected[then]
 

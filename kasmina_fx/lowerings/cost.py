@@ -1,0 +1,151 @@
+"""What a blend would take in each lowering: a roofline of a few numbers, predicted and not measured.
+
+A lowering counts its :class:`~kasmina_fx.lowerings.base.Work`; a device has a price for each unit.
+The time is the sum, not the largest: products and loads of small chunks rarely overlap. Prices are
+those that explain best what ``benchmarks/choice.py`` measured, found by least squares of relative
+errors; those of a training step pay for the backward too. They are scaled by the device's width:
+a CPU's threads and vectors, a GPU's bandwidth and multiprocessors.
+
+A prediction is a function of the site alone, and is made when a graph is compiled: growth changes
+nothing about a graph that is there.
+
+>>> from kasmina_fx.lowerings.base import Work
+>>> Prices(launch=1e-5, full=0, elements=1e-9, products=1e-11, numbers=0).of(
+...     Work(launches=2, elements=1000, products=100_000), Width(1.0, 1.0))
+2.2e-05
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+
+from kasmina_fx.lowerings.base import Lowering, Site, Work
+from kasmina_fx.lowerings.launches import natively
+
+#: Of two lowerings that are predicted to be so near, the earlier one is taken.
+NEAR: Final = 1.05
+
+
+class Width(NamedTuple):
+    """Says how wide a device is, beside the one that its prices were found on.
+
+    Attributes:
+        memory: How many times as much it moves in a second.
+        arithmetic: How many times as much it computes.
+    """
+
+    memory: float
+    arithmetic: float
+
+
+class Prices(NamedTuple):
+    """Holds seconds for each unit of :class:`~kasmina_fx.lowerings.base.Work`."""
+
+    launch: float
+    full: float
+    elements: float
+    products: float
+    numbers: float
+
+    def of(self, work: Work, width: Width, size: float = 1.0) -> float:
+        """Return the seconds of a work whose numbers have ``size`` times the usual bytes."""
+        moved = (
+            self.full * work.full
+            + self.elements * work.elements
+            + self.numbers * work.numbers
+        )
+        computed = self.products * work.products
+        return self.launch * work.launches + size * (
+            moved / width.memory + computed / width.arithmetic
+        )
+
+
+#: By device, lowering, and whether a backward follows. CPU: one thread with AVX-512, float32. CUDA:
+#: an H100, bfloat16.
+PRICES: Final[dict[str, dict[tuple[str, bool], Prices]]] = {
+    "cpu": {
+        ("fused", False): Prices(8e-6, 0, 3e-10, 8.6e-12, 1e-11),
+        ("fused", True): Prices(20e-6, 0, 1.5e-9, 3.3e-11, 2.9e-9),
+        ("matmul", False): Prices(10e-6, 5e-10, 2.2e-9, 1.7e-11, 4e-10),
+        ("matmul", True): Prices(80e-6, 1.2e-8, 1e-8, 4.4e-11, 3.3e-9),
+    },
+    "cuda": {
+        ("dense", False): Prices(12e-6, 2.5e-12, 4e-12, 1e-14, 1e-12),
+        ("dense", True): Prices(25e-6, 6e-12, 9e-12, 3e-14, 1e-12),
+        ("fused", False): Prices(12e-6, 0, 4e-12, 1e-14, 1e-12),
+        ("fused", True): Prices(25e-6, 0, 9e-12, 3e-14, 1e-12),
+        ("matmul", False): Prices(40e-6, 1e-12, 8e-12, 5e-15, 2e-12),
+        ("matmul", True): Prices(120e-6, 5e-12, 3e-11, 1.5e-14, 4e-12),
+    },
+}
+_USUAL_BYTES: Final = {"cpu": 4, "cuda": 2}
+#: What prices of CUDA were found on: bytes a second, and multiprocessors times their clock.
+_BANDWIDTH, _CYCLES = 3.35e12, 132 * 1.98e9
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Says of one lowering what it would take, or why it is not taken.
+
+    Attributes:
+        name: The lowering.
+        microseconds: Of the blend forward, and backward where one follows; None if it can't.
+        why_not: Why "auto" does not consider it, or None.
+    """
+
+    name: str
+    microseconds: float | None
+    why_not: str | None
+
+
+def candidates(lowerings: Sequence[Lowering], site: Site) -> tuple[Candidate, ...]:
+    """Return what is to be said of each lowering, in the same order."""
+    found = []
+    for lowering in lowerings:
+        why_not = lowering.why_not(site)
+        time = None if why_not else 1e6 * predicted(lowering, site)
+        found.append(Candidate(lowering.name, time, why_not or lowering.why_rather_not(site)))
+    return tuple(found)
+
+
+def quickest(found: Sequence[Candidate]) -> Candidate:
+    """Return the first of those that are predicted to be about the quickest.
+
+    Raises:
+        ValueError: None of them is considered.
+    """
+    times = [(each, each.microseconds) for each in found if each.why_not is None]
+    least = min(time for _, time in times if time is not None)
+    return next(each for each, time in times if time is not None and time <= NEAR * least)
+
+
+def predicted(lowering: Lowering, site: Site) -> float:
+    """Return the seconds that a blend is predicted to take, with its backward if one follows."""
+    kind = "cpu" if natively(site.device) else "cuda"
+    prices = PRICES[kind][priced_as(lowering.name), site.training]
+    size = site.dtype.itemsize / _USUAL_BYTES[kind]
+    return prices.of(lowering.work(site), width_of(site.device), size)
+
+
+def priced_as(name: str) -> str:
+    """Return the lowering whose prices one of that name has: the same operators cost the same."""
+    return "matmul" if name == "loop" else name
+
+
+def width_of(device: torch.device) -> Width:
+    """Return how wide a device is beside the one that prices are of."""
+    if device.type == "cpu":
+        vectors = 1.0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0.5
+        threads = float(torch.get_num_threads())
+        return Width(threads * vectors, threads * vectors)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return Width(1.0, 1.0)
+    about = torch.cuda.get_device_properties(device)
+    clock, bus = getattr(about, "clock_rate", 0), getattr(about, "memory_bus_width", 0)
+    arithmetic = about.multi_processor_count * (clock or 1.98e6) * 1e3 / _CYCLES
+    bandwidth = 2e3 * getattr(about, "memory_clock_rate", 0) * bus / 8
+    return Width(bandwidth / _BANDWIDTH or arithmetic, arithmetic)
