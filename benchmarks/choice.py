@@ -264,7 +264,10 @@ def fit(cells: Sequence[dict[str, Any]], width: cost.Width) -> dict[tuple[str, b
                 key = cost.priced_as(name), cell["mode"] == "training"
                 row = [value / seconds for value in units]
                 samples.setdefault(key, []).append((row, max(0.0, 1 - host / seconds)))
-    return {key: cost.Prices(*not_negative(*zip(*rows))) for key, rows in samples.items()}
+    return {
+        key: cost.Prices(*not_negative([r for r, _ in rows], [t for _, t in rows]))
+        for key, rows in samples.items()
+    }
 
 
 def not_negative(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:
@@ -277,9 +280,9 @@ def not_negative(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> li
     for _ in range(20_000):
         for i, row in enumerate(products):
             if row[i]:
-                rest = sums[i] - sum(a * b for a, b in zip(row, found)) + row[i] * found[i]
-                found[i] = max(0.0, rest / row[i])
-    return [value / by for value, by in zip(found, scale.tolist())]
+                rest = sums[i] - sum(a * b for a, b in zip(row, found, strict=True))
+                found[i] = max(0.0, found[i] + rest / row[i])
+    return [value / by for value, by in zip(found, scale.tolist(), strict=True)]
 
 
 def show_fit(kept: dict[str, Any]) -> None:
@@ -292,7 +295,9 @@ def show_fit(kept: dict[str, Any]) -> None:
         print(f'("{key[0]}", {key[1]}): Prices({", ".join(f"{p:.2g}" for p in found)}),')
 
     def predict(name: str, site: Site) -> float:
-        return prices[cost.priced_as(name), site.training].of(lowering_named(name).work(site), width)
+        return prices[cost.priced_as(name), site.training].of(
+            lowering_named(name).work(site), width
+        )
 
     judge(cells, predict)
     for key in prices:
@@ -303,7 +308,7 @@ def show_fit(kept: dict[str, Any]) -> None:
             if name != HOST and key == (cost.priced_as(name), cell["mode"] == "training")
         ]
         low, middle, high = statistics.quantiles(errors, n=10)[::4]
-        print(f"{key}: predicted beside measured {low:.2f}, {middle:.2f}, {high:.2f} (deciles 1, 5, 9)")
+        print(f"{key}: predicted / measured {low:.2f}, {middle:.2f}, {high:.2f} (deciles 1, 5, 9)")
 
 
 def main() -> int:

@@ -20,8 +20,8 @@ from torch.fx import GraphModule
 
 from kasmina_fx._torch.tracing import is_dense, usual
 from kasmina_fx.errors import InvalidArgument, shown
-from kasmina_fx import lowerings
 from kasmina_fx.lowerings import FALLBACK, LOWERINGS, Site, cost, lowering_named
+from kasmina_fx.lowerings.base import Lowering as Able
 from kasmina_fx.lowerings.sample import can_observe
 from kasmina_fx.passes.infra.matching import Match, argument, blend_arguments, known_matches
 from kasmina_fx.passes.infra.metadata import Lowering, set_lowering, then_of, value_of
@@ -82,7 +82,7 @@ class ChooseLowerings(GraphPass):
         return Lowering(cost.quickest(found).name, "; ".join([why, *not_taken]), found)
 
 
-def _forced(asked: lowerings.Lowering, site: Site) -> Lowering:
+def _forced(asked: Able, site: Site) -> Lowering:
     why_not = asked.why_not(site)
     if why_not is None:
         return Lowering(asked.name, "forced by the option")

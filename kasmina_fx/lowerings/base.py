@@ -68,9 +68,9 @@ class Site:
 
     @property
     def share(self) -> float:
-        """Return which part of the features belongs to seeds that run, 0 to 1, or a bit more."""
+        """Return which part of the features belongs to seeds with a slot, 0 to 1, or a bit more."""
         runs = [self.chunks.runs[bank.run] for bank in self.banks]
-        features = sum(n * run.size for n, run in zip(self.running, runs, strict=False))
+        features = sum(n * run.size for n, run in zip(self.places, runs, strict=False))
         return features / self.chunks.width
 
     def work(self, many: Sequence[int], launches: int, full: int = 0) -> Work:

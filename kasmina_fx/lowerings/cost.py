@@ -1,4 +1,4 @@
-"""What a blend would take in each lowering: a roofline of a few numbers, predicted and not measured.
+"""What a blend would take in each lowering: a roofline of a few numbers, and nothing measured.
 
 A lowering counts its :class:`~kasmina_fx.lowerings.base.Work`; a device has a price for each unit.
 The time is the sum, not the largest: products and loads of small chunks rarely overlap. Prices are
@@ -10,16 +10,16 @@ A prediction is a function of the site alone, and is made when a graph is compil
 nothing about a graph that is there.
 
 >>> from kasmina_fx.lowerings.base import Work
->>> Prices(launch=1e-5, full=0, elements=1e-9, products=1e-11, numbers=0).of(
-...     Work(launches=2, elements=1000, products=100_000), Width(1.0, 1.0))
-2.2e-05
+>>> prices = Prices(launch=8.0, full=0.0, elements=0.5, products=0.25, numbers=0.0)
+>>> prices.of(Work(launches=2, elements=100, products=1000), Width(memory=1.0, arithmetic=10.0))
+91.0
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -53,11 +53,7 @@ class Prices(NamedTuple):
 
     def of(self, work: Work, width: Width, size: float = 1.0) -> float:
         """Return the seconds of a work whose numbers have ``size`` times the usual bytes."""
-        moved = (
-            self.full * work.full
-            + self.elements * work.elements
-            + self.numbers * work.numbers
-        )
+        moved = self.full * work.full + self.elements * work.elements + self.numbers * work.numbers
         computed = self.products * work.products
         return self.launch * work.launches + size * (
             moved / width.memory + computed / width.arithmetic
@@ -84,7 +80,8 @@ PRICES: Final[dict[str, dict[tuple[str, bool], Prices]]] = {
 }
 _USUAL_BYTES: Final = {"cpu": 4, "cuda": 2}
 #: What prices of CUDA were found on: bytes a second, and multiprocessors times their clock.
-_BANDWIDTH, _CYCLES = 3.35e12, 132 * 1.98e9
+_BANDWIDTH, _CLOCK = 3.35e12, 1.98e6
+_CYCLES: Final = 132 * _CLOCK * 1e3
 
 
 @dataclass(frozen=True)
@@ -144,8 +141,20 @@ def width_of(device: torch.device) -> Width:
         return Width(threads * vectors, threads * vectors)
     if device.type != "cuda" or not torch.cuda.is_available():
         return Width(1.0, 1.0)
-    about = torch.cuda.get_device_properties(device)
-    clock, bus = getattr(about, "clock_rate", 0), getattr(about, "memory_bus_width", 0)
-    arithmetic = about.multi_processor_count * (clock or 1.98e6) * 1e3 / _CYCLES
-    bandwidth = 2e3 * getattr(about, "memory_clock_rate", 0) * bus / 8
+    return width_of_gpu(torch.cuda.get_device_properties(device))
+
+
+def width_of_gpu(about: Any) -> Width:
+    """Return the same of a GPU with such properties; releases of torch know more or less of them.
+
+    Clocks are in kHz, the bus in bits; memory moves twice a cycle.
+    """
+    clock = getattr(about, "clock_rate", _CLOCK)
+    cycles = about.multi_processor_count * clock * 1e3
+    memory_clock, bus = (
+        getattr(about, "memory_clock_rate", 0),
+        getattr(about, "memory_bus_width", 0),
+    )
+    bandwidth = 2e3 * memory_clock * bus / 8
+    arithmetic = cycles / _CYCLES
     return Width(bandwidth / _BANDWIDTH or arithmetic, arithmetic)

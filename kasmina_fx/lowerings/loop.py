@@ -10,9 +10,9 @@ computed as well, and left as they were.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,19 @@ def _chunks(site: Site) -> list[int]:
     return [site.chunks.runs[bank.run].count for bank in site.banks]
 
 
+class _OfSeeds(NamedTuple):
+    """Holds a bank's tables and parameters in the order of the run's seeds, one each.
+
+    ``sits`` and ``trains`` are 0 where a blueprint sits there, and reconstructs, else -1; of seeds
+    without one, parameters are zeros.
+    """
+
+    sits: Sequence[Tensor]
+    modes: Sequence[Tensor]
+    trains: Sequence[Tensor]
+    params: Sequence[Sequence[Tensor]]
+
+
 def _one_by_one(
     part: Tensor, banks: list[BankInputs], layer: LayerTables, run: Run, dim: int
 ) -> Iterator[BlendArguments]:
@@ -83,20 +96,22 @@ def _one_by_one(
     of_banks = [_of_seeds(bank) for bank in banks]
     alphas, roles, faults = (t.split(1) for t in layer[:3])
     for i, chunk in enumerate(part.split(run.size, dim)):
-        mine = [alphas[i], roles[i], faults[i], layer.loss_scale]
-        sits, modes, trains, params = ([own[n][i] for own in of_banks] for n in range(4))
-        places = [s.unsqueeze(0) for s in sits]
-        flat = [p for of_bank in params for p in of_bank]
-        modes = [mode.unsqueeze(0) for mode in modes]
-        yield BlendArguments(chunk, mine, places, sits, modes, trains, sits, flat, chunks, specs)
+        sits = [own.sits[i] for own in of_banks]
+        yield BlendArguments(
+            chunk,
+            [alphas[i], roles[i], faults[i], layer.loss_scale],
+            [place.unsqueeze(0) for place in sits],
+            sits,
+            [own.modes[i].unsqueeze(0) for own in of_banks],
+            [own.trains[i] for own in of_banks],
+            sits,
+            [stack[i] for own in of_banks for stack in own.params],
+            chunks,
+            specs,
+        )
 
 
-def _of_seeds(bank: BankInputs) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[list[Tensor]]]:
-    """Return a bank's tables and parameters in the order of the run's seeds, each ``(1, ...)``.
-
-    Whether a blueprint sits there (0, else -1), its mode, whether it reconstructs (0, else -1), and
-    its parameters, zeros where there is none.
-    """
+def _of_seeds(bank: BankInputs) -> _OfSeeds:
     tables = bank.tables
     positions, slots = tables.positions, tables.seeds.view(-1)
     empty = positions < 0
@@ -105,6 +120,5 @@ def _of_seeds(bank: BankInputs) -> tuple[list[Tensor], list[Tensor], list[Tensor
     sits = torch.where(empty, -1, 0)
     trains = torch.where(modes == Mode.RECONSTRUCTS, 0, -1)
     pull, used = operators.current().pull, slots.shape[0]
-    stacks = [pull(p[:used], positions, slots).split(1) for p in bank.params]
-    of_each = [list(own) for own in zip(*stacks, strict=True)] if stacks else [[]] * len(positions)
-    return list(sits.split(1)), list(modes.split(1)), list(trains.split(1)), of_each
+    params = [pull(p[:used], positions, slots).split(1) for p in bank.params]
+    return _OfSeeds(sits.split(1), modes.split(1), trains.split(1), params)

@@ -32,7 +32,7 @@ def loop(asked: BlendArguments) -> tuple[Tensor, Tensor]:
 def assert_loop_is_right(case: Blend) -> None:
     """Compare it with stacks: the same operators on the same numbers, and so nearly the same."""
     expected = case.run(plain(""), case.dtype)
-    tolerances = {"rtol": 1e-5, "atol": 1e-6} if case.dtype == torch.float32 else {}
+    tolerances: Any = {"rtol": 1e-5, "atol": 1e-6} if case.dtype == torch.float32 else {}
     for found, want in zip(case.run(loop, case.dtype), expected, strict=True):
         torch.testing.assert_close(found, want, equal_nan=True, **tolerances)
 
@@ -99,7 +99,7 @@ def graphs_of_a_life(lowering: str) -> int:
     model: Any = kasminify(nn.Sequential(nn.Linear(8, 12)), num_seeds=3, compile=False)
     (layer,) = kasmina_layers(model).values()
     backend = RecordingBackend("eager", lowering=lowering)
-    run = torch.compile(model, backend=backend, dynamic=True)
+    run: Any = torch.compile(model, backend=backend, dynamic=True)
     for seed, rows in enumerate((6, 5, 7)):
         graft(layer, seed, kind)
         run(torch.randn(rows, 8))
