@@ -132,7 +132,7 @@ class Layer:
         asked = self.model("matmul")
         self.grow(asked, order[:1])
         site = self.site(asked, 64, "training")
-        able = [each.name for each in LOWERINGS if each.why_not(site) is None]
+        able = [each.name for each in LOWERINGS if not (each.why_not(site) or reason(each.name, site))]
         if len(able) < 2:
             return
         models, done = {name: self.model(name) for name in (HOST, *able)}, 0
@@ -248,40 +248,61 @@ def name_of(cell: dict[str, Any]) -> str:
     return f"{cell['layer']}, {cell['active']} active, {cell['rows']} rows, {cell['mode']}"
 
 
-def fit(cells: Sequence[dict[str, Any]], width: cost.Width) -> dict[tuple[str, bool], cost.Prices]:
-    """Prices that explain what lowerings took beside the host, by least relative squares."""
-    samples: dict[tuple[str, bool], list[tuple[list[float], float]]] = {}
-    for cell in cells:
-        site, host = read(cell["site"]), cell["seconds"][HOST]
-        for name, seconds in cell["seconds"].items():
-            if name != HOST:
-                units = [
-                    cost.Prices(*(float(i == unit) for i in range(5))).of(
-                        lowering_named(name).work(site), width
-                    )
-                    for unit in range(5)
-                ]
-                key = cost.priced_as(name), cell["mode"] == "training"
-                row = [value / seconds for value in units]
-                samples.setdefault(key, []).append((row, max(0.0, 1 - host / seconds)))
-    return {
-        key: cost.Prices(*not_negative([r for r, _ in rows], [t for _, t in rows]))
-        for key, rows in samples.items()
-    }
+Key = tuple[str, bool]
+
+
+def fit(cells: Sequence[dict[str, Any]], width: cost.Width) -> tuple[dict[Key, cost.Prices], Any]:
+    """Find prices that explain what was measured beside the host.
+
+    Relative errors are least, in squares; those of a few are weighed less the larger they are. What
+    every lowering of a layer with seeds takes (tables, guards of Dynamo, statistics) is a price of
+    its own, which no choice needs.
+    """
+    prices: dict[Key, cost.Prices] = {}
+    common = {}
+    for mode in MODES:
+        after = mode == "training"
+        rows, wanted = [], []
+        names = sorted({priced for cell in cells for priced in map(cost.priced_as, lowerings(cell))})
+        for cell in (cell for cell in cells if cell["mode"] == mode):
+            site, host = read(cell["site"]), cell["seconds"][HOST]
+            for name in lowerings(cell):
+                seconds, work = cell["seconds"][name], lowering_named(name).work(site)
+                units = [unit.of(work, width) for unit in UNITS]
+                row = [1.0] + [u * (n == cost.priced_as(name)) for n in names for u in units]
+                rows.append([value / seconds for value in row])
+                wanted.append(max(0.0, 1 - host / seconds))
+        found = not_negative(rows, wanted)
+        common[mode] = found[0]
+        for number, name in enumerate(names):
+            prices[name, after] = cost.Prices(*found[1 + 5 * number : 6 + 5 * number])
+    return prices, common
+
+
+def lowerings(cell: dict[str, Any]) -> list[str]:
+    return [name for name in cell["seconds"] if name != HOST]
+
+
+#: Prices of one unit each.
+UNITS = [cost.Prices(*(float(i == unit) for i in range(5))) for unit in range(5)]
 
 
 def not_negative(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:
-    """Solve least squares for numbers that are not below 0, one coordinate after the other."""
+    """Solve least squares for numbers that are not below 0, with less weight for what is far off."""
     matrix, target = torch.tensor(rows, dtype=torch.float64), torch.tensor(wanted).double()
     scale = matrix.norm(dim=0).clamp_min(1e-300)
-    matrix = matrix / scale
-    products, sums = (matrix.T @ matrix).tolist(), (matrix.T @ target).tolist()
-    found = [0.0] * len(sums)
-    for _ in range(20_000):
-        for i, row in enumerate(products):
-            if row[i]:
-                rest = sums[i] - sum(a * b for a, b in zip(row, found, strict=True))
-                found[i] = max(0.0, found[i] + rest / row[i])
+    matrix, weights = matrix / scale, torch.ones_like(target)
+    found = [0.0] * len(scale)
+    for _ in range(8):
+        weighted = matrix * weights.unsqueeze(1)
+        products, sums = (weighted.T @ matrix).tolist(), (weighted.T @ target).tolist()
+        for _ in range(2000):
+            for i, row in enumerate(products):
+                if row[i]:
+                    rest = sums[i] - sum(a * b for a, b in zip(row, found, strict=True))
+                    found[i] = max(0.0, found[i] + rest / row[i])
+        errors = (matrix @ torch.tensor(found, dtype=torch.float64) - target).abs()
+        weights = 1 / errors.clamp_min(0.1)
     return [value / by for value, by in zip(found, scale.tolist(), strict=True)]
 
 
@@ -289,23 +310,23 @@ def show_fit(kept: dict[str, Any]) -> None:
     cells, width = kept["cells"], cost.Width(*kept["width"])
     print("with the prices of the package:")
     judge(cells, by_model)
-    prices = fit(cells, width)
+    prices, common = fit(cells, width)
     print("\nwith these:")
     for key, found in prices.items():
         print(f'("{key[0]}", {key[1]}): Prices({", ".join(f"{p:.2g}" for p in found)}),')
+    print("beside them, whatever blends: " + ", ".join(f"{m} {1e6 * t:.0f} us" for m, t in common.items()))
 
     def predict(name: str, site: Site) -> float:
-        return prices[cost.priced_as(name), site.training].of(
-            lowering_named(name).work(site), width
-        )
+        return prices[cost.priced_as(name), site.training].of(lowering_named(name).work(site), width)
 
     judge(cells, predict)
     for key in prices:
         errors = [
-            (cell["seconds"][HOST] + predict(name, read(cell["site"]))) / seconds
+            (cell["seconds"][HOST] + common[cell["mode"]] + predict(name, read(cell["site"])))
+            / cell["seconds"][name]
             for cell in cells
-            for name, seconds in cell["seconds"].items()
-            if name != HOST and key == (cost.priced_as(name), cell["mode"] == "training")
+            for name in lowerings(cell)
+            if key == (cost.priced_as(name), cell["mode"] == "training")
         ]
         low, middle, high = statistics.quantiles(errors, n=10)[::4]
         print(f"{key}: predicted / measured {low:.2f}, {middle:.2f}, {high:.2f} (deciles 1, 5, 9)")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kasmina_fx.lifecycle import Mode
 from kasmina_fx.lowerings.base import Lowering, Site, Wanted, Work
+from kasmina_fx.lowerings.matmul import pulled
 from kasmina_fx.physical import blend, operators
 from kasmina_fx.physical.graph_inputs import BankInputs, BlendArguments, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout, Run, format_banks
@@ -44,7 +45,7 @@ class Loop(Lowering):
     def work(self, site: Site) -> Work:
         """See :meth:`Lowering.work`: all chunks are computed, active or not."""
         chunks = _chunks(site)
-        return site.work(chunks, launches=sum(chunks), full=site.numbers)
+        return site.work(chunks, launches=sum(chunks), full=pulled(site))
 
     def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
         """See :meth:`Lowering.blend`."""
