@@ -57,7 +57,7 @@ PLANS = {"cpu": Plan(5, 0.01, 0.3), "cuda": Plan(5, 0.005, 0.1)}
 LAYERS = {
     "cpu": (
         ("mlp", 4096, 1), ("mlp", 4096, 4), ("mlp", 1024, 16), ("mlp", 2048, 64),
-        ("mlp", 512, 256), ("mlp", 64, 64), ("lora", 256, 4), ("lora", 1024, 256),
+        ("mlp", 512, 256), ("mlp", 64, 64), ("mlp", 64, 4), ("lora", 256, 4), ("lora", 1024, 256),
         ("affine", 1024, 4), ("bottleneck", 256, 128), ("tanh", 256, 64), ("tanh", 256, 256),
     ),
     "cuda": (
@@ -132,7 +132,9 @@ class Layer:
         asked = self.model("matmul")
         self.grow(asked, order[:1])
         site = self.site(asked, 64, "training")
-        able = [each.name for each in LOWERINGS if not (each.why_not(site) or reason(each.name, site))]
+        able = [
+            each.name for each in LOWERINGS if not (each.why_not(site) or reason(each.name, site))
+        ]
         if len(able) < 2:
             return
         models, done = {name: self.model(name) for name in (HOST, *able)}, 0
@@ -251,7 +253,9 @@ def name_of(cell: dict[str, Any]) -> str:
 Key = tuple[str, bool]
 
 
-def fit(cells: Sequence[dict[str, Any]], width: cost.Width) -> tuple[dict[Key, cost.Prices], Any]:
+def fit(
+    cells: Sequence[dict[str, Any]], width: cost.Width
+) -> tuple[dict[Key, cost.Prices], dict[bool, float]]:
     """Find prices that explain what was measured beside the host.
 
     Relative errors are least, in squares; those of a few are weighed less the larger they are. What
@@ -259,11 +263,13 @@ def fit(cells: Sequence[dict[str, Any]], width: cost.Width) -> tuple[dict[Key, c
     its own, which no choice needs.
     """
     prices: dict[Key, cost.Prices] = {}
-    common = {}
+    common: dict[bool, float] = {}
     for mode in MODES:
         after = mode == "training"
         rows, wanted = [], []
-        names = sorted({priced for cell in cells for priced in map(cost.priced_as, lowerings(cell))})
+        names = sorted(
+            {priced for cell in cells for priced in map(cost.priced_as, lowerings(cell))}
+        )
         for cell in (cell for cell in cells if cell["mode"] == mode):
             site, host = read(cell["site"]), cell["seconds"][HOST]
             for name in lowerings(cell):
@@ -273,7 +279,7 @@ def fit(cells: Sequence[dict[str, Any]], width: cost.Width) -> tuple[dict[Key, c
                 rows.append([value / seconds for value in row])
                 wanted.append(max(0.0, 1 - host / seconds))
         found = not_negative(rows, wanted)
-        common[mode] = found[0]
+        common[after] = found[0]
         for number, name in enumerate(names):
             prices[name, after] = cost.Prices(*found[1 + 5 * number : 6 + 5 * number])
     return prices, common
@@ -309,21 +315,23 @@ def not_negative(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> li
 def show_fit(kept: dict[str, Any]) -> None:
     cells, width = kept["cells"], cost.Width(*kept["width"])
     print("with the prices of the package:")
-    judge(cells, by_model)
+    judge(cells, lambda name, site: cost.predicted(lowering_named(name), site, width))
     prices, common = fit(cells, width)
     print("\nwith these:")
     for key, found in prices.items():
         print(f'("{key[0]}", {key[1]}): Prices({", ".join(f"{p:.2g}" for p in found)}),')
-    print("beside them, whatever blends: " + ", ".join(f"{m} {1e6 * t:.0f} us" for m, t in common.items()))
+    print(", ".join(f"{after}: {seconds:.2g}" for after, seconds in common.items()))
 
     def predict(name: str, site: Site) -> float:
-        return prices[cost.priced_as(name), site.training].of(lowering_named(name).work(site), width)
+        time = prices[cost.priced_as(name), site.training].of(
+            lowering_named(name).work(site), width
+        )
+        return common[site.training] + time
 
     judge(cells, predict)
     for key in prices:
         errors = [
-            (cell["seconds"][HOST] + common[cell["mode"]] + predict(name, read(cell["site"])))
-            / cell["seconds"][name]
+            (cell["seconds"][HOST] + predict(name, read(cell["site"]))) / cell["seconds"][name]
             for cell in cells
             for name in lowerings(cell)
             if key == (cost.priced_as(name), cell["mode"] == "training")

@@ -26,7 +26,7 @@ import torch
 from kasmina_fx.lowerings.base import Lowering, Site, Work
 from kasmina_fx.lowerings.launches import natively
 
-#: Of two lowerings that are predicted to be so near, the earlier one is taken.
+#: Of lowerings that are predicted to be so near the quickest, the first is taken.
 NEAR: Final = 1.05
 
 
@@ -64,19 +64,24 @@ class Prices(NamedTuple):
 #: an H100, bfloat16.
 PRICES: Final[dict[str, dict[tuple[str, bool], Prices]]] = {
     "cpu": {
-        ("fused", False): Prices(8e-6, 0, 3e-10, 8.6e-12, 1e-11),
-        ("fused", True): Prices(20e-6, 0, 1.5e-9, 3.3e-11, 2.9e-9),
-        ("matmul", False): Prices(10e-6, 5e-10, 2.2e-9, 1.7e-11, 4e-10),
-        ("matmul", True): Prices(80e-6, 1.2e-8, 1e-8, 4.4e-11, 3.3e-9),
+        ("fused", False): Prices(2.8e-05, 0, 4.1e-10, 2.7e-12, 4.5e-10),
+        ("fused", True): Prices(6e-05, 0, 1.7e-09, 1.3e-11, 4.9e-09),
+        ("matmul", False): Prices(7.4e-06, 4.6e-10, 5.7e-10, 2.1e-11, 5.5e-10),
+        ("matmul", True): Prices(5.3e-05, 7.6e-09, 2.7e-09, 5.7e-11, 3.6e-09),
     },
     "cuda": {
-        ("dense", False): Prices(12e-6, 2.5e-12, 4e-12, 1e-14, 1e-12),
-        ("dense", True): Prices(25e-6, 6e-12, 9e-12, 3e-14, 1e-12),
-        ("fused", False): Prices(12e-6, 0, 4e-12, 1e-14, 1e-12),
-        ("fused", True): Prices(25e-6, 0, 9e-12, 3e-14, 1e-12),
-        ("matmul", False): Prices(40e-6, 1e-12, 8e-12, 5e-15, 2e-12),
-        ("matmul", True): Prices(120e-6, 5e-12, 3e-11, 1.5e-14, 4e-12),
+        ("dense", False): Prices(2.5e-05, 3e-12, 7e-12, 2e-14, 1e-12),
+        ("dense", True): Prices(6e-05, 8e-12, 1.6e-11, 8e-14, 4e-12),
+        ("fused", False): Prices(2.5e-05, 0, 7e-12, 2e-14, 1e-12),
+        ("fused", True): Prices(6e-05, 0, 1.6e-11, 8e-14, 4e-12),
+        ("matmul", False): Prices(6e-05, 1e-12, 8.7e-12, 1e-14, 2e-12),
+        ("matmul", True): Prices(1.75e-04, 1.6e-11, 3e-11, 3e-14, 4e-12),
     },
+}
+#: What a layer takes that has seeds, whatever blends: tables, and the guards of a graph.
+COMMON: Final = {
+    "cpu": {False: 4e-05, True: 2.4e-04},
+    "cuda": {False: 4e-05, True: 1.5e-04},
 }
 _USUAL_BYTES: Final = {"cpu": 4, "cuda": 2}
 #: What prices of CUDA were found on: bytes a second, and multiprocessors times their clock.
@@ -90,7 +95,7 @@ class Candidate:
 
     Attributes:
         name: The lowering.
-        microseconds: Of the blend forward, and backward where one follows; None if it can't.
+        microseconds: Of a forward, and of a backward where one follows; None if it can't.
         why_not: Why "auto" does not consider it, or None.
     """
 
@@ -120,12 +125,16 @@ def quickest(found: Sequence[Candidate]) -> Candidate:
     return next(each for each, time in times if time is not None and time <= NEAR * least)
 
 
-def predicted(lowering: Lowering, site: Site) -> float:
-    """Return the seconds that a blend is predicted to take, with its backward if one follows."""
+def predicted(lowering: Lowering, site: Site, width: Width | None = None) -> float:
+    """Return the seconds that a layer's seeds take by prediction, and a backward if one follows.
+
+    Without a ``width`` it is that of the site's device.
+    """
     kind = "cpu" if natively(site.device) else "cuda"
     prices = PRICES[kind][priced_as(lowering.name), site.training]
     size = site.dtype.itemsize / _USUAL_BYTES[kind]
-    return prices.of(lowering.work(site), width_of(site.device), size)
+    time = prices.of(lowering.work(site), width or width_of(site.device), size)
+    return COMMON[kind][site.training] + time
 
 
 def priced_as(name: str) -> str:

@@ -10,7 +10,6 @@ from kasmina_fx.lowerings.base import Lowering, Site, Wanted, Work
 from kasmina_fx.physical import blend
 from kasmina_fx.physical.graph_inputs import BlendArguments
 
-
 #: Numbers of a CPU's vector: Inductor's loops over smaller chunks leave lanes empty.
 _LANES: Final = 16
 

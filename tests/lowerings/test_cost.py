@@ -84,9 +84,9 @@ def test_every_lowering_has_prices_wherever_it_may_be_asked() -> None:
 def test_numbers_of_more_bytes_cost_more() -> None:
     half = site("dim=-1 runs=4x256", "bottleneck")
     double = replace(half, dtype=torch.float64)
-    launches = PRICES["cpu"]["matmul", True].launch
-    assert predicted("matmul", double) - launches == pytest.approx(
-        2 * (predicted("matmul", half) - launches)
+    fixed = PRICES["cpu"]["matmul", True].launch + cost.COMMON["cpu"][True]
+    assert predicted("matmul", double) - fixed == pytest.approx(
+        2 * (predicted("matmul", half) - fixed)
     )
 
 

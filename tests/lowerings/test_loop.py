@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from graph_cases import OneLayer, layer_of, wrapped
 from kernel_cases import Blend, plain
 from site_cases import site
 from torch import Tensor, nn
 
-from kasmina_fx import KasminaLayer, kasmina_layers, kasminify
+from kasmina_fx import KasminaLayer, capture, kasmina_layers, kasminify, op_counts, rewrite
 from kasmina_fx.blueprints.registry import register
 from kasmina_fx.lifecycle import SeedLifecycle as S
 from kasmina_fx.lowerings import Wanted, lowering_named
+from kasmina_fx.passes import passes_for
 from kasmina_fx.physical.graph_inputs import BlendArguments
 from kasmina_fx.testing import RecordingBackend, assert_no_recompiles, graft
 
@@ -84,6 +86,19 @@ def test_it_refuses_many_chunks_and_shared_parameters() -> None:
     assert LOOP.why_not(few) is None
     shared = replace(few, banks=tuple(replace(bank, shared=True) for bank in few.banks))
     assert LOOP.why_not(shared) == "seeds that share parameters go through one product"
+
+
+def test_nodes_follow_the_chunks_and_not_the_slots() -> None:
+    def counts(seeds: list[int]) -> dict[str, int]:
+        model = wrapped(OneLayer())  # 4 seeds
+        graft(layer_of(model), seeds, "mlp")
+        gm = capture(model, torch.randn(3, 8))
+        return dict(op_counts(rewrite(gm, passes=passes_for("loop", strict=True)).graph_module))
+
+    one, three = counts([1]), counts([0, 1, 3])
+    assert one == three
+    assert one["aten.bmm.default"] == 2 * 4
+    assert one["aten.split.Tensor"] > 0
 
 
 class Normed(nn.Sequential):
