@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 import torch._inductor
 from torch._inductor import config as inductor_config
 
 from kasmina_fx.errors import InvalidArgument, shown
-
-
-#: What a graph with kernels of ours is compiled with, unless somebody asks for something else. Like
-#: Inductor's own kernels, they are launched without Triton's launcher, which takes twice as long.
-_FOR_OUR_KERNELS: Final = {"static_launch_user_defined_triton_kernels": True}
 
 
 def inductor_option_names() -> frozenset[str]:
@@ -52,12 +47,5 @@ def compile_with_inductor(
     select_decomp_table().update(decompositions)
     tag = f"{torch.compiler.config.cache_key_tag}{cache_tag}"
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        compiled = compile_fx(gm, example_inputs, config_patches=_with_ours(gm, patches) or None)
+        compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     return cast("Callable[..., Any]", compiled)  # the rest of the union is for ahead-of-time use
-
-
-def _with_ours(gm: torch.fx.GraphModule, patches: dict[str, Any]) -> dict[str, Any]:
-    graphs = [m.graph for m in gm.modules() if isinstance(m, torch.fx.GraphModule)]
-    if not any(getattr(n.target, "namespace", "") == "kasmina" for g in graphs for n in g.nodes):
-        return patches
-    return {k: v for k, v in _FOR_OUR_KERNELS.items() if k in inductor_option_names()} | patches
