@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from _timing import machine
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.profiler import ProfilerActivity, profile
 
 from kasmina_fx.lowerings.native.operators import OBSERVE, TILES, TILES_BACKWARD
@@ -33,7 +34,7 @@ from kasmina_fx.lowerings.plan import Plan
 from kasmina_fx.lowerings.rows import blended_rows, fused_rows, fused_rows_backward
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS
 from kasmina_fx.lowerings.tiles import fused_tiles, fused_tiles_backward
-from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.physical.layout import ChunkLayout, together
 from kasmina_fx.physical.statistics import ROWS as STATISTICS
 from kasmina_fx.physical.statistics import merge_statistics
 
@@ -55,6 +56,7 @@ def bank(
     roles = torch.zeros(count, dtype=torch.int64).index_fill(0, active, 2)
     modes, faults = torch.ones(len(active), 1, dtype=torch.int64), torch.zeros(count)
     alpha, order = torch.full((count,), 0.5), positions[positions >= 0]
+    order = pad(order, (0, -len(order) % together(size)), value=-1)
     tables = [order, active.view(-1, 1), positions, modes, alpha, roles, faults, torch.ones(())]
     shapes = ((2 * size, size), (2 * size,), (size, 2 * size), (size,))
     dtype = DTYPE[device]

@@ -206,8 +206,8 @@ class Bank(nn.Module):
         self, blueprint_ids: Tensor, stages: Tensor, held: Tensor, pad: bool = False
     ) -> Placement:
         """Derive what the bank would be for such seeds and slots; changes nothing."""
-        shared, froze = self.spec.shared, self._froze
-        return derive(blueprint_ids, stages, held, shared=shared, froze=froze, pad=pad)
+        shared, froze, size = self.spec.shared, self._froze, self.run.size
+        return derive(blueprint_ids, stages, held, shared=shared, froze=froze, pad=pad, size=size)
 
     def tables(self) -> BankTables:
         """What the graph reads."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kasmina_fx.lifecycle import Mode, holds_blueprint, modes, runs
 from kasmina_fx.physical.graph_inputs import BankTables
-from kasmina_fx.physical.layout import power_of_two
+from kasmina_fx.physical.layout import SMALLEST_TILE, power_of_two, together
 
 #: Dynamo specialises sizes 0 and 1, so a dimension that grows never has them.
 SMALLEST: Final = 2
@@ -54,6 +54,7 @@ def derive(
     shared: bool,
     froze: Tensor,
     pad: bool = False,
+    size: int = SMALLEST_TILE,
 ) -> Placement:
     """The placement of a run's seeds; pure.
 
@@ -64,6 +65,7 @@ def derive(
         shared: Several seeds may have one slot, which stays held when they let go.
         froze: Ids of blueprints that nothing might change until now.
         pad: Round sizes of tables up to powers of two.
+        size: Features of a chunk: of small ones, ``order`` holds whole tiles.
     """
     round_up = power_of_two if pad else int
     slot = slots_of(torch.where(holds_blueprint(stages), blueprint_ids, 0), held)
@@ -76,7 +78,7 @@ def derive(
     seeds, positions = place(torch.where(runs(stages), slot, -1), held, shared, round_up)
     does = torch.where(seeds >= 0, modes(stages)[seeds.clamp_min(0)], Mode.FROZEN)
     trainees = _padded((does.view(-1) == Mode.RECONSTRUCTS).nonzero().flatten(), round_up)
-    order = _padded(positions[positions >= 0], round_up)
+    order = _padded(positions[positions >= 0], round_up, together(size))
     frozen = held > 0
     frozen[: len(does)] &= (does == Mode.FROZEN).all(1)
     starts = (does == Mode.RECONSTRUCTS).any(1) & torch.isin(held[: len(does)], froze)
@@ -84,9 +86,10 @@ def derive(
     return Placement(held, left, tables, frozen, starts.nonzero().flatten())
 
 
-def _padded(places: Tensor, round_up: Callable[[int], int]) -> Tensor:
-    """Add -1 at the end, up to a size that may grow."""
+def _padded(places: Tensor, round_up: Callable[[int], int], multiple: int = 1) -> Tensor:
+    """Add -1 at the end, up to a size that may grow, and to a multiple."""
     size = round_up(max(SMALLEST, len(places)))
+    size += -size % multiple
     return nn.functional.pad(places, (0, size - len(places)), value=-1)
 
 

@@ -1,7 +1,7 @@
 """What the operators of the fused lowerings share: their arguments, and the kernels at their ends.
 
 ``tables`` are those of :data:`TABLES`. ``said``, float32 ``(parts, 3, n)``, is what parts of the
-rows say of seeds; ``sums``, float32 ``(parts, slots * places, numbers + 2)``, what they found for
+rows say of seeds; ``sums``, float32 ``(slots * places, parts, numbers + 2)``, what they found for
 the gradients of each place. Both are allocated in one dim: shapes that hold few symbols are quicker
 to reason about, and of a deep model there are hundreds.
 """
@@ -55,7 +55,7 @@ def report(
     launching("notes", "report")[((plan.count + 15) // 16,)](
         said, said if before is None else before, told, positions, alpha, roles,
         plan.first_seed, plan.count, rows, parts,
-        plan.size, 128, before is not None, 16, num_warps=4,
+        plan.size, 128, before is not None, 16,
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def finish(
     launching("finish", "finish")[(capacity,)](
         sums, seeds, positions, loss_scale, blame, *padded,
         plan.count, capacity, slots, places, parts,
-        *numbers, *[0] * (4 - len(numbers)), width, block, max(1, 4096 // block), 64, num_warps=8,
+        *numbers, *[0] * (4 - len(numbers)), width, block, max(1, 2048 // block), 64,
     )  # fmt: skip
 
 

@@ -15,10 +15,8 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Final, NamedTuple
 
-from kasmina_fx.physical.layout import power_of_two
+from kasmina_fx.physical.layout import SMALLEST_TILE, power_of_two, together
 
-#: Tensor cores multiply no smaller pieces.
-SMALLEST_TILE: Final = 16
 #: Beyond, weights and the sums of their gradients do not fit a program's registers.
 LARGEST_SIZE: Final = 64
 LARGEST_HIDDEN: Final = 128
@@ -91,6 +89,6 @@ class Plan:
     @cached_property
     def tiling(self) -> Tiling:
         """How many seeds share a program."""
-        seeds = max(1, SMALLEST_TILE // self.size)
+        seeds = together(self.size)
         columns = power_of_two(max(SMALLEST_TILE, seeds * self.size))
         return Tiling(seeds, columns, power_of_two(max(SMALLEST_TILE, seeds * self.hidden)))

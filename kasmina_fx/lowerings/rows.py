@@ -197,7 +197,7 @@ def fused_rows_backward(
     grid = _Grid.of(BACKWARD, y.numel() // features, features, asked)
     width = sum(numbers_of(params)) + 2
     sums = dout.new_empty(grid.parts * slots * places * width, dtype=torch.float32)
-    sizes = [features, asked.offset, asked.first_seed, asked.count, places, slots, grid.rows]
+    sizes = [features, asked.offset, asked.first_seed, asked.count, places, grid.rows]
     sizes += [grid.parts, grid.left]
     number = ACTIVATIONS.index(then)
     kernel = launching(f"rows_{kernels.module}", "backward")[(grid.tiles, grid.parts)]

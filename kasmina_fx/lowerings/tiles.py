@@ -61,12 +61,10 @@ class _Launch(NamedTuple):
     def of(cls, y: Tensor, order: Tensor, plan: Plan, way: int = 0) -> "_Launch":
         tiling = plan.tiling
         active = order.shape[0]
-        return cls(
-            y.numel() // y.shape[-1],
-            active,
-            (active + tiling.seeds - 1) // tiling.seeds,
-            _WARPS[way][plan.wide],
-        )
+        if isinstance(active, int) and active % tiling.seeds:
+            raise ValueError(f"order holds {active} places, not whole tiles of {tiling.seeds}")
+        rows, tiles = y.numel() // y.shape[-1], active // tiling.seeds
+        return cls(rows, active, tiles, _WARPS[way][plan.wide])
 
     def parts(self, programs: int) -> Any:
         """Say into how many parts the rows fall."""
@@ -96,8 +94,8 @@ def fused_tiles(
     splits = launch.parts(_PROGRAMS[0])
     said = y.new_empty(splits * 3 * asked.count if notes else 0, dtype=torch.float32)
     tiling = asked.tiling
-    sizes = [y.shape[-1], asked.offset, asked.first_seed, asked.count, launch.active]
-    sizes += [seeds.shape[1], launch.rows, splits]
+    sizes = [y.shape[-1], asked.offset, asked.first_seed, asked.count]
+    sizes += [seeds.shape[1], launch.rows]
     wide = even(asked, asked.size, y.shape[-1])
     kernel = launching(kernels.module, "forward")[(launch.tiles, splits)]
     # The last three are for backward: a CUDA graph copies in what may move, if it reads it.
@@ -157,8 +155,7 @@ def fused_tiles_backward(
     slots, places = seeds.shape
     splits = launch.parts(_PROGRAMS[1] if width < _LARGE else _PROGRAMS[1] // 4)
     sums = dout.new_empty(splits * slots * places * width, dtype=torch.float32)
-    sizes = [dout.shape[-1], asked.offset, asked.first_seed, launch.active]
-    sizes += [places, slots, launch.rows, splits]
+    sizes = [dout.shape[-1], asked.offset, asked.first_seed, places, launch.rows]
     wide = even(asked, asked.size, dout.shape[-1])
     kernel = launching(kernels.module, "backward")[(launch.tiles, splits)]
     common = (dy, sums, kept, order, seeds, alpha, roles, modes, loss_scale)
@@ -179,8 +176,8 @@ def fused_tiles_backward(
 
 
 def _gradients(dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: str) -> list[Tensor]:
-    dy = dout.clone(memory_format=torch.contiguous_format)
-    return [dy, *gradients(tables, params, Plan.parse(plan))]
+    # A clone would vanish, and the kernel change what is no buffer yet: Inductor then copies twice.
+    return [dout * 1, *gradients(tables, params, Plan.parse(plan))]
 
 
 @fused_tiles_backward.register_fake

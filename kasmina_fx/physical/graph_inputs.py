@@ -47,7 +47,8 @@ class BankTables(NamedTuple):
     ``positions`` int64 ``(n,)``: the inverse, ``k * M + m`` or -1. ``modes`` int64 ``(K, M)``: the
     :class:`~kasmina_fx.lifecycle.Mode` of the seed there. ``trainees`` int64 ``(T,)``: the places
     of seeds in TRAINING, padded with -1. ``order`` int64 ``(Q,)``: the places of all seeds that
-    run, in the order of their chunks, padded with -1.
+    run, in the order of their chunks, padded with -1 to a multiple of
+    :func:`~kasmina_fx.physical.layout.together`.
     """
 
     seeds: Tensor

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
+from typing import Final
 
 _RUN = re.compile(r"(\d+)x(\d+)")
 _BANK = re.compile(
@@ -127,6 +128,15 @@ def parse_banks(text: str) -> tuple[BankSpec, ...]:
         number, run = int(found["num"]), int(found["run"])
         banks.append(BankSpec(found["kind"], run, bool(found["shared"]), number, not found["eval"]))
     return tuple(banks)
+
+
+#: Tensor cores multiply no smaller pieces.
+SMALLEST_TILE: Final = 16
+
+
+def together(size: int) -> int:
+    """Return how many chunks of such a size are blended side by side, as one tile."""
+    return max(1, SMALLEST_TILE // size)
 
 
 def power_of_two(size: int) -> int:

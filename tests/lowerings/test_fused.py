@@ -133,6 +133,7 @@ def test_a_shared_blueprint_has_one_gradient_of_all_its_seeds() -> None:
             positions = torch.full((9,), -1)
             positions[seeds.view(-1)[order]] = order
             modes = torch.tensor([[1, 2, 0, 0], [1, 1, 0, 0]])
+            order = nn.functional.pad(order, (0, 3), value=-1)  # two tiles of four
             changed = {"seeds": seeds, "order": order, "positions": positions, "modes": modes}
             trainees = torch.tensor([1, -1])
             tables: Any = {name: [table] for name, table in changed.items()}

@@ -18,13 +18,13 @@ WRITES = {
 def forward(
     out, kept, said, order, seeds, alpha, roles, _positions, _modes, _loss_scale,
     scale, shift,
-    features, offset, first_seed, count, active, places, rows, splits,
+    features, offset, first_seed, count, places, rows,
     c: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     KEEP: tl.constexpr, NOTES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Blend in place; put what was there aside in ``kept``, and what happened in ``said``."""
     inf = float("inf")
-    split = tl.program_id(1)
+    split, splits, active = tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * PER
     i = tl.arange(0, TILE)
     member = i // c
     at = tl.program_id(0) * PER + member
@@ -82,13 +82,13 @@ def forward(
 @triton.jit
 def backward(
     dy, sums, kept, order, seeds, alpha, roles, modes, loss_scale, scale, shift,
-    features, offset, first_seed, active, places, slots, rows, splits,
+    features, offset, first_seed, places, rows,
     c: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """Change the gradient of the output into that of ``y`` in place; sum those of the slots."""
     inf = float("inf")
-    split = tl.program_id(1)
+    split, splits, active = tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * PER
     i = tl.arange(0, TILE)
     member = i // c
     at = tl.program_id(0) * PER + member
@@ -135,8 +135,8 @@ def backward(
         g1 += df * z
         g2 += df
         flags |= tl.where(here & ~sent, 1, 0) | tl.where(here & ~(tl.abs(z) < inf), 2, 0)
-    base = sums + split.to(tl.int64) * slots * places * P
-    to = base + place * P + i % c
+    base, row_of = sums + split * P, splits * P  # a place's parts lie together
+    to = base + place * row_of + i % c
     tl.store(to, tl.where(mode > 0, tl.sum(g1, 0), 0.0), mask=on)
     tl.store(to + c, tl.where(mode > 0, tl.sum(g2, 0), 0.0), mask=on)
     no, bad = tl.max(flags & 1, 0).to(tl.float32), tl.max(flags & 2, 0).to(tl.float32)
@@ -144,6 +144,6 @@ def backward(
         number = tl.program_id(0) * PER + p
         mine = (member == p) & on
         whose = tl.load(order + number, mask=number < active, other=-1)
-        at_end = base + whose * P + P - 2
+        at_end = base + whose * row_of + P - 2
         tl.store(at_end, tl.sum(tl.where(mine, no, 0.0)), mask=whose >= 0)
         tl.store(at_end + 1, tl.sum(tl.where(mine, bad, 0.0)), mask=whose >= 0)

@@ -24,7 +24,6 @@ def finish(
     slot = tl.program_id(0)
     # A bank has slots that no table reaches yet; those have no place, and no gradient.
     last = tl.minimum(slot + 1, slots) * places
-    width = slots * places * P
     fault = 0
     for first in range(0, P - 2, BLOCK):
         e = first + tl.arange(0, BLOCK)
@@ -33,7 +32,7 @@ def finish(
             seed = tl.load(seeds + place + tl.zeros([PARTS], tl.int64))
             for split in range(0, splits, PARTS):
                 part = (split + tl.arange(0, PARTS)).to(tl.int64)
-                there = sums + part[:, None] * width + place * P + e[None, :]
+                there = sums + (place * splits + part)[:, None] * P + e[None, :]
                 counts = ((seed >= 0) & (part < splits))[:, None] & (e < P - 2)[None, :]
                 total += tl.sum(tl.load(there, mask=counts, other=0.0), 0)
         total = total.to(d1.dtype.element_ty)
@@ -63,7 +62,7 @@ def finish(
         seed = tl.load(seeds + place + tl.zeros([PARTS], tl.int64))
         for split in range(0, splits, PARTS):
             part = (split + tl.arange(0, PARTS)).to(tl.int64)
-            there = sums + part * width + place * P + P - 2
+            there = sums + (place * splits + part) * P + P - 2
             counts = (seed >= 0) & (part < splits)
             refused += tl.sum(tl.load(there, mask=counts, other=0.0))
             unsound += tl.sum(tl.load(there + 1, mask=counts, other=0.0))

@@ -88,7 +88,7 @@ def forward(
 @triton.jit
 def backward(
     dout, y, dy, sums, positions, alpha, roles, modes, loss_scale, scale, shift,
-    features, offset, first_seed, count, places, slots, rows, splits, left,
+    features, offset, first_seed, count, places, rows, splits, left,
     c: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     EVEN: tl.constexpr, WHOLE: tl.constexpr, THEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -133,9 +133,9 @@ def backward(
         g1 += df * z
         g2 += df
         flags |= tl.where(here & ~sent, 1, 0) | tl.where(here & ~(tl.abs(z) < inf), 2, 0)
-    base = sums + split.to(tl.int64) * slots * places * P
-    to = base + place * P + i % c
+    base, row_of = sums + split * P, splits * P
+    to = base + place * row_of + i % c
     tl.store(to, tl.where(mode > 0, tl.sum(g1, 0), 0.0), mask=on)
     tl.store(to + c, tl.where(mode > 0, tl.sum(g2, 0), 0.0), mask=on)
     no, bad = tl.max(flags & 1, 0).to(tl.float32), tl.max(flags & 2, 0).to(tl.float32)
-    blame(base, positions, tile, count, no, bad, member, on, PER, P)
+    blame(base, positions, tile, count, no, bad, member, on, row_of, PER, P)

@@ -143,7 +143,7 @@ def forward(
 @triton.jit
 def backward(
     dout, y, dy, sums, positions, alpha, roles, modes, loss_scale, w1, b1, w2, b2,
-    features, offset, first_seed, count, places, slots, rows, splits, left,
+    features, offset, first_seed, count, places, rows, splits, left,
     c: tl.constexpr, h: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr,
     ROWS: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     DOT: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
@@ -286,15 +286,15 @@ def backward(
             g2 = tl.where(mode[None, :] == 2, g2 * weight, g2)
             sum1 = tl.where(mode_h == 2, sum1 * weight, sum1)
             sum2 = tl.where(mode == 2, sum2 * weight, sum2)
-        base = sums + split.to(tl.int64) * slots * places * P
+        base, row_of = sums + split * P, splits * P
         same = (member[:, None] == member_h[None, :]) & on[:, None] & on_h[None, :]
         same_t = (member_h[:, None] == member[None, :]) & on_h[:, None] & on[None, :]
-        own1 = place_h[None, :] * P + (j % h)[None, :] * c + (i % c)[:, None]
+        own1 = place_h[None, :] * row_of + (j % h)[None, :] * c + (i % c)[:, None]
         tl.store(base + own1, g1, mask=same)
         BEHIND: tl.constexpr = h * c + h if BIAS else h * c
-        own2 = place[None, :] * P + BEHIND + (i % c)[None, :] * h + (j % h)[:, None]
+        own2 = place[None, :] * row_of + BEHIND + (i % c)[None, :] * h + (j % h)[:, None]
         tl.store(base + own2, g2, mask=same_t)
         if BIAS:
-            tl.store(base + place_h * P + h * c + j % h, sum1, mask=on_h)
-            tl.store(base + place * P + 2 * h * c + h + i % c, sum2, mask=on)
-        blame(base, positions, tile, count, no, bad, member, on, PER, P)
+            tl.store(base + place_h * row_of + h * c + j % h, sum1, mask=on_h)
+            tl.store(base + place * row_of + 2 * h * c + h + i % c, sum2, mask=on)
+        blame(base, positions, tile, count, no, bad, member, on, row_of, PER, P)

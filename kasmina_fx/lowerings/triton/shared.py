@@ -46,19 +46,20 @@ def say(
 
 @triton.jit
 def blame(
-    base, positions, tile, count, no, bad, member, on,
+    base, positions, tile, count, no, bad, member, on, row_of,
     PER: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Write at the end of a place's sums if something was refused, and if its chunk was not finite.
 
-    ``no`` and ``bad`` are float32, one a column; ``base`` is where sums of ``P`` numbers begin.
+    ``no`` and ``bad`` are float32, one a column; ``base`` is where the sums of this part begin, ``P``
+    numbers a place, and ``row_of`` how far it is to those of the next place.
     """
     for p in tl.static_range(PER):
         seed = tile * PER + p
         runs = (seed >= 0) & (seed < count)
         place = tl.load(positions + seed, mask=runs, other=-1)
         mine = (member == p) & on
-        to = base + place * P + P - 2
+        to = base + place * row_of + P - 2
         tl.store(to, tl.sum(tl.where(mine, no, 0.0)), mask=place >= 0)
         tl.store(to + 1, tl.sum(tl.where(mine, bad, 0.0)), mask=place >= 0)
 

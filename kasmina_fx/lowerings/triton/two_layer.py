@@ -27,7 +27,7 @@ WRITES = {
 def forward(
     out, kept, said, order, seeds, alpha, roles, _positions, _modes, _loss_scale,
     w1, b1, w2, b2,
-    features, offset, first_seed, count, active, places, rows, splits,
+    features, offset, first_seed, count, places, rows,
     c: tl.constexpr, h: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr,
     ROWS: tl.constexpr, ALONE: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, KEEP: tl.constexpr, NOTES: tl.constexpr, DOT: tl.constexpr,
@@ -36,7 +36,7 @@ def forward(
     """Blend in place; put what was there aside in ``kept``, and what happened in ``said``."""
     inf = float("inf")
     PRODUCT: tl.constexpr = tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
-    split = tl.program_id(1)
+    split, splits, active = tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * PER
     i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
     member, member_h = i // c, j // h
     at, at_h = tl.program_id(0) * PER + member, tl.program_id(0) * PER + member_h
@@ -130,7 +130,7 @@ def forward(
 @triton.jit
 def backward(
     dy, sums, kept, order, seeds, alpha, roles, modes, loss_scale, w1, b1, w2, b2,
-    features, offset, first_seed, active, places, slots, rows, splits,
+    features, offset, first_seed, places, rows,
     c: tl.constexpr, h: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr,
     ROWS: tl.constexpr, ALONE: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, DOT: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr,
@@ -138,7 +138,7 @@ def backward(
     """Change the gradient of the output into that of ``y`` in place; sum those of the slots."""
     inf = float("inf")
     PRODUCT: tl.constexpr = tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
-    split = tl.program_id(1)
+    split, splits, active = tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * PER
     i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
     member, member_h = i // c, j // h
     at, at_h = tl.program_id(0) * PER + member, tl.program_id(0) * PER + member_h
@@ -254,11 +254,11 @@ def backward(
     if DOT == 2:
         g1 = tl.where(mode[:, None] == 2, g1 * weight, g1)
         g2 = tl.where(mode[None, :] == 2, g2 * weight, g2)
-    base = sums + split.to(tl.int64) * slots * places * P
-    own1 = place_h[None, :] * P + (j % h)[None, :] * c + (i % c)[:, None]
+    base, row_of = sums + split * P, splits * P  # a place's parts lie together
+    own1 = place_h[None, :] * row_of + (j % h)[None, :] * c + (i % c)[:, None]
     tl.store(base + own1, g1, mask=same)
     BEHIND: tl.constexpr = h * c + h if BIAS else h * c
-    own2 = place[None, :] * P + BEHIND + (i % c)[None, :] * h + (j % h)[:, None]
+    own2 = place[None, :] * row_of + BEHIND + (i % c)[None, :] * h + (j % h)[:, None]
     tl.store(base + own2, g2, mask=same_t)
     if BIAS:
         sum1 = tl.where(mode_h > 0, tl.sum(gb1, 0), 0.0)
@@ -266,13 +266,13 @@ def backward(
         if DOT == 2:
             sum1 = tl.where(mode_h == 2, sum1 * weight, sum1)
             sum2 = tl.where(mode == 2, sum2 * weight, sum2)
-        tl.store(base + place_h * P + h * c + j % h, sum1, mask=on_h)
-        tl.store(base + place * P + 2 * h * c + h + i % c, sum2, mask=on)
+        tl.store(base + place_h * row_of + h * c + j % h, sum1, mask=on_h)
+        tl.store(base + place * row_of + 2 * h * c + h + i % c, sum2, mask=on)
     no, bad = tl.max(flags & 1, 0).to(tl.float32), tl.max(flags & 2, 0).to(tl.float32)
     for p in tl.static_range(PER):
         number = tl.program_id(0) * PER + p
         mine = (member == p) & on
         whose = tl.load(order + number, mask=number < active, other=-1)
-        to = base + whose * P + P - 2
+        to = base + whose * row_of + P - 2
         tl.store(to, tl.sum(tl.where(mine, no, 0.0)), mask=whose >= 0)
         tl.store(to + 1, tl.sum(tl.where(mine, bad, 0.0)), mask=whose >= 0)
