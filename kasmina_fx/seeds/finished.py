@@ -210,8 +210,8 @@ def _why_not_now(host: Host) -> str | None:
             why = f"its base's {name} is a {type(tensor).__name__}, not a plain Parameter"
         elif tensor.dtype not in _WIDE:
             why = f"{tensor.dtype} ends where a model's own numbers may lie"
-        elif tensor.is_meta or tensor.is_inference():
-            why = f"its base's {name} does not count what is written to it"
+        elif tensor.is_meta or tensor.is_inference() or not tensor.numel():
+            why = f"its base's {name} has no numbers that count what is written to them"
     if why is None and host.base._forward_pre_hooks:
         why = "a hook comes before its base, and may change the weight"
     return why

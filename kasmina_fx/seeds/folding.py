@@ -18,7 +18,7 @@ from kasmina_fx.banks.bank import Bank
 from kasmina_fx.bases.host import Host
 from kasmina_fx.bases.linear import spans_groups, why_not_linear
 from kasmina_fx.lifecycle import SeedLifecycle, is_blended
-from kasmina_fx.physical.rows import sane_slots
+from kasmina_fx.physical.rows import finite_rows
 from kasmina_fx.seeds.store import SeedStore
 from kasmina_fx.transactions.buffers import to_device
 
@@ -100,8 +100,8 @@ def folded_tensors(
 ) -> tuple[Tensor, Tensor | None]:
     """Return copies of the host's weight and bias with blended seeds in them; nothing waits.
 
-    A seed with a parameter that is not finite does not run, as everywhere; nor does one whose rows
-    of the weight would not be finite.
+    A seed with a parameter that is not finite does not run, as everywhere: its rows would not be
+    finite, and such rows stay as they are.
 
     Args:
         store: The layer's, whose host is linear; so are the blueprints of all blended seeds.
@@ -157,20 +157,16 @@ def _change(
     rows = before.reshape(len(seeds), run.size, -1)
     mixed, added = LINEAR[bank.spec.kind]([p.to(wide) for p in params], factor.view(-1, 1, 1))
     grown = mixed(rows.to(wide)).to(weight.dtype)
-    runs = sane_slots(params, slots) & _finite(grown)
+    runs = finite_rows(grown)  # and so are its parameters, each of which is a factor
     if bias is not None:
         offset = bias.index_select(0, features).view(len(seeds), run.size, 1)
         moved = mixed(offset.to(wide))
         moved = (moved if added is None else moved + added).to(bias.dtype)
-        runs = runs & _finite(moved)
+        runs = runs & finite_rows(moved)
         offset = torch.where(runs.view(-1, 1, 1), moved, offset)
         bias.index_copy_(0, features, offset.flatten())
     rows = torch.where(runs.view(-1, 1, 1), grown, rows)
     weight.index_copy_(0, features, rows.view_as(before))
-
-
-def _finite(values: Tensor) -> Tensor:
-    return values.isfinite().flatten(1).all(1)
 
 
 _Mixing = tuple[Callable[[Tensor], Tensor], "Tensor | None"]

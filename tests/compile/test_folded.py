@@ -60,8 +60,9 @@ def test_a_convolution_is_compiled_as_its_host_is() -> None:
     assert set(op_counts(backend.after[-1])) == {"conv2d", "relu"}
 
 
-def test_a_life_compiles_one_graph_more_in_evaluation() -> None:
-    model = kasminify(three(), num_seeds=4, compile=False, telemetry=False)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_life_compiles_one_graph_more_in_evaluation(bias: bool) -> None:
+    model = kasminify(three(bias), num_seeds=4, compile=False, telemetry=False)
     backend = RecordingBackend("eager")
     run: Any = torch.compile(model, backend=backend, fullgraph=True)
     layers = list(kasmina_layers(model).values())
@@ -75,8 +76,10 @@ def test_a_life_compiles_one_graph_more_in_evaluation() -> None:
 
     both()
     assert backend.compiles == 2  # dormant, in training and in evaluation
-    for number, layer in enumerate(layers):
-        graft(layer, [0, 1], "lora", 0.5)
+    for kind in ("affine", "lora"):
+        layers[0].reserve(2, kind)
+    for number, (layer, kind) in enumerate(zip(layers, ("lora", "affine", "lora"), strict=True)):
+        graft(layer, [0, 1], kind, 0.5)
         both()
         assert backend.compiles == 4 + (number > 0)  # growing
         layer.state.set_rows([0, 1], lifecycle_state=S.FOSSILIZED)
@@ -84,12 +87,10 @@ def test_a_life_compiles_one_graph_more_in_evaluation() -> None:
         assert backend.compiles == 5  # finished, whichever layers have fossils
         assert is_folded(model, X, "0")
         assert is_folded(model, X, "3")
-    for layer in layers:
-        layer.reset([0])
-        both()
-    for layer in layers:
-        layer.reset([1])
-        both()
+    for seed in (0, 1):
+        for layer in layers:
+            layer.reset([seed])
+            both()
     assert held(model) is None
     assert backend.compiles == 5
 
