@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -126,13 +126,17 @@ def end(siblings: Siblings[SeedStore]) -> None:
 
 
 def _release(siblings: Siblings[SeedStore]) -> None:
-    """Free the copies, unless a call in another thread runs them."""
+    """Free copies, unless a call in another thread runs them."""
     folding = siblings.folding
     with folding.lock:
         if not folding.inside:
-            folding.holds, folding.sources = False, None
-            for store in siblings:
-                store.folded = None
+            _drop(siblings)
+
+
+def _drop(siblings: Siblings[SeedStore]) -> None:
+    siblings.folding.holds, siblings.folding.sources = False, None
+    for store in siblings:
+        store.folded = None
 
 
 def _is_usual() -> bool:
@@ -157,7 +161,11 @@ def _prepare(siblings: Siblings[SeedStore], plan: Plan) -> None:
     folding.holds, folding.stepped = True, False
     folding.made = _made_on_streams(found)
     way = tuple(0 if store.folded is None else store.folded.way for store in siblings)
-    folding.runs = any(folded.nbytes for folded in found) and folding.may_run(way)
+    folding.runs = any(folded.nbytes for folded in found)
+    if folding.runs and not folding.may_run(way):
+        folding.runs = False
+        folding.plan = replace(plan, why_none=f"the model has run in {MOST_WAYS} other ways before")
+        _drop(siblings)
 
 
 def _made_on_streams(found: list[Folded]) -> list[Made]:
@@ -238,6 +246,4 @@ def _why_not_folded(store: SeedStore) -> str | None:
         return str(plan.why_none)
     if store.observed and store.in_eval:
         return "statistics are kept there, of what blueprints do too"
-    if folding.refused:
-        return f"its model has run in {MOST_WAYS} other ways, by which layers fold"
     return _why_not_now(store.host)

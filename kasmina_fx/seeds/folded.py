@@ -128,12 +128,12 @@ class Folding:
         stepped: An optimizer that knows the model has made a step since that was made: it may have
             written through ``.data``, which counts as no write.
         runs: What layers hold is to be run.
-        ways: Those to run that there were, by which layers fold; ``refused``: one too many is.
+        ways: Those to run that there were, by which layers fold.
         lock: Held to change any of these.
     """
 
     def __init__(self) -> None:
-        self.active = self.holds = self.stepped = self.runs = self.refused = False
+        self.active = self.holds = self.stepped = self.runs = False
         self.inside = 0
         self.plan: Any = None
         self.sources: list[Source] | None = None
@@ -157,7 +157,6 @@ class Folding:
 
     def may_run(self, way: tuple[int, ...]) -> bool:
         """Take note of a way to run, unless it is one too many."""
-        self.refused = way not in self.ways and len(self.ways) >= MOST_WAYS
-        if not self.refused:
+        if len(self.ways) < MOST_WAYS:
             self.ways.add(way)
-        return not self.refused
+        return way in self.ways

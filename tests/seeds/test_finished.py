@@ -580,6 +580,7 @@ def test_only_so_many_ways_are_run() -> None:
     assert "has run in 2 other ways" in model[0].get_layer_stats()["folding"]
     folding = model[0].siblings.folding
     assert not folding.runs
+    assert held(model) is None
     assert_as_reference(model, X)
     with transaction(model):
         model[2].reset([0])

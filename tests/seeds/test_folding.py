@@ -82,7 +82,8 @@ class Normed(nn.Linear):
     """A Linear whose output is not what its weight alone says."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) / self.weight.norm()
+        out: Tensor = super().forward(input) / self.weight.norm()
+        return out
 
 
 @pytest.mark.parametrize(
