@@ -10,8 +10,9 @@ are freed when the model is next called after a seed changed, or to train.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 import torch
@@ -21,7 +22,7 @@ from kasmina_fx._torch.dynamo import being_recorded, not_traced
 from kasmina_fx._torch.tracing import in_a_mode, in_functorch
 from kasmina_fx.bases.host import Host
 from kasmina_fx.lifecycle import SeedLifecycle, runs
-from kasmina_fx.seeds.folded import MOST_WAYS, Folded, Made, all_same
+from kasmina_fx.seeds.folded import MOST_WAYS, Folded, Made, Source, all_same, source
 from kasmina_fx.seeds.folding import (
     blended_by,
     folded_tensors,
@@ -30,6 +31,7 @@ from kasmina_fx.seeds.folding import (
     why_no_host,
     why_no_weight,
 )
+from kasmina_fx.seeds.registered import Place
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.store import SeedStore
 
@@ -109,9 +111,16 @@ def begin(siblings: Siblings[SeedStore], training: bool) -> bool:
         return False
     with folding.lock:
         if not folding.is_right():
+            folding.ended()
+            if folding.waits(partial(_would_be_made_of, folding.plan)):
+                _free(siblings)
+                return False
+            _prepare(siblings, folding.plan)
+        elif folding.asks:
             _prepare(siblings, folding.plan)
         if folding.runs:
             folding.inside, folding.active = folding.inside + 1, True
+            folding.served += 1
             _wait_for_copies(folding.made)
         return folding.runs
 
@@ -126,17 +135,17 @@ def end(siblings: Siblings[SeedStore]) -> None:
 
 
 def _release(siblings: Siblings[SeedStore]) -> None:
-    """Free copies, unless a call in another thread runs them."""
     folding = siblings.folding
     with folding.lock:
-        if not folding.inside:
-            _drop(siblings)
+        folding.ended()
+        _free(siblings)
 
 
-def _drop(siblings: Siblings[SeedStore]) -> None:
-    siblings.folding.holds, siblings.folding.sources = False, None
-    for store in siblings:
-        store.folded = None
+def _free(siblings: Siblings[SeedStore]) -> None:
+    """Free what layers hold, unless a call in another thread runs it."""
+    if not siblings.folding.inside:
+        for store in siblings:
+            store.folded = None
 
 
 def _is_usual() -> bool:
@@ -149,26 +158,24 @@ def _is_usual() -> bool:
 def _prepare(siblings: Siblings[SeedStore], plan: Plan) -> None:
     """Let layers hold what they run in the place of a blend."""
     folding, stores = siblings.folding, list(plan.stores())
-    folding.hooks = [store.host.base._forward_pre_hooks for store in stores]
-    for store, hooks in zip(stores, folding.hooks, strict=True):
-        held = store.folded
+    for store in stores:
+        held, hooks = store.folded, store.host.base._forward_pre_hooks
         if held is None or hooks or folding.stepped or not all_same(held.sources):
             store.folded = _made(store)
-    found = [store.folded for store in stores if store.folded is not None]
-    # A layer that might fold, and does not for a while, is asked again at the next call.
-    whole = len(found) == len(stores)
-    folding.sources = [s for folded in found for s in folded.sources] if whole else None
-    folding.holds, folding.stepped = True, False
-    folding.made = _made_on_streams(found)
+    found = {store: store.folded for store in stores if store.folded is not None}
+    folding.sources = [each for folded in found.values() for each in folded.sources]
+    folding.hooks = [s.host.base._forward_pre_hooks for s, f in found.items() if f.of is not None]
+    folding.made = _made_on_streams(found.values())
+    folding.holds, folding.stepped, folding.asks = True, False, len(found) < len(stores)
+    folding.runs = any(folded.nbytes for folded in found.values())
     way = tuple(0 if store.folded is None else store.folded.way for store in siblings)
-    folding.runs = any(folded.nbytes for folded in found)
     if folding.runs and not folding.may_run(way):
-        folding.runs = False
+        folding.runs = folding.holds = False
         folding.plan = replace(plan, why_none=f"the model has run in {MOST_WAYS} other ways before")
-        _drop(siblings)
+        _free(siblings)
 
 
-def _made_on_streams(found: list[Folded]) -> list[Made]:
+def _made_on_streams(found: Iterable[Folded]) -> list[Made]:
     """Say for each GPU where copies on it were made."""
     copies = [t for folded in found if folded.nbytes for t in (folded.weight, folded.bias)]
     on_gpus = [t for t in copies if t is not None and t.is_cuda]
@@ -192,19 +199,36 @@ def _wait_for_copies(made: list[Made]) -> None:
 @torch.inference_mode(False)
 def _made(store: SeedStore) -> Folded | None:
     """Return what a layer runs in the place of a blend; None: nothing can take its place."""
-    fossils, own = _fossils(store), store.host.base._parameters
+    fossils = _fossils(store)
     if why_no_host(store) is not None or _why_not_now(store.host) is not None:
         return None if bool(fossils.any()) else Folded()
-    banks = [bank for bank, *_ in blended_by(store, fossils)]
-    stacks = [(bank._parameters, name) for bank in banks for name in bank._parameters]
-    made = Folded([(own, "weight"), (own, "bias")], stacks)
+    own, stacks = _places(store)
+    made = Folded(own, stacks)
     # All layers have the bank at once, so that a bias comes to all that have none at once.
     shifts = any(bank.spec.kind == "affine" for bank in store.bank_list())
-    if banks:
+    if stacks:
         made.run_copies(*folded_tensors(store, fossils, always_bias=shifts))
     elif made.bias is None and shifts:
         made.run_copies(None, no_bias(store.host))
     return made
+
+
+def _places(store: SeedStore) -> tuple[list[Place], list[Place]]:
+    """Where a host's weight and bias are registered, and the stacks that go into them."""
+    own = store.host.base._parameters
+    banks = [bank for bank, *_ in blended_by(store, _fossils(store))]
+    stacks: list[Place] = [(bank._parameters, name) for bank in banks for name in bank._parameters]
+    return [(own, "weight"), (own, "bias")], stacks
+
+
+def _would_be_made_of(plan: Plan) -> list[Source]:
+    return [
+        source(*place)
+        for store in plan.stores()
+        if why_no_host(store) is None and _why_not_now(store.host) is None
+        for places in _places(store)
+        for place in places
+    ]
 
 
 def _why_not_now(host: Host) -> str | None:

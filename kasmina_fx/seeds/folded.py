@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 from typing import Any, Final, NamedTuple
 
@@ -13,6 +13,9 @@ from kasmina_fx.seeds.registered import Place
 
 #: In so many ways, by which of its layers fold, a model may run: each is a graph of its own.
 MOST_WAYS: Final = 2
+#: Copies that serve so many calls are worth making. Where they twice in a row did not, so many
+#: calls have to come first in which nothing changed.
+ENOUGH: Final = 8
 
 
 class Source(NamedTuple):
@@ -34,6 +37,13 @@ class Made(NamedTuple):
     stream: torch.cuda.Stream
     event: torch.cuda.Event
     copies: list[Tensor]
+
+
+def source(holder: Mapping[str, Any], name: str) -> Source:
+    """Return a tensor as it is now."""
+    tensor = holder.get(name)
+    state = (0, -1) if tensor is None else (tensor.data_ptr(), tensor._version)
+    return Source(holder, name, tensor, *state)
 
 
 def all_same(sources: Iterable[Source]) -> bool:
@@ -74,9 +84,9 @@ class Folded:
     def __init__(self, host: Iterable[Place] = (), stacks: Iterable[Place] = ()) -> None:
         self.nbytes = 0
         # Before copies are made: what is written meanwhile is seen.
-        self._sources = [_source(*place) for place in (*host, *stacks)]
+        self._sources = [source(*place) for place in (*host, *stacks)]
         if self._sources:
-            self.of, bias, *_ = (source.tensor for source in self._sources)
+            self.of, bias, *_ = (each.tensor for each in self._sources)
             self.weight = _like(self.of, self.of)
             self.bias = None if bias is None else _like(bias, bias)
 
@@ -94,18 +104,12 @@ class Folded:
         """What it is made of."""
         if self.nbytes:
             return self._sources
-        return [source._replace(version=-1) for source in self._sources]
+        return [each._replace(version=-1) for each in self._sources]
 
     @property
     def way(self) -> int:
         """A number that is another where compiled code is another."""
         return 1 + (self.weight is not None) + (self.bias is not None)
-
-
-def _source(holder: Mapping[str, Any], name: str) -> Source:
-    tensor = holder.get(name)
-    state = (0, -1) if tensor is None else (tensor.data_ptr(), tensor._version)
-    return Source(holder, name, tensor, *state)
 
 
 def _like(values: Tensor, own: nn.Parameter | None) -> nn.Parameter:
@@ -119,44 +123,65 @@ class Folding:
     Attributes:
         active: They do: what compiled code looks at. Only during calls of the model, which see to
             it that what layers hold is right.
-        inside: Such calls under way.
+        inside: Such calls under way; ``served``: those since copies were made.
         plan: Which layers fold; None: not known.
-        sources: What layers hold was made of these; None: they hold nothing, or have to look again.
-        made: Where and when that is to be there.
-        hooks: What comes before the hosts, and might write to them: nothing.
         holds: Layers may hold something.
-        stepped: An optimizer that knows the model has made a step since that was made: it may have
+        sources: What that was made of.
+        hooks: What comes before its hosts, and might write to them: nothing.
+        made: Where and when it is to be there.
+        stepped: An optimizer that knows the model has made a step since it was made: it may have
             written through ``.data``, which counts as no write.
+        asks: A layer that might fold does not for a while, and is asked at the next call again.
         runs: What layers hold is to be run.
         ways: Those to run that there were, by which layers fold.
         lock: Held to change any of these.
     """
 
     def __init__(self) -> None:
-        self.active = self.holds = self.stepped = self.runs = False
-        self.inside = 0
+        self.active = self.holds = self.stepped = self.asks = self.runs = False
+        self.inside = self.served = self._short = self._waited = 0
         self.plan: Any = None
-        self.sources: list[Source] | None = None
-        self.made: list[Made] = []
+        self.sources: list[Source] = []
         self.hooks: list[Mapping[int, Any]] = []
+        self.made: list[Made] = []
         self.ways: set[tuple[int, ...]] = set()
         self.lock = Lock()
+        self._watched: list[Source] = []
 
     def is_right(self) -> bool:
-        """Say whether layers hold what they should."""
-        return (
-            self.sources is not None
-            and not self.stepped
-            and not any(self.hooks)
-            and all_same(self.sources)
-        )
+        """Say whether layers hold what was made of what is there now."""
+        changed = self.stepped or any(self.hooks) or not all_same(self.sources)
+        return self.holds and not changed
 
     def forget(self) -> None:
         """Seeds have changed: nothing is known of them."""
-        self.plan = self.sources = None
+        self.plan, self.sources = None, [_CHANGED]
+
+    def ended(self) -> None:
+        """What layers held is right no longer, or is not needed: was it worth making?"""
+        if self.holds:
+            self._short = 0 if self.served >= ENOUGH else self._short + 1
+        self.holds, self.sources, self.hooks, self.served = False, [], [], 0
+
+    def waits(self, would_be: Callable[[], list[Source]]) -> bool:
+        """Say whether copies had better not be made yet: a loop may be training between calls.
+
+        ``would_be`` lists what they would be made of.
+        """
+        if self._short < 2 or torch.are_deterministic_algorithms_enabled():
+            return False  # where the same bits are wanted twice, nothing waits
+        same = bool(self._watched) and not self.stepped and all_same(self._watched)
+        self._waited = self._waited + 1 if same else 0
+        if not same:
+            self._watched, self.stepped = would_be(), False
+        return self._waited < ENOUGH
 
     def may_run(self, way: tuple[int, ...]) -> bool:
         """Take note of a way to run, unless it is one too many."""
         if len(self.ways) < MOST_WAYS:
             self.ways.add(way)
         return way in self.ways
+
+
+#: A source that nothing is any more.
+_CHANGED: Final = Source({}, "", False, 0, 0)

@@ -42,6 +42,7 @@ from kasmina_fx import (
     unkasminify,
 )
 from kasmina_fx.optim import follow
+from kasmina_fx.seeds.folded import ENOUGH
 from kasmina_fx.testing import graft
 
 X = torch.linspace(-2, 2, 30).view(5, 6)
@@ -570,12 +571,17 @@ def test_a_call_that_raises_ends_as_well() -> None:
     assert_as_reference(model, X)
 
 
+def evaluate_for_long(model: nn.Module) -> None:
+    for _ in range(ENOUGH + 1):
+        evaluated(model, X)
+
+
 def test_only_so_many_ways_are_run() -> None:
     model = finished(nn.Sequential(*(nn.Linear(6, 6) for _ in range(4))))
-    assert is_folded(model, X)
-    fossils(model[1], [0], "mlp")
-    assert is_folded(model, X)
-    fossils(model[2], [0], "mlp")
+    for seedless in (model[1], model[2]):
+        evaluate_for_long(model)
+        assert is_folded(model, X)
+        fossils(seedless, [0], "mlp")
     evaluated(model, X)
     assert "has run in 2 other ways" in model[0].get_layer_stats()["folding"]
     folding = model[0].siblings.folding
@@ -587,6 +593,57 @@ def test_only_so_many_ways_are_run() -> None:
     assert_as_reference(model, X)
     assert folding.runs
     assert is_folded(model, X)
+
+
+def a_step(model: Any) -> None:
+    model.train()
+    model(X).square().sum().backward()
+    by_an_optimizer(model)
+    model.eval()
+
+
+def test_a_loop_that_trains_between_calls_waits_before_copies_are_made() -> None:
+    model = finished()
+    for folds in (True, True, False, False):
+        a_step(model)
+        assert is_folded(model, X) == folds
+        assert_as_reference(model, X)
+    a_step(model)
+    for _ in range(ENOUGH):
+        assert not is_folded(model, X)
+    assert is_folded(model, X)  # nothing has changed for long
+    evaluate_for_long(model)
+    a_step(model)
+    assert is_folded(model, X)  # which has been worth it
+
+
+def test_where_the_same_bits_are_wanted_twice_nothing_waits() -> None:
+    model = finished()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(4):
+            a_step(model)
+            first = evaluated(model, X)
+            assert torch.equal(evaluated(model, X), first)
+            assert is_folded(model, X)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_what_changes_while_it_waits_is_waited_for_again() -> None:
+    model = finished()
+    for _ in range(3):
+        a_step(model)
+        evaluated(model, X)
+    for change in (by_an_optimizer, by_other_memory, by_a_write_to_a_blueprint):
+        for _ in range(ENOUGH - 1):
+            assert not is_folded(model, X)
+        change(model)
+        assert_as_reference(model, X)
+    model[0].register_forward_pre_hook(lambda module, args: None)
+    pruned(model)
+    evaluate_for_long(model)
+    assert_as_reference(model, X)
 
 
 def test_an_optimizer_that_follows_the_model_makes_it_fold_anew() -> None:
