@@ -158,7 +158,7 @@ class Folding:
         self.plan, self.sources = None, [_CHANGED]
 
     def ended(self) -> None:
-        """What layers held is right no longer, or is not needed: was it worth making?"""
+        """What layers held is right no longer, or not needed: take note of what it was worth."""
         if self.holds:
             self._short = 0 if self.served >= ENOUGH else self._short + 1
         self.holds, self.sources, self.hooks, self.served = False, [], [], 0
