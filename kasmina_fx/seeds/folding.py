@@ -22,8 +22,9 @@ from kasmina_fx.physical.rows import finite_rows
 from kasmina_fx.seeds.store import SeedStore
 from kasmina_fx.transactions.buffers import to_device
 
-#: Numbers of a weight that are changed at a time: so many in float64 stay in a cache.
-_BLOCK: Final = 1 << 18
+#: Numbers of a weight that are changed at a time: so many in float64 stay in a CPU's cache, and are
+#: few launches elsewhere.
+_BLOCK: Final = (1 << 18, 1 << 22)
 
 
 def why_not_folded(store: SeedStore, seed_id: int, uses: Mapping[int, int]) -> str | None:
@@ -116,7 +117,7 @@ def folded_tensors(
     elif always_bias or any(bank.spec.kind == "affine" for bank, *_ in changes):
         bias = no_bias(store.host)
     for bank, seeds, slots in changes:
-        many = max(1, _BLOCK // (bank.run.size * weight[0].numel()))
+        many = max(1, _BLOCK[not weight.is_cpu] // (bank.run.size * weight[0].numel()))
         for block in zip(seeds.split(many), slots.split(many), strict=True):
             _change(weight, bias, bank, *block, store.shown.layer[0])
     return weight, bias
