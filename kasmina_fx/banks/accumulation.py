@@ -45,6 +45,15 @@ class Passes:
         gradient.index_copy_(0, self.slots, mean)
 
 
+def watch(stack: StackedParameter, averages: bool) -> None:
+    """Let a stack's gradient be averaged, or not: a hook costs each step of a deep model."""
+    if averages and stack.averaging is None:
+        stack.averaging = stack.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
+    elif not averages and stack.averaging is not None:
+        stack.averaging.remove()
+        stack.averaging = None
+
+
 @torch.no_grad()
 def average(stack: Any) -> None:
     """The hook of a stack, after a backward pass has added to its gradient."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kasmina_fx._torch.dynamo import mark_dynamic
-from kasmina_fx.banks.accumulation import average
+from kasmina_fx.banks.accumulation import watch
 from kasmina_fx.banks.placement import SMALLEST, Placement, derive, slots_of
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.blueprints import Blueprint, lookup
@@ -220,8 +220,7 @@ class Bank(nn.Module):
                 mark_dynamic(stack, 0)
         for stack in self.tensors():
             if isinstance(stack, StackedParameter):
-                if stack.bank is None and stack.requires_grad:
-                    stack.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
+                watch(stack, stack.requires_grad and len(self.reconstructing) > 0)
                 stack.bank = weakref.ref(self)
         for table in (self.seeds, self.modes, self.trainees, self.order):
             for dim, size in enumerate(table.shape):

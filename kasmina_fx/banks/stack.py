@@ -38,6 +38,7 @@ class StackedParameter(nn.Parameter):
         stale: Slots whose gradient is of an earlier seed, until the thread that trains drops it.
         passes: The backward passes that are in its gradient, where they are averaged; see
             :mod:`kasmina_fx.banks.accumulation`.
+        averaging: The handle of that hook, while it is there.
         late: Rows (slots, values) written while another thread's optimizer was stepping it.
     """
 
@@ -50,6 +51,7 @@ class StackedParameter(nn.Parameter):
     late: tuple[tuple[Tensor, Tensor], ...] = ()
     stale: frozenset[int] = frozenset()
     passes: Any = None
+    averaging: Any = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make one, and let optimizers know that there are any."""

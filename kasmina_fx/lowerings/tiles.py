@@ -60,7 +60,7 @@ class _Launch(NamedTuple):
     @classmethod
     def of(cls, y: Tensor, order: Tensor, plan: Plan, way: int = 0) -> "_Launch":
         tiling = plan.tiling
-        active = order.shape[0]
+        active: Any = order.shape[0]
         if isinstance(active, int) and active % tiling.seeds:
             raise ValueError(f"order holds {active} places, not whole tiles of {tiling.seeds}")
         rows, tiles = y.numel() // y.shape[-1], active // tiling.seeds

@@ -97,13 +97,17 @@ def _formula_of(optimizer: Optimizer) -> Formula | None:
     return next((formula for kind, formula in _FORMULAS if isinstance(optimizer, kind)), None)
 
 
-@torch.no_grad()
 def correct(optimizer: Optimizer, stack: Tensor, group: dict[str, Any]) -> None:
-    """Let the young slots of a stack move as far as ones of their age, after a step; no sync."""
+    """Let the young slots of a stack move as far as ones of their age, after a step; no sync.
+
+    Called without gradients.
+    """
     state = optimizer.state.get(stack, {})
     births = state.get(BIRTHS)
+    if births is None or stack.grad is None:  # most, and there are hundreds
+        return
     formula = _formula_of(optimizer)
-    if births is None or stack.grad is None or formula is None:
+    if formula is None:
         return
     steps = births["steps"] + 1
     ages = {slot: steps - birth for slot, birth in births["slots"].items()}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import FUNCTIONS, STAGES, Blend, dense, errors_against_float64
+from kernel_cases import FUNCTIONS, STAGES, Blend, dense, errors_against_float64, plain
 from torch import Tensor, nn
 
 from kasmina_fx import compiles, explain, kasmina_layers, kasminify
@@ -34,7 +34,10 @@ def test_kernels_of_whole_rows_are_close_to_float64(
 def test_activations_are_close_to_float64(then: str, dtype: torch.dtype) -> None:
     kinds = dict.fromkeys(STAGES, "mlp")
     case = Blend([4] * 12, kinds, rows=1000, dtype=dtype, device="cuda")
-    assert max(errors_against_float64(case, dense(then), then)) < TOLERANCES[dtype]
+    # Where rounding moves an element over ReLU's kink, the definition in a half type is as wrong.
+    inherent = errors_against_float64(case, plain(then), then)
+    for found, known in zip(errors_against_float64(case, dense(then), then), inherent, strict=True):
+        assert found < max(TOLERANCES[dtype], known)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
@@ -45,13 +48,16 @@ def test_what_is_not_finite_reaches_no_neighbour(value: float) -> None:
     kinds = dict.fromkeys(STAGES, "mlp")
     sizes: dict[str, Any] = {"sizes": [4] * 12, "kinds": kinds, "rows": 300, "device": "cuda"}
     bad, good = (Blend(**sizes, poison=p).run(dense("relu"), torch.float32) for p in (poison, None))
-    for found, expected in ((bad[0], good[0]), (bad[2], good[2])):  # the output, the gradient
-        same = found == expected
-        same[100, 16:20] = True
-        assert bool(same.all())
+    # The output, and the gradient: a block with such a value is computed again in smaller ones, by
+    # other instructions, which round a sum otherwise.
+    for found, expected in ((bad[0], good[0]), (bad[2], good[2])):
+        apart = (found - expected).abs() / expected.abs().max()
+        apart[100, 16:20] = 0.0
+        assert float(apart.max()) < 1e-6
     assert not bool((bad[0] == good[0])[100, 17])
     for found, expected in zip(bad[4:], good[4:], strict=True):  # of stacks: seed 4 is the third
-        assert bool((found[[0, 1, 3, 4]] == expected[[0, 1, 3, 4]]).all())
+        apart = (found - expected)[[0, 1, 3, 4]].abs() / expected.abs().max()
+        assert float(apart.max()) < 1e-6
 
 
 def life(lowering: str, dtype: torch.dtype, then: type[nn.Module]) -> tuple[list[Tensor], int]:

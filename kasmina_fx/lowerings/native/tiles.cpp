@@ -78,8 +78,9 @@ static void forward(float* out, float* kept, float* told, const float* before,
     int64_t seed = seeds[order[at]];
     float loss = squares / (1.0f * bank.rows * c), a = alpha[bank.first_seed + seed];
     told[seed] = wrong > 0 && unsound == 0;
-    told[n + seed] = wrong == 0 ? loss : -1.0f;
-    told[2 * n + seed] = wrong == 0 && roles[bank.first_seed + seed] == 2 ? a * a * loss : 0.0f;
+    bool ran = wrong == 0 && bank.rows > 0;  // of an empty batch nothing is known
+    told[n + seed] = ran ? loss : -1.0f;
+    told[2 * n + seed] = ran && roles[bank.first_seed + seed] == 2 ? a * a * loss : 0.0f;
   }
 }
 

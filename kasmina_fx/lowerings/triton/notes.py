@@ -30,8 +30,9 @@ def report(
         unsound += tl.sum(tl.load(said + at + 2 * count, mask=asked, other=0.0), 0)
     loss = squares / (1.0 * rows * c)
     faulty = tl.where((wrong > 0) & (unsound == 0), 1.0, 0.0)
-    added = tl.where((wrong == 0) & blends, a * a * loss, 0.0)
-    loss = tl.where(wrong == 0, loss, -1.0)
+    known = (wrong == 0) & (rows > 0)  # nothing is of an empty batch
+    added = tl.where(known & blends, a * a * loss, 0.0)
+    loss = tl.where(known, loss, -1.0)
     old_faulty, old_loss, old_added = (
         tl.zeros_like(loss),
         tl.zeros_like(loss) - 1,
