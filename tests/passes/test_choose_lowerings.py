@@ -21,7 +21,6 @@ from torch import nn
 
 from kasmina_fx import capture, find_matches
 from kasmina_fx.errors import InvalidArgument
-from kasmina_fx.lowerings import dense
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.infra.metadata import lowering_of
 from kasmina_fx.testing import assert_golden, graft
@@ -72,9 +71,8 @@ def test_a_near_miss_is_not_lowered_and_the_reason_says_why(near: str, lowering:
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize(("seeds", "chosen"), [([0, 2], "fused"), ([0, 1, 3], "dense")])
 def test_the_share_of_seeds_that_run_decides_where_no_activation_does(
-    seeds: list[int], chosen: str, monkeypatch: pytest.MonkeyPatch
+    seeds: list[int], chosen: str
 ) -> None:
-    monkeypatch.setattr(dense, "AUTO", True)
     model = wrapped(nn.Sequential(nn.Linear(8, 12)), seeds=4)
     graft(layer_of(model, "0"), seeds)
     gm = capture(model, torch.randn(3, 8))
@@ -87,7 +85,7 @@ def test_dense_is_taken_where_it_is_asked_for() -> None:
     match = find_matches(growing_graph())[0]
     auto, asked = ChooseLowerings().choose(match), ChooseLowerings("dense").choose(match)
     assert (auto.name, asked.name) == ("fused", "dense")
-    assert "not dense: it is taken where it is asked for by name" in auto.why
+    assert "of the features run: tiles touch these alone" in auto.why
 
 
 @pytest.mark.usefixtures("interpreter")
