@@ -96,7 +96,7 @@ def test_strict_fails_when_a_layer_was_not_rewritten() -> None:
     lenient = RecordingBackend("eager", disabled_passes=["lower_blend", "eliminate_dormant"])
     torch.testing.assert_close(torch.compile(model, backend=lenient)(x), model(x))
     strict = RecordingBackend("eager", strict=True, disabled_passes=["lower_blend"])
-    with pytest.raises(Exception, match=r"1 markers were not rewritten.*fc: .*quickest by prediction"):
+    with pytest.raises(Exception, match=r"1 markers were not rewritten.*fc: .*quickest by pred"):
         torch.compile(model, backend=strict)(x)
 
 
