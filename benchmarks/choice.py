@@ -356,11 +356,14 @@ def main() -> int:
     print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n", flush=True)
     register(Tanh, name="tanh")
     cells: list[dict[str, Any]] = []
+    # What fell back to eager would be a wrong number: fail instead.
+    limits = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, suppress_errors=False)
     for layer in LAYERS[args.device]:
-        for cell in Layer(*layer, args.device).measure():
-            times = {name: f"{1e6 * seconds:.0f}" for name, seconds in cell["seconds"].items()}
-            print(f"{name_of(cell)}: {', '.join(map(' '.join, times.items()))} us", flush=True)
-            cells.append(cell)
+        with limits:
+            for cell in Layer(*layer, args.device).measure():
+                times = {name: f"{1e6 * seconds:.0f}" for name, seconds in cell["seconds"].items()}
+                print(f"{name_of(cell)}: {', '.join(map(' '.join, times.items()))} us", flush=True)
+                cells.append(cell)
         gc.collect()
         done = f"[{time.perf_counter() - began:4.0f} s] {' '.join(map(str, layer))}"
         print(done, file=sys.stderr, flush=True)
