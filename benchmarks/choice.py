@@ -294,7 +294,7 @@ UNITS = [cost.Prices(*(float(i == unit) for i in range(5))) for unit in range(5)
 
 
 def not_negative(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:
-    """Solve least squares for numbers not below 0, with less weight for what is far off."""
+    """Solve least squares for numbers of at least 0, with less weight for what is far off."""
     matrix, target = torch.tensor(rows, dtype=torch.float64), torch.tensor(wanted).double()
     scale = matrix.norm(dim=0).clamp_min(1e-300)
     matrix, weights = matrix / scale, torch.ones_like(target)
@@ -323,10 +323,8 @@ def show_fit(kept: dict[str, Any]) -> None:
     print(", ".join(f"{after}: {seconds:.2g}" for after, seconds in common.items()))
 
     def predict(name: str, site: Site) -> float:
-        time = prices[cost.priced_as(name), site.training].of(
-            lowering_named(name).work(site), width
-        )
-        return common[site.training] + time
+        work, priced = lowering_named(name).work(site), prices[cost.priced_as(name), site.training]
+        return common[site.training] + priced.of(work, width)
 
     judge(cells, predict)
     for key in prices:
@@ -358,11 +356,14 @@ def main() -> int:
     print(", ".join(f"{key} {value}" for key, value in about.items()) + "\n", flush=True)
     register(Tanh, name="tanh")
     cells: list[dict[str, Any]] = []
+    # What fell back to eager would be a wrong number: fail instead.
+    limits = torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, suppress_errors=False)
     for layer in LAYERS[args.device]:
-        for cell in Layer(*layer, args.device).measure():
-            times = {name: f"{1e6 * seconds:.0f}" for name, seconds in cell["seconds"].items()}
-            print(f"{name_of(cell)}: {', '.join(map(' '.join, times.items()))} us", flush=True)
-            cells.append(cell)
+        with limits:
+            for cell in Layer(*layer, args.device).measure():
+                times = {name: f"{1e6 * seconds:.0f}" for name, seconds in cell["seconds"].items()}
+                print(f"{name_of(cell)}: {', '.join(map(' '.join, times.items()))} us", flush=True)
+                cells.append(cell)
         gc.collect()
         done = f"[{time.perf_counter() - began:4.0f} s] {' '.join(map(str, layer))}"
         print(done, file=sys.stderr, flush=True)

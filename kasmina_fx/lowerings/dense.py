@@ -13,13 +13,16 @@ from kasmina_fx.lowerings.fused import Fused, in_tiles, plan_of, plans_of, run_b
 from kasmina_fx.lowerings.rows import BLENDED_ROWS, KEEP_THEIR_INPUT, ROWS
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BlendArguments, LayerTables
-from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.physical.layout import ChunkLayout, power_of_two
 
-#: From which share of the features on "auto" passes over all of them: with an activation in the
-#: kernel that keeps its input for backward, and without one. On an H100 a step of a layer of 4,096
-#: features, half of them active, took 460 us where tiles and the GELU took 940.
+#: From which share of the features on "auto" passes over all of them: where an activation rides
+#: along that keeps its input for backward, the same where chunks fill tiles (of 4, 8, 16, ...
+#: features, loaded several at a time), and where none does. An H100 breaks even there, by
+#: ``kernels.py``: of 4,096 features, half of them active, a step took 460 us where tiles and a
+#: GELU took 940.
 SHARE: Final = 0.25
-ALONE: Final = 0.75
+FILLED: Final = 0.05
+ALONE: Final = 0.35
 
 
 class Dense(Lowering):
@@ -44,10 +47,11 @@ class Dense(Lowering):
 
     def why_rather_not(self, site: Site) -> str | None:
         """See :meth:`Lowering.why_rather_not`."""
-        least = SHARE if site.then in KEEP_THEIR_INPUT else ALONE
-        if site.share >= least:
+        rides = site.then in KEEP_THEIR_INPUT
+        filled = all(p.size >= 4 and p.size == power_of_two(p.size) for p in plans_of(site))
+        if site.share >= (ALONE if not rides else FILLED if filled else SHARE):
             return None
-        beside = "" if least == SHARE else ", and no activation that keeps its input rides along"
+        beside = "" if rides else ", and no activation that keeps its input rides along"
         return f"{site.share:.0%} of the features run: tiles touch these alone{beside}"
 
     def work(self, site: Site) -> Work:
