@@ -75,6 +75,23 @@ def test_a_compiled_life_is_the_same_with_fused_kernels_and_with_products(
     assert same_bits(kernels, again)
 
 
+def test_a_batch_without_rows_changes_nothing() -> None:
+    """The kernel for statistics read the first row of it, an illegal access."""
+    model: Any = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)).cuda()
+    kasminify(model, num_seeds=8)
+    for layer in kasmina_layers(model).values():
+        graft(layer, [1, 2], "mlp", 0.5)
+    for _ in range(2):
+        out = model(torch.randn(0, 8, device="cuda"))
+        out.sum().backward()
+        torch.cuda.synchronize()
+        assert out.shape == (0, 8)
+    for layer in kasmina_layers(model).values():
+        assert not layer.get_health_report()["runs"].any()
+        for parameter in layer.blueprint_parameters():
+            assert parameter.grad is None or not parameter.grad.any()
+
+
 def test_fused_is_chosen_where_it_can_and_the_report_says_why_not_elsewhere() -> None:
     model: Any = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 640)).cuda()
     kasminify(model, num_seeds=8, compile=False)

@@ -54,7 +54,7 @@ def test_every_activation_has_a_function_to_be_compared_with() -> None:
     assert set(FUNCTIONS) == set(ACTIVATIONS)
 
 
-@pytest.mark.parametrize("count", [1, 31, 32, 33, 100])
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 100])
 @pytest.mark.parametrize("kind", ["mlp", "affine"])
 def test_any_number_of_rows(kind: str, count: int) -> None:
     assert_dense_is_right(Blend([4] * 9, kinds(kind), rows=count), "gelu")

@@ -41,7 +41,7 @@ struct Bank {
     if (sums) wanted = std::min(wanted, SUMS / std::max<int64_t>(1, slots * places * width));
     wanted = std::max<int64_t>(1, wanted);
     rows_of_a_part = std::max<int64_t>(1, (tiles + wanted - 1) / wanted) * MOST;
-    parts = (rows + rows_of_a_part - 1) / rows_of_a_part;
+    parts = std::max<int64_t>(1, (rows + rows_of_a_part - 1) / rows_of_a_part);
   }
 
   // Whether a scale and a shift for each feature come first; without products they are all.

@@ -83,7 +83,7 @@ static void forward(float* out, float* kept, float* told, const float* before,
     for (int line = 0; line < 3; line++)
       told[line * n + seed] = before ? before[line * n + seed] : (line == 1 ? -1.0f : 0.0f);
   for (int64_t at = 0; at < bank.active; at++) {
-    if (order[at] < 0) continue;
+    if (order[at] < 0 || !bank.rows) continue;
     float squares = 0, wrong = 0, unsound = 0;
     for (int64_t part = 0; part < bank.parts; part++) {
       const float* mean = said.data() + (part * bank.active + at) * 3;
