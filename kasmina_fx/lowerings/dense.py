@@ -10,6 +10,7 @@ from torch import Tensor
 from kasmina_fx._torch.triton import launches_on
 from kasmina_fx.lowerings.base import Lowering, Site, Wanted, Work
 from kasmina_fx.lowerings.fused import Fused, in_tiles, plan_of, plans_of, run_bank, tables_of
+from kasmina_fx.lowerings.plan import KERNELS
 from kasmina_fx.lowerings.rows import BLENDED_ROWS, KEEP_THEIR_INPUT, ROWS
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BlendArguments, LayerTables
@@ -41,6 +42,9 @@ class Dense(Lowering):
         """See :meth:`Lowering.why_not`: the kernels are of the same kinds, but on CPUs."""
         if not launches_on(site.device):
             return f"no Triton kernel runs on {site.device.type} here"
+        for bank in site.banks:
+            if bank.kind in KERNELS and not KERNELS[bank.kind].rows:
+                return f"blueprint {bank.kind} has no kernel of whole rows"
         if site.dtype == torch.float32 and any(plan.wide for plan in plans_of(site)):
             return "float32 products of wide chunks are more than a program's registers hold"
         return Fused().why_not(site)

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import FUNCTIONS, STAGES, Blend, dense, errors_against_float64, plain
+from kernel_cases import FUNCTIONS, OF_ROWS, STAGES, Blend, dense, errors_against_float64, plain
 from torch import Tensor, nn
 
 from kasmina_fx import compiles, explain, kasmina_layers, kasminify
-from kasmina_fx.lowerings.plan import KERNELS
 from kasmina_fx.testing import graft
 
 pytestmark = pytest.mark.gpu
@@ -19,7 +18,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 @pytest.mark.parametrize("size", [3, 4, 12, 64])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.parametrize("kind", OF_ROWS)
 def test_kernels_of_whole_rows_are_close_to_float64(
     kind: str, dtype: torch.dtype, size: int
 ) -> None:
