@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
@@ -34,6 +36,26 @@ def test_each_of_the_eleven_is_one_of_the_five_and_there_and_back_is_the_same() 
     numbers = old_states(torch.arange(len(SeedLifecycle)))
     assert numbers.dtype == torch.uint8
     assert numbers.tolist() == [OLD_STATES[stage].value for stage in SeedLifecycle]
+
+
+SIGNATURES = {
+    "__init__": ["num_seeds", "device"],
+    "get_active_seeds": [],
+    "get_dormant_seeds": [],
+    "transition_seed_state": ["seed_idx", "new_state", "kernel_id"],
+    "increment_error_count": ["seed_idx"],
+    "update_telemetry": ["seed_idx", "latency_us", "health_score"],
+    "get_stats": [],
+    "reset_seed": ["seed_idx"],
+    "has_active_seeds": [],
+    "get_active_count": [],
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_methods_of_the_layout_have_the_signatures_of_before(name: str) -> None:
+    parameters = inspect.signature(getattr(KasminaStateLayout, name)).parameters
+    assert [p for p in parameters if p != "self"] == SIGNATURES[name]
 
 
 COLUMNS = {

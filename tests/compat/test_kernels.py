@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kasmina_fx import KasminaError, SeedLifecycle
+from kasmina_fx import KasminaError, SeedLifecycle, optim
 from kasmina_fx.blueprints import register
 from kasmina_fx.compat import (
     ArtifactError,
@@ -133,6 +133,24 @@ print(layer.save_kernel(0, "from-there", metadata={"by": "another"}).kernel_id)
         assert torch.equal(tensor, torch.full_like(tensor, 0.25))
     assert int(layer.state_layout.active_kernel_id[3]) == int(done.stdout)
     assert store.manifest("from-there").metadata == {"by": "another"}
+
+
+def test_a_loaded_kernel_learns_with_an_optimizer_that_was_there_before(store: LocalStore) -> None:
+    layer, x = KasminaLayer(8, 8), torch.randn(5, 8)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    optim.follow(optimizer, layer)
+    store.save("bend", "affine", 2, AFFINE)
+    assert load(layer, 1, "bend")
+    for _ in range(2):
+        layer(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    held = layer.bank_of(1)
+    assert held is not None
+    learnt = held[0].slot_tensors(held[1])
+    assert all(not torch.allclose(learnt[name], AFFINE[name]) for name in AFFINE)
+    layer.save_kernel(1, "learnt")
+    assert torch.equal(store.load("learnt").tensors["scale"], learnt["scale"])
 
 
 def test_dtype_and_device_are_the_layer_s(store: LocalStore) -> None:
