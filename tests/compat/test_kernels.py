@@ -303,10 +303,19 @@ def test_what_can_t_be_loaded_leaves_the_seed_dormant_and_says_why(
 
 @pytest.mark.parametrize("bad", ["../k", "/etc/passwd", "", ".hidden", "a/b", 3, None, "k" * 201])
 def test_an_id_names_no_other_file(store: LocalStore, bad: Any) -> None:
-    assert not load(KasminaLayer(8, 8), 0, bad)
+    layer = KasminaLayer(8, 8)
+    assert not load(layer, 0, bad)
+    assert layer.error_recovery.get_recovery_stats()["errors_by_kind"] == {"ArtifactError": 1}
     with pytest.raises(KasminaError, match="an id is up to 200"):
         store.save(bad, "affine", 2, AFFINE)
     assert store.ids() == []
+
+
+def test_an_id_does_not_lead_out_of_the_store(store: LocalStore) -> None:
+    LocalStore(store.directory.parent).save("k", "affine", 2, AFFINE)
+    store.save("inside", "affine", 2, AFFINE)  # the same data
+    assert not load(KasminaLayer(8, 8), 0, "../k")
+    assert load(KasminaLayer(8, 8), 0, "inside")
 
 
 @pytest.mark.parametrize(
