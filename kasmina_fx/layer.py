@@ -41,7 +41,7 @@ from kasmina_fx.transactions.threads import inside_forward
 _NUMBERS = itertools.count()
 
 
-def _being_recorded() -> bool:
+def being_recorded() -> bool:
     """Whether ``torch.export`` or ``torch.jit.trace`` makes a program of what runs."""
     return is_exporting() or (not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]  # torch's
 
@@ -115,13 +115,13 @@ class SeededModule(SeedCommands, nn.Module):
             # vmap knows no operator of ours; statistics are of the batch that it takes apart.
             return replaced(out, blend(asked)[0])
         y, notes = markers.BLEND(*asked)
-        if store.observed and (self.training or store.in_eval) and not _being_recorded():
+        if store.observed and (self.training or store.in_eval) and not being_recorded():
             accumulated: Any = store._modules["telemetry"]._buffers["accumulated"]  # type: ignore[union-attr]  # never None
             markers.OBSERVE(y, notes, accumulated, store.layout_text, store.one_in, store.rows_seen)
         return replaced(out, y)
 
     def _read(self, store: SeedStore) -> GraphInputs:
-        if _being_recorded():
+        if being_recorded():
             # Export must see registered tensors, and a trace no leaf that requires a gradient.
             return store.registered_inputs()
         if torch.compiler.is_dynamo_compiling():

@@ -68,8 +68,8 @@ class Fallback:
                 first = first or error
                 failed[name] = error
                 continue
-            for other, error in failed.items():
-                self._switch_off(key, other, error, name)
+            for other, raised in failed.items():
+                self._switch_off(key, other, raised, name)
             return answer, name
         assert first is not None  # there was at least one
         raise first

@@ -63,6 +63,14 @@ class FeatureFlagManager:
         self._next_look = 0.0
         self.reload()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureFlagManager:
+        """Itself: copies of a model have the same flags."""
+        return self
+
+    def __reduce__(self) -> tuple[type[FeatureFlagManager], tuple[str, ...], dict[str, Any]]:
+        """Pickled as its file: what was not saved there is left behind."""
+        return type(self), (str(self.config_path),), {"watch": self.watch}
+
     @property
     def flags(self) -> dict[str, FeatureFlag]:
         """The flags of now, by name; a copy."""
@@ -200,8 +208,9 @@ class FeatureFlagManager:
             self._seen = self._signature()
 
     def _list(self, feature: str, key: str, name: str, *, add: bool) -> None:
-        if not isinstance(name, str) or not name:
-            raise InvalidType(f"model_id={shown(name)}: give the name of a model or a layer")
+        check_instance("model_id", name, str)
+        if not name:
+            raise InvalidArgument(f"model_id={shown(name)}: give the name of a model or a layer")
         with self._lock:
             others = tuple(n for n in getattr(self._named(feature), key) if n != name)
             self._change(feature, **{key: (*others, name) if add else others})

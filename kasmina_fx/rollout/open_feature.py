@@ -35,6 +35,10 @@ class OpenFeatureFlags:
         self.client, self.prefix, self.default = client, prefix, default
         self._warned: set[str] = set()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OpenFeatureFlags:
+        """Itself: copies of a model have the same flags."""
+        return self
+
     def is_enabled(
         self, feature: str, model_id: str | None = None, *, layer_id: str | None = None
     ) -> bool:

@@ -155,7 +155,7 @@ def test_lists_take_a_name_once_and_give_it_back(flags_path: Path) -> None:
 
 # The file.
 
-BROKEN = {
+BROKEN: dict[str, tuple[Any, str]] = {
     "no JSON": ("{", "no JSON"),
     "not UTF-8": (None, "can't be read"),
     "a list": ([], "object of flags"),
@@ -305,9 +305,9 @@ def test_a_variable_that_is_neither_true_nor_false_is_refused(
         (lambda m: m.set_rollout_percentage(CHUNKED, 0.5), InvalidType, "int"),
         (lambda m: m.set_rollout_percentage(CHUNKED, 5, by="user"), InvalidArgument, "layer"),
         (lambda m: m.add_to_allowlist("nope", "m"), InvalidArgument, "nope"),
-        (lambda m: m.add_to_allowlist(CHUNKED, ""), InvalidType, "name of a model"),
-        (lambda m: m.add_to_blocklist(CHUNKED, 3), InvalidType, "name of a model"),
-        (lambda m: FeatureFlagManager(3), InvalidType, "path"),
+        (lambda m: m.add_to_allowlist(CHUNKED, ""), InvalidArgument, "name of a model"),
+        (lambda m: m.add_to_blocklist(CHUNKED, 3), InvalidType, "model_id=3: give a str"),
+        (lambda m: FeatureFlagManager(_any(3)), InvalidType, "path"),
         (lambda m: FeatureFlagManager(watch=-1), InvalidArgument, "watch=-1"),
         (lambda m: set_feature_manager(_any(3)), InvalidType, "FeatureFlagManager"),
     ],
