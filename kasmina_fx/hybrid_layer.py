@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from kasmina_fx import reference
 from kasmina_fx._torch.dynamo import compile_apart, not_traced
@@ -161,13 +162,13 @@ class HybridKasminaLayer(ChunkedKasminaLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's output with the blended seeds' contributions."""
-        if being_recorded() or any(isinstance(a, torch.fx.Proxy) for a in args):
+        below = torch.compiler.is_dynamo_compiling()  # a compiled model
+        if being_recorded() or (not below and any(isinstance(a, Proxy) for a in args)):
             return super().forward(*args, **kwargs)  # a program holds no choice
-        return self._answer(torch.compiler.is_dynamo_compiling(), args, kwargs)
+        return self._answer(below, args, kwargs)
 
     @not_traced
     def _answer(self, below: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run what is chosen; ``below`` a compiled model or not."""
         device, shadow = self._device, self.shadow
         numbers = random_states(device) if shadow is not None and shadow.wants() else None
         with self._one_state():
