@@ -16,7 +16,7 @@ the physical one, :mod:`kasmina_fx.passes` what turns one into the other, :mod:`
 what hands it to Inductor.
 """
 
-from kasmina_fx import checkpoint, controllers, optim, reference, testing
+from kasmina_fx import ab, checkpoint, controllers, optim, reference, testing
 from kasmina_fx.backend import kasmina
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.chunked_layer import ChunkedKasminaLayer
@@ -107,6 +107,7 @@ __all__ = [
     "TelemetryPolicy",
     "UnknownBlueprint",
     "UnknownOption",
+    "ab",
     "capture",
     "checkpoint",
     "compiles",
