@@ -54,6 +54,12 @@ def test_both_implementations_agree_over_many_steps(hybrid: bool, dropout: float
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_what_nothing_reaches_has_no_gradient_in_both() -> None:
+    net = grown()
+    net.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    assert compare(net, torch.randn(8, 6), steps=2).parity
+
+
 def test_times_and_memory_have_intervals() -> None:
     report = compare(grown(), torch.randn(8, 6), steps=6, confidence=0.9)
     for name in ("legacy", "chunked"):

@@ -268,6 +268,37 @@ def test_without_a_fallback_the_error_is_raised() -> None:
     assert ran(layer) == "chunked"
 
 
+class Alone(nn.Module):
+    """A blueprint that will not run together with others, once it is told not to."""
+
+    refuses = False
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((size,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if Alone.refuses and torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError("not below vmap")
+        return x * self.gain
+
+
+def test_a_blueprint_that_only_runs_alone_runs_seed_by_seed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = small(force_implementation="chunked")
+    layer.register_blueprint(Alone, name="alone")
+    graft(layer, [0, 2], "alone", 0.5)
+    x = torch.randn(8, 4)
+    expected = layer(x)
+    monkeypatch.setattr(Alone, "refuses", True)
+    torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-6)
+    assert "not below vmap" in layer.switch.off["chunked"]
+    report = layer.get_health_report()
+    assert report["count"].tolist() == [32.0] * 3  # of both calls
+    assert report["runs"].tolist() == [1.0, 0.0, 1.0]
+
+
 # Reports.
 
 
@@ -359,6 +390,24 @@ def test_old_nested_layouts_load_strictly_and_are_left_as_they_were() -> None:
     other = small()
     other.load_state_dict(nested_alone, strict=True)
     assert torch.equal(other.base_layer.state_dict()["weight"], trained.weight)
+
+
+class OldNames(nn.Module):
+    """A base whose own entry is named as older code named its nested dicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.legacy_layer = nn.Parameter(torch.ones(6))
+        self.out_features = 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.legacy_layer
+
+
+def test_entries_of_a_base_with_such_a_name_are_its_own() -> None:
+    layer = HybridKasminaLayer(OldNames(), "fc", 3, chunk_sizes=[2, 2, 2], feature_dim=-1)
+    layer.load_state_dict({"legacy_layer": torch.full((6,), 3.0)})
+    assert layer.state_dict()["legacy_layer"].tolist() == [3.0] * 6
 
 
 def test_old_layouts_load_inside_a_model() -> None:

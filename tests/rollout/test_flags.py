@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
 import logging
 import os
+import pickle
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -324,6 +326,14 @@ def test_bad_arguments_are_refused_and_change_nothing(
 
 def _any(value: Any) -> Any:
     return value
+
+
+def test_copies_share_the_flags_and_pickles_their_file(flags_path: Path) -> None:
+    manager = of(flags_path, enabled=True)
+    assert copy.deepcopy({"flags": manager})["flags"] is manager
+    other = pickle.loads(pickle.dumps(manager))
+    assert other.flags == manager.flags
+    assert other.config_path == flags_path
 
 
 # The manager that all share.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,11 @@ def test_without_an_answer_the_default_holds_with_one_warning(
     assert [flags.is_enabled(feature) for _ in range(2)] == [default] * 2
     (warning,) = [r for r in caplog.records if r.name.startswith("kasmina_fx")]
     assert f"kasmina.{feature}" in warning.getMessage()
+
+
+def test_copies_ask_the_same_client(client: Any) -> None:
+    flags = OpenFeatureFlags(client)
+    assert copy.deepcopy({"flags": flags})["flags"] is flags
 
 
 def test_a_router_takes_it_for_flags(client: Any) -> None:
