@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kasmina_fx._torch.dynamo import is_exporting
+from kasmina_fx._torch.dynamo import being_recorded
 from kasmina_fx._torch.tracing import in_functorch
 from kasmina_fx.arguments import check_count, check_instance
 from kasmina_fx.banks.placement import SMALLEST
@@ -33,17 +33,13 @@ from kasmina_fx.physical.graph_inputs import SHOWN, GraphInputs
 from kasmina_fx.seeds import outside, state_dict
 from kasmina_fx.seeds.allocation import allocate
 from kasmina_fx.seeds.commands import SeedCommands
+from kasmina_fx.seeds.finished import in_evaluation
 from kasmina_fx.seeds.health import reports
 from kasmina_fx.seeds.state_dict_checks import check
 from kasmina_fx.seeds.store import SeedStore
 from kasmina_fx.transactions.threads import inside_forward
 
 _NUMBERS = itertools.count()
-
-
-def being_recorded() -> bool:
-    """Whether ``torch.export`` or ``torch.jit.trace`` makes a program of what runs."""
-    return is_exporting() or (not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]  # torch's
 
 
 def seeds_for(
@@ -174,6 +170,7 @@ class SeededModule(SeedCommands, nn.Module):
             "stages": self.state.get_state_distribution(),
             "blended": int(self.state.blended.sum()),
             "banks": banks,
+            "folding": in_evaluation(self.kasmina),
             "telemetry_enabled": self.telemetry_enabled,
         }
 

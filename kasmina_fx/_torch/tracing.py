@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -16,7 +16,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 #: The class of operators as graphs hold them: ``torch.ops.aten.add.Tensor``.
 Operator = torch._ops.OpOverload
@@ -62,9 +65,16 @@ class StorageOf:
         return not self._ref.expired() and self._ref == StorageWeakRef(t.untyped_storage())
 
 
+#: What stands for a size that follows from data, such as a mask's, and was not known to a tracer.
+_UNKNOWN: Final = 1024
+
+
 def usual(size: int | torch.SymInt) -> int:
     """Return a size, or what it was when its graph was traced; asking adds no guard."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+    if not isinstance(size, torch.SymInt):
+        return size
+    hint = size.node.hint
+    return _UNKNOWN if hint is None else int(hint)
 
 
 def is_dense(t: torch.Tensor) -> bool:
@@ -80,6 +90,11 @@ def is_dense(t: torch.Tensor) -> bool:
 def in_functorch() -> bool:
     """Say whether a transform of ``torch.func`` (grad, vmap, jvp) is active."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def in_a_mode() -> bool:
+    """Say whether a mode (of a tracer, of fake tensors) sees the operators of this thread."""
+    return bool(_get_current_dispatch_mode_stack())
 
 
 @contextlib.contextmanager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from kasmina_fx._torch.triton import launches_on
-from kasmina_fx.lowerings.base import Lowering, Site, Wanted
+from kasmina_fx.lowerings.base import Lowering, Site, Wanted, Work
 from kasmina_fx.lowerings.launches import natively
 from kasmina_fx.lowerings.native.library import why_none
 from kasmina_fx.lowerings.plan import KERNELS, LARGEST_HIDDEN, LARGEST_SIZE, Plan
@@ -14,6 +17,11 @@ from kasmina_fx.lowerings.tiles import FUSED
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BankInputs, BlendArguments, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout, Run
+
+#: Numbers of a weight beyond which Triton's backward keeps its sums in memory, and from how many
+#: rows on that costs more than products do: four to six times as much on an H100.
+_SPILLS: Final = 4096
+_MANY_ROWS: Final = 4096
 
 
 class Fused(Lowering):
@@ -33,6 +41,19 @@ class Fused(Lowering):
         if not site.features_last:
             return "kernels read features of the last dim of a contiguous output"
         return _why_no_bank(site) or (_why_not_native(site) if native else None)
+
+    def why_rather_not(self, site: Site) -> str | None:
+        """See :meth:`Lowering.why_rather_not`."""
+        if site.training and site.rows >= _MANY_ROWS and not natively(site.device):
+            for plan in plans_of(site):
+                if plan.tiling.columns * plan.tiling.hidden > _SPILLS:
+                    return f"sums of gradients of {plan.size} features are more than registers hold"
+        return None
+
+    def work(self, site: Site) -> Work:
+        """See :meth:`Lowering.work`: of active chunks, in whole tiles on a GPU."""
+        work = site.work(site.running, launches=len(site.banks))
+        return work if natively(site.device) else in_tiles(site, work, site.running)
 
     def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
         """See :mod:`kasmina_fx.lowerings.tiles`: banks act on one output, one after the other."""
@@ -104,6 +125,17 @@ def plans_of(site: Site) -> list[Plan]:
         for run in [site.chunks.runs[bank.run]]
         if bank.kind in KERNELS
     ]
+
+
+def in_tiles(site: Site, work: Work, seeds: Sequence[int]) -> Work:
+    """Return a work whose chunks, so many of each bank, fill tiles block-diagonally."""
+    elements = products = 0
+    for plan, many in zip(plans_of(site), seeds, strict=True):
+        tile = plan.tiling
+        columns = site.rows * -(-many // tile.seeds) * tile.columns
+        elements += columns
+        products += columns * tile.hidden * 2 if plan.hidden else 0
+    return work._replace(elements=elements, products=products)
 
 
 def tables_of(bank: BankInputs, whole: LayerTables, run: Run) -> list[Tensor]:

@@ -16,6 +16,7 @@ from kasmina_fx.errors import RewriteError
 from kasmina_fx.graphs.capture import capture, capture_with_breaks
 from kasmina_fx.graphs.text import op_counts
 from kasmina_fx.layer import KasminaLayer
+from kasmina_fx.lowerings.cost import Candidate
 from kasmina_fx.model import kasmina_layers
 from kasmina_fx.passes import DEFAULT_PASSES, GraphPass, find_matches, run_passes
 from kasmina_fx.passes.absorb_activation import AbsorbActivation
@@ -24,6 +25,7 @@ from kasmina_fx.passes.infra.matching import Match, argument
 from kasmina_fx.passes.infra.metadata import role_of, value_of
 from kasmina_fx.passes.normalize_markers import NormalizeMarkers
 from kasmina_fx.seeds.entry_names import OWN
+from kasmina_fx.seeds.finished import in_evaluation
 from kasmina_fx.targets import skipped_targets, targets_of
 
 #: What a call costs on a compiled model.
@@ -31,7 +33,7 @@ CALLS: Final = {
     "request_germination": (
         "data, but for a blueprint's first germination in the model: one compile"
     ),
-    "advance": "data",
+    "advance": "data; when all seeds that run are FOSSILIZED, one compile for evaluation in a life",
     "set_alpha": "data",
     "cancel_germination": "data",
     "step_epoch": "data",
@@ -45,7 +47,10 @@ CALLS: Final = {
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer, or one target that was left alone."""
+    """One layer, or one target that was left alone.
+
+    ``folding`` says what becomes of its FOSSILIZED seeds in evaluation; "" if it has none.
+    """
 
     layer: str
     matched: bool
@@ -59,6 +64,8 @@ class LayerReport:
     bytes: int = 0
     flops: int = 0
     graph: int = 0
+    candidates: tuple[Candidate, ...] = ()
+    folding: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Explanation:
 
     def __str__(self) -> str:
         """A table of the layers, then what calls cost."""
-        head = ("layer", "lowering", "seeds", "blended", "slots", "bytes", "MFLOP", "why")
+        head = ("layer", "lowering", "seeds", "blended", "slots", "bytes", "MFLOP", "us", "why")
         rows = [head, *(_row(report) for report in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
         lines = [
@@ -91,6 +98,7 @@ class Explanation:
             for row in rows
         ]
         lines.append(f"nodes: {self.nodes_before} before the passes, {self.nodes_after} after")
+        lines += [f"{r.layer or '(model)'}: {r.folding}" for r in self.layers if r.folding]
         lines += [f"graph break: {why}" for why in self.breaks]
         lines += [f"{name or '(model)'}: left: {why}" for name, why in self.left.items()]
         lines += [f"{call}: {cost}" for call, cost in self.calls.items()]
@@ -115,7 +123,9 @@ def explain(
         **kwargs: More example inputs.
 
     Bytes count all that the seeds of a layer have on its device, dormant ones too; FLOPs those of
-    one forward on such inputs, two a multiply-add, for the slots in use.
+    one forward on such inputs, two a multiply-add, for the slots in use. Microseconds are those
+    that a layer's blend is predicted to take in each lowering that can, for a forward and, unless
+    gradients are off, its backward.
     """
     plain: nn.Module = uncompiled(model)
     graphs, breaks = _graphs(plain, args, kwargs)
@@ -132,7 +142,11 @@ def explain(
         if match.is_blend
     }
     reports = [
-        replace(_report(name, layer, match, chooser), graph=number)
+        replace(
+            _report(name, layer, match, chooser),
+            graph=number,
+            folding=in_evaluation(layer.kasmina),
+        )
         for name, layer in layers.items()
         for number, match in [matches.get(name, (0, None))]
     ]
@@ -199,6 +213,7 @@ def _report(
         slots={b.key: _slots(b, layer) for b in banks},
         bytes=bytes_of(layer),
         flops=sum(2 * rows * b.seeds.numel() * _multiplies(b) for b in banks),
+        candidates=lowering.candidates,
     )
 
 
@@ -219,6 +234,12 @@ def _multiplies(bank: Bank) -> int:
     return sum(prod(spec.shape) for spec in bank.tensor_specs if len(spec.shape) > 1)
 
 
+def _times(found: Sequence[Candidate]) -> str:
+    """Say what each lowering that can is predicted to take."""
+    times = [(each.name, each.microseconds) for each in found if each.microseconds is not None]
+    return ", ".join(f"{name} {time:.3g}" for name, time in times) or "-"
+
+
 def _row(report: LayerReport) -> tuple[str, ...]:
     slots = " ".join(f"{key} {used}" for key, used in report.slots.items())
     return (
@@ -229,5 +250,6 @@ def _row(report: LayerReport) -> tuple[str, ...]:
         slots or "-",
         str(report.bytes),
         f"{report.flops / 1e6:.3g}",
+        _times(report.candidates),
         report.why,
     )
