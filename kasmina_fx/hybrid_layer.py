@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from kasmina_fx import reference
-from kasmina_fx._torch.dynamo import compile_apart, not_traced
+from kasmina_fx._torch.dynamo import being_recorded, compile_apart, not_traced
 from kasmina_fx.arguments import check_count, check_instance
 from kasmina_fx.backend import kasmina
 from kasmina_fx.bases.outputs import replaced, watched
 from kasmina_fx.chunked_layer import ChunkedKasminaLayer
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
-from kasmina_fx.layer import being_recorded
 from kasmina_fx.physical import markers
 from kasmina_fx.rollout.flags import FlagSource
 from kasmina_fx.rollout.old_layouts import translate
