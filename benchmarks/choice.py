@@ -51,14 +51,14 @@ HOST, MODES = "host", ("inference", "training")
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ROWS = {"cpu": (64, 512, 4096, 16384), "cuda": (64, 1024, 16384)}
 #: Numbers of an output, at most.
-MOST = {"cpu": 2**22, "cuda": 2**26}
+MOST = {"cpu": 2**21, "cuda": 2**26}
 PLANS = {"cpu": Plan(5, 0.01, 0.3), "cuda": Plan(5, 0.005, 0.1)}
 #: Blueprint (`tanh` is a module of a user's), features, and features of a chunk.
 LAYERS = {
     "cpu": (
-        ("mlp", 4096, 1), ("mlp", 4096, 4), ("mlp", 1024, 16), ("mlp", 2048, 64),
-        ("mlp", 512, 256), ("mlp", 64, 64), ("mlp", 64, 4), ("lora", 256, 4), ("lora", 1024, 256),
-        ("affine", 1024, 4), ("bottleneck", 256, 128), ("tanh", 256, 64), ("tanh", 256, 256),
+        ("mlp", 1024, 1), ("mlp", 4096, 4), ("mlp", 1024, 16), ("mlp", 1024, 64),
+        ("mlp", 512, 256), ("mlp", 64, 64), ("mlp", 64, 4), ("lora", 256, 4),
+        ("lora", 1024, 256), ("affine", 1024, 4), ("bottleneck", 256, 128), ("tanh", 256, 256),
     ),
     "cuda": (
         ("mlp", 4096, 4), ("mlp", 768, 3), ("mlp", 2048, 64), ("mlp", 1024, 256),
