@@ -10,7 +10,8 @@ of 10 calls seen by torch's profiler; "copy" is of 100 MB, "gelu" of the last la
 ways.
 
 On a CPU: layers of 512 rows in float32. Times are microseconds of a call, medians of 100, with the
-notes in "forward" and the sums in "backward"; "plain" is what Inductor makes of the same
+notes in "forward" and the sums in "backward"; "frozen" is a backward in which no seed learns (as
+FOSSILIZED ones don't), "plain" is what Inductor makes of the same
 statistics, "copy" is of the layer's output into memory that is there.
 """
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.profiler import ProfilerActivity, profile
 
+from kasmina_fx.lowerings.launches import TABLES
 from kasmina_fx.lowerings.native.operators import OBSERVE, TILES, TILES_BACKWARD
 from kasmina_fx.lowerings.plan import Plan
 from kasmina_fx.lowerings.rows import blended_rows, fused_rows, fused_rows_backward
@@ -41,7 +43,7 @@ from kasmina_fx.physical.statistics import merge_statistics
 ROWS, CALLS = {"cuda": 16_384, "cpu": 512}, {"cuda": 10, "cpu": 100}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
 KERNELS = ("forward", "report", "sample", "observe", "backward", "finish")
-ON_CPU = ("forward", "backward", "statistics", "plain", "copy")
+ON_CPU = ("forward", "backward", "frozen", "statistics", "plain", "copy")
 #: Features, seeds, and of how many seeds one is active.
 LAYERS = ((768, 256, 20), (2304, 256, 20), (3072, 256, 20), *((4096, 1024, n) for n in (16, 2, 1)))
 LAYERS_ON_CPU = ((4096, 1024, 16), (4096, 1024, 1), (4096, 4096, 1), (4096, 64, 1), (64, 16, 4))
@@ -120,6 +122,8 @@ def layer_on_cpu(features: int, count: int, one_in: int) -> list[float]:
     kept = torch.empty(ROWS["cpu"], len(tables[0]) * features // count)
     notes, grads = torch.empty(3, count), [torch.empty_like(stack) for stack in stacks]
     layout = ChunkLayout.of([features // count] * count, -1)
+    at = TABLES.index("modes")
+    frozen = [*tables[:at], torch.zeros_like(tables[at]), *tables[at + 1 :]]
 
     @torch.compile
     def plain(y: Tensor, telemetry: Tensor) -> None:
@@ -128,6 +132,7 @@ def layer_on_cpu(features: int, count: int, one_in: int) -> list[float]:
     calls: tuple[Callable[[], Any], ...] = (
         lambda: TILES(out, kept, notes, None, tables, stacks, plan),
         lambda: TILES_BACKWARD(grad, blame, grads, kept, tables, stacks, plan),
+        lambda: TILES_BACKWARD(grad, blame, grads, kept, frozen, stacks, plan),
         lambda: OBSERVE(telemetry, y, None, str(layout), 1, 1024),
         lambda: plain(y, telemetry),
         lambda: out.copy_(y),

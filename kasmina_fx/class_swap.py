@@ -20,6 +20,8 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import nn
 
+from kasmina_fx._torch.dynamo import being_recorded
+from kasmina_fx._torch.modules import run_with
 from kasmina_fx.bases.features import COUNTS, find_features
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidArgument, shown
@@ -27,6 +29,8 @@ from kasmina_fx.layer import KasminaLayer, SeededModule, seeds_for
 from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.seeds import model_call
 from kasmina_fx.seeds.commands import SeedCommands
+from kasmina_fx.seeds.folded import Folded
+from kasmina_fx.seeds.store import SeedStore
 
 _SEEDS: Final = "kasmina"
 _CLASSES: Final[dict[type[nn.Module], type[SwappedLayer]]] = {}
@@ -42,8 +46,28 @@ class SwappedLayer(KasminaLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with the blended seeds' contributions."""
+        folded = self._folded()
+        if folded is not None and folded.weight is not None:
+            return run_with(self, folded.weight, folded.bias, *args, **kwargs)
         # What comes behind our classes in the order of bases: the module's own class.
-        return self.seeds_on(super(SeedCommands, self).forward(*args, **kwargs))
+        out = super(SeedCommands, self).forward(*args, **kwargs)
+        return self.seeds_on(out) if folded is None else out
+
+    def _folded(self) -> Folded | None:
+        """What is run in the place of the module and its seeds, if anything."""
+        store: SeedStore = self._modules["kasmina"]  # type: ignore[assignment]  # not by __getattr__
+        if self.training or torch.is_grad_enabled() or not store.siblings.folding.active:
+            return None
+        if (store.observed and store.in_eval) or being_recorded():
+            return None
+        folded = store.folded
+        if folded is None or folded.weight is None:
+            return folded
+        device = folded.weight.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            return None  # its range is what the guard of a blend is for
+        # Nobody but functional_call, inside of a model, has put another one there since it began.
+        return folded if self._parameters["weight"] is folded.of else None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute of the module; one that counts features counts those of the seeds too.

@@ -190,7 +190,7 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
     Args:
         model: A model with KasminaLayers, compiled or not.
         fold: Fold blended seeds into their base's weight; possible where the blueprint is
-            ``affine``, the seed FOSSILIZED and the base a Linear or a convolution.
+            ``affine`` or ``lora``, the seed FOSSILIZED and the base a Linear or a convolution.
 
     Returns:
         The same model, uncompiled (the base, if the model itself is a KasminaLayer made by hand).
@@ -207,7 +207,7 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
             why = (
                 why_not_folded(layer.kasmina, seed_id, uses)
                 if fold
-                else "pass fold=True if it is affine"
+                else "pass fold=True if it is affine or lora"
             )
             if why is not None:
                 raise StillGrowing(f"{name or 'model'}: seed {seed_id} is blended: {why}")

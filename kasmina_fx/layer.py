@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kasmina_fx._torch.dynamo import is_exporting
+from kasmina_fx._torch.dynamo import being_recorded
 from kasmina_fx._torch.tracing import in_functorch
 from kasmina_fx.arguments import check_count, check_instance
 from kasmina_fx.banks.placement import SMALLEST
@@ -33,17 +33,13 @@ from kasmina_fx.physical.graph_inputs import SHOWN, GraphInputs
 from kasmina_fx.seeds import outside, state_dict
 from kasmina_fx.seeds.allocation import allocate
 from kasmina_fx.seeds.commands import SeedCommands
+from kasmina_fx.seeds.finished import in_evaluation
 from kasmina_fx.seeds.health import reports
 from kasmina_fx.seeds.state_dict_checks import check
 from kasmina_fx.seeds.store import SeedStore
 from kasmina_fx.transactions.threads import inside_forward
 
 _NUMBERS = itertools.count()
-
-
-def _being_recorded() -> bool:
-    """Whether ``torch.export`` or ``torch.jit.trace`` makes a program of what runs."""
-    return is_exporting() or (not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]  # torch's
 
 
 def seeds_for(
@@ -115,13 +111,13 @@ class SeededModule(SeedCommands, nn.Module):
             # vmap knows no operator of ours; statistics are of the batch that it takes apart.
             return replaced(out, blend(asked)[0])
         y, notes = markers.BLEND(*asked)
-        if store.observed and (self.training or store.in_eval) and not _being_recorded():
+        if store.observed and (self.training or store.in_eval) and not being_recorded():
             accumulated: Any = store._modules["telemetry"]._buffers["accumulated"]  # type: ignore[union-attr]  # never None
             markers.OBSERVE(y, notes, accumulated, store.layout_text, store.one_in, store.rows_seen)
         return replaced(out, y)
 
     def _read(self, store: SeedStore) -> GraphInputs:
-        if _being_recorded():
+        if being_recorded():
             # Export must see registered tensors, and a trace no leaf that requires a gradient.
             return store.registered_inputs()
         if torch.compiler.is_dynamo_compiling():
@@ -174,6 +170,7 @@ class SeededModule(SeedCommands, nn.Module):
             "stages": self.state.get_state_distribution(),
             "blended": int(self.state.blended.sum()),
             "banks": banks,
+            "folding": in_evaluation(self.kasmina),
             "telemetry_enabled": self.telemetry_enabled,
         }
 

@@ -26,6 +26,11 @@ def is_exporting() -> bool:
     return bool(torch.compiler._is_exporting_flag)
 
 
+def being_recorded() -> bool:
+    """Say whether ``torch.export`` or ``torch.jit.trace`` makes a program of what runs."""
+    return is_exporting() or (not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]  # torch's
+
+
 def mark_dynamic(t: torch.Tensor, dim: int) -> None:
     """Let Dynamo make a dimension symbolic from the first compile on, without insisting on it."""
     torch._dynamo.maybe_mark_dynamic(t, dim)

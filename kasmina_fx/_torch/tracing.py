@@ -16,7 +16,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, statically_known_true
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import (
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 #: The class of operators as graphs hold them: ``torch.ops.aten.add.Tensor``.
 Operator = torch._ops.OpOverload
@@ -87,6 +90,11 @@ def is_dense(t: torch.Tensor) -> bool:
 def in_functorch() -> bool:
     """Say whether a transform of ``torch.func`` (grad, vmap, jvp) is active."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def in_a_mode() -> bool:
+    """Say whether a mode (of a tracer, of fake tensors) sees the operators of this thread."""
+    return bool(_get_current_dispatch_mode_stack())
 
 
 @contextlib.contextmanager

@@ -40,6 +40,18 @@ class Host:
             raise ReferenceError("the module that these seeds watch is gone")
         return base
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the seeds were put into the module itself, by a swap of its class."""
+        return self._without is not None
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        """The module's class, without seeds."""
+        base: Any = self.base
+        found: type[nn.Module] = base.plain if self.in_place else type(base)
+        return found
+
     def connect(self, base: nn.Module) -> None:
         """Watch the copy of a module that was copied with its seeds."""
         if self._base() is None:

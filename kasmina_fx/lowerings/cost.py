@@ -61,7 +61,7 @@ class Prices(NamedTuple):
 
 
 #: By device, lowering, and whether a backward follows. CPU: one thread with AVX-512, float32. CUDA:
-#: an H100, bfloat16.
+#: an H100, bfloat16; dense beside the activation that it takes in, by ``kernels.py``.
 PRICES: Final[dict[str, dict[tuple[str, bool], Prices]]] = {
     "cpu": {
         ("fused", False): Prices(2.8e-05, 0, 4.1e-10, 2.7e-12, 4.5e-10),
@@ -70,18 +70,18 @@ PRICES: Final[dict[str, dict[tuple[str, bool], Prices]]] = {
         ("matmul", True): Prices(5.3e-05, 7.6e-09, 2.7e-09, 5.7e-11, 3.6e-09),
     },
     "cuda": {
-        ("dense", False): Prices(2.5e-05, 3e-12, 7e-12, 2e-14, 1e-12),
-        ("dense", True): Prices(6e-05, 8e-12, 1.6e-11, 8e-14, 4e-12),
-        ("fused", False): Prices(2.5e-05, 0, 7e-12, 2e-14, 1e-12),
-        ("fused", True): Prices(6e-05, 0, 1.6e-11, 8e-14, 4e-12),
-        ("matmul", False): Prices(6e-05, 1e-12, 8.7e-12, 1e-14, 2e-12),
-        ("matmul", True): Prices(1.75e-04, 1.6e-11, 3e-11, 3e-14, 4e-12),
+        ("dense", False): Prices(6e-05, 4e-13, 1e-13, 0, 3.1e-11),
+        ("dense", True): Prices(4.3e-04, 1.2e-12, 3e-13, 0, 4.9e-10),
+        ("fused", False): Prices(6e-05, 0, 4.6e-12, 0, 3.1e-11),
+        ("fused", True): Prices(4.3e-04, 0, 1.8e-12, 1.1e-13, 4.9e-10),
+        ("matmul", False): Prices(1.4e-04, 2.5e-13, 1.9e-12, 0, 1.7e-10),
+        ("matmul", True): Prices(1e-03, 6.1e-12, 1.6e-11, 0, 5.6e-10),
     },
 }
 #: What a layer takes that has seeds, whatever blends: tables, and the guards of a graph.
 COMMON: Final = {
     "cpu": {False: 4e-05, True: 2.4e-04},
-    "cuda": {False: 4e-05, True: 1.5e-04},
+    "cuda": {False: 7.5e-05, True: 3.4e-04},
 }
 _USUAL_BYTES: Final = {"cpu": 4, "cuda": 2}
 #: What prices of CUDA were found on: bytes a second, and multiprocessors times their clock.

@@ -13,23 +13,25 @@ from kasmina_fx.lowerings.fused import Fused, in_tiles, plan_of, plans_of, run_b
 from kasmina_fx.lowerings.rows import BLENDED_ROWS, KEEP_THEIR_INPUT, ROWS
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BlendArguments, LayerTables
-from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.physical.layout import ChunkLayout, power_of_two
 
-#: Of the features, the share that makes one pass over all of them the cheaper way: at all of them
-#: it moves two tensors forward where active chunks are read, put aside and written.
-MOST: Final = 0.75
-#: Whether "auto" may take it. On an H100 its kernels took two to five times as long as those of
-#: tiles where few seeds run (docs/performance.md); with all it has not been measured.
-AUTO: Final = False
+#: From which share of the features on "auto" passes over all of them: where an activation rides
+#: along that keeps its input for backward, the same where chunks fill tiles (of 4, 8, 16, ...
+#: features, loaded several at a time), and where none does. An H100 breaks even there, by
+#: ``kernels.py``: of 4,096 features, half of them active, a step took 460 us where tiles and a
+#: GELU took 940.
+SHARE: Final = 0.25
+FILLED: Final = 0.05
+ALONE: Final = 0.35
 
 
 class Dense(Lowering):
     """The lowering that reads and writes all features once, active or not.
 
     Where an activation that keeps its input for backward uses the output alone, that pass happens
-    anyway and this one takes its place, whatever the share of active seeds. Elsewhere
-    :class:`Fused` touches active chunks alone, unless most seeds run when the graph is compiled:
-    either computes the same whatever comes later, so nothing is compiled anew for it.
+    anyway and this one takes its place. :class:`Fused` touches active chunks alone. The share of
+    seeds with a slot when the graph is compiled decides; either computes the same whatever comes
+    later, so nothing is compiled anew for it.
     """
 
     name = "dense"
@@ -45,13 +47,12 @@ class Dense(Lowering):
 
     def why_rather_not(self, site: Site) -> str | None:
         """See :meth:`Lowering.why_rather_not`."""
-        if not AUTO:
-            return "it is taken where it is asked for by name"
-        if site.then in KEEP_THEIR_INPUT or site.share >= MOST:
+        rides = site.then in KEEP_THEIR_INPUT
+        filled = all(p.size >= 4 and p.size == power_of_two(p.size) for p in plans_of(site))
+        if site.share >= (ALONE if not rides else FILLED if filled else SHARE):
             return None
-        if site.then:
-            return f"few seeds run, and {site.then} keeps no input for backward"
-        return "few seeds run, and no activation that keeps its input for backward rides along"
+        beside = "" if rides else ", and no activation that keeps its input rides along"
+        return f"{site.share:.0%} of the features run: tiles touch these alone{beside}"
 
     def work(self, site: Site) -> Work:
         """See :meth:`Lowering.work`: tiles are of neighbours, and seeds that run lie anywhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ from kasmina_fx.lowerings.tiles import FUSED
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BankInputs, BlendArguments, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout, Run
+
+#: Numbers of a weight beyond which Triton's backward keeps its sums in memory, and from how many
+#: rows on that costs more than products do: four to six times as much on an H100.
+_SPILLS: Final = 4096
+_MANY_ROWS: Final = 4096
 
 
 class Fused(Lowering):
@@ -35,6 +41,14 @@ class Fused(Lowering):
         if not site.features_last:
             return "kernels read features of the last dim of a contiguous output"
         return _why_no_bank(site) or (_why_not_native(site) if native else None)
+
+    def why_rather_not(self, site: Site) -> str | None:
+        """See :meth:`Lowering.why_rather_not`."""
+        if site.training and site.rows >= _MANY_ROWS and not natively(site.device):
+            for plan in plans_of(site):
+                if plan.tiling.columns * plan.tiling.hidden > _SPILLS:
+                    return f"sums of gradients of {plan.size} features are more than registers hold"
+        return None
 
     def work(self, site: Site) -> Work:
         """See :meth:`Lowering.work`: of active chunks, in whole tiles on a GPU."""

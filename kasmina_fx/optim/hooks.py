@@ -147,6 +147,7 @@ def _settle(follower: OptimizerFollower) -> None:
         bank.left = set()
     for siblings in held.siblings:
         siblings.training.awaits_backward = False
+        siblings.folding.stepped = True
 
 
 def _forget_before(held: Held) -> None:

@@ -25,6 +25,7 @@ from kasmina_fx.passes.infra.matching import Match, argument
 from kasmina_fx.passes.infra.metadata import role_of, value_of
 from kasmina_fx.passes.normalize_markers import NormalizeMarkers
 from kasmina_fx.seeds.entry_names import OWN
+from kasmina_fx.seeds.finished import in_evaluation
 from kasmina_fx.targets import skipped_targets, targets_of
 
 #: What a call costs on a compiled model.
@@ -32,7 +33,7 @@ CALLS: Final = {
     "request_germination": (
         "data, but for a blueprint's first germination in the model: one compile"
     ),
-    "advance": "data",
+    "advance": "data; when all seeds that run are FOSSILIZED, one compile for evaluation in a life",
     "set_alpha": "data",
     "cancel_germination": "data",
     "step_epoch": "data",
@@ -46,7 +47,10 @@ CALLS: Final = {
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer, or one target that was left alone."""
+    """One layer, or one target that was left alone.
+
+    ``folding`` says what becomes of its FOSSILIZED seeds in evaluation; "" if it has none.
+    """
 
     layer: str
     matched: bool
@@ -61,6 +65,7 @@ class LayerReport:
     flops: int = 0
     graph: int = 0
     candidates: tuple[Candidate, ...] = ()
+    folding: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Explanation:
             for row in rows
         ]
         lines.append(f"nodes: {self.nodes_before} before the passes, {self.nodes_after} after")
+        lines += [f"{r.layer or '(model)'}: {r.folding}" for r in self.layers if r.folding]
         lines += [f"graph break: {why}" for why in self.breaks]
         lines += [f"{name or '(model)'}: left: {why}" for name, why in self.left.items()]
         lines += [f"{call}: {cost}" for call, cost in self.calls.items()]
@@ -136,7 +142,11 @@ def explain(
         if match.is_blend
     }
     reports = [
-        replace(_report(name, layer, match, chooser), graph=number)
+        replace(
+            _report(name, layer, match, chooser),
+            graph=number,
+            folding=in_evaluation(layer.kasmina),
+        )
         for name, layer in layers.items()
         for number, match in [matches.get(name, (0, None))]
     ]

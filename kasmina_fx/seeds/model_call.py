@@ -11,7 +11,7 @@ from typing import Any, Final
 from torch import nn
 
 from kasmina_fx._torch.dynamo import compiled_layers, dynamo_is_on, not_traced
-from kasmina_fx.seeds import outside, ranks
+from kasmina_fx.seeds import finished, outside, ranks
 from kasmina_fx.seeds.siblings import Siblings
 
 _LOG: Final = logging.getLogger(__name__)
@@ -46,7 +46,9 @@ class ModelCall:
         replaced = look_at_registered(self._siblings)
         ranks.check(self._siblings)
         self._siblings.enter()
+        folds = False
         try:
+            folds = not replaced and finished.begin(self._siblings, self._owner().training)
             if replaced:
                 # Compiled code holds the tensors that were registered when it was compiled.
                 return _eagerly(self._owner(), *args, **kwargs)
@@ -55,6 +57,8 @@ class ModelCall:
                 return _watched(self._run, self._owner(), self._siblings, *args, **kwargs)
             return self._run(*args, **kwargs)
         finally:
+            if folds:
+                finished.end(self._siblings)
             self._siblings.leave(self._compiled is not None or dynamo_is_on())
 
     @partial(not_traced, below=False)
@@ -106,6 +110,7 @@ def _watched(
     if any(stores.get(path) is None for path in paths):
         return out  # behind a graph break, say, paths start elsewhere: nobody knows what was called
     met = {id(stores[path]) for path in paths}
+    met |= {id(store) for store in siblings if store.folded is not None}  # nobody sees their calls
     missed = [s.name for s in siblings if id(s) not in met and not s.__dict__.get("called")]
     if missed:
         _LOG.warning(

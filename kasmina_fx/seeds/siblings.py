@@ -15,6 +15,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 import torch
 
 from kasmina_fx._torch.dynamo import not_traced
+from kasmina_fx.seeds.folded import Folding
 from kasmina_fx.seeds.loss_scale import LossScale
 from kasmina_fx.transactions.threads import ModelThreads, Training
 
@@ -36,6 +37,7 @@ class Siblings(Generic[M]):
     Attributes:
         threads: The locks that they share.
         loss_scale: What multiplies the gradients of their reconstruction losses.
+        folding: Whether they run folded.
         number: Of the model, in the order in which this process made them.
         compares_ranks: Forwards compare the seeds with those of other ranks, see
             :mod:`kasmina_fx.seeds.ranks`; what they ``told`` last, in how many ``tellings``, and
@@ -51,15 +53,18 @@ class Siblings(Generic[M]):
         self.reduced = 0
         self.threads = ModelThreads()
         self.loss_scale = LossScale()
+        self.folding = Folding()
 
     def add(self, layer: M) -> None:
         """Take a layer in."""
         if all(member is not layer for member in self):
             self._members.append(weakref.ref(layer))
+            self.folding.forget()
 
     def discard(self, layer: M) -> None:
         """Let a layer go."""
         self._members = [ref for ref in self._members if ref() not in (None, layer)]
+        self.folding.forget()
 
     def __iter__(self) -> Iterator[M]:
         """The layers that are still alive."""

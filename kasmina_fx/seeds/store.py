@@ -21,6 +21,7 @@ from kasmina_fx.lifecycle import holds_blueprint, roles
 from kasmina_fx.physical.graph_inputs import SHOWN, GraphInputs, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout
 from kasmina_fx.seeds.extra_state import packed, unpacked
+from kasmina_fx.seeds.folded import Folded
 from kasmina_fx.seeds.registered import Place, Registered, seal
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.telemetry import Telemetry
@@ -40,6 +41,8 @@ class SeedStore(Float32Module):
         registered: The registered tensors that it was derived from.
         seal: int64 ``()``, a buffer: see :func:`kasmina_fx.seeds.registered.seal`; ``sealed`` is
             the same number.
+        stages, ids: Of the seeds that forwards see, int ``(S,)`` on the CPU.
+        folded: What it runs in evaluation while its model is finished.
         observed: Forwards keep statistics, of the first of ``one_in`` equal parts of a batch and at
             most ``rows_seen`` rows of it (0: all); ``in_eval``: those in evaluation too.
     """
@@ -49,6 +52,9 @@ class SeedStore(Float32Module):
     reference_weight: Tensor | None
     shown: GraphInputs
     registered: Registered
+    stages: Tensor
+    ids: Tensor
+    folded: Folded | None
     observed: bool
     one_in: int
     rows_seen: int
@@ -175,6 +181,8 @@ class SeedStore(Float32Module):
 
     def _show(self, inputs: GraphInputs) -> None:
         self.shown, self.registered = inputs, self._registered()
+        self.folded = None
+        self.siblings.folding.forget()
         if self.key is not None:
             SHOWN[self.key] = inputs
 
@@ -222,6 +230,7 @@ class SeedStore(Float32Module):
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("shown", None)
         state.pop("registered", None)
+        state.pop("folded", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -243,7 +252,7 @@ class SeedStore(Float32Module):
         self.roles = to_device(roles(self.state.stages), device)
         if self.loss_scale.device != device:
             self.loss_scale = torch.ones((), dtype=torch.float32, device=device)
-        stages, ids = self.state.stages, self.state.blueprint_ids
+        self.stages, self.ids = stages, ids = self.state.stages, self.state.blueprint_ids
         for bank in self.bank_list():
             seeds = bank.run.seeds
             bank.publish(ids[seeds], stages[seeds], self.pads)

@@ -130,6 +130,7 @@ def test_layer_stats() -> None:
             "mlp_run0": {"slots": 2, "used": 2},
             "mlp_run1": {"slots": 2, "used": 1},
         },
+        "folding": "",
         "telemetry_enabled": False,
     }
 

@@ -10,7 +10,7 @@ import torch
 from kernel_cases import STAGES, Blend, assert_fused_is_right, fused, same_bits
 from torch import Tensor, nn
 
-from kasmina_fx import explain, kasmina_layers, kasminify
+from kasmina_fx import SeedLifecycle, explain, kasmina_layers, kasminify
 from kasmina_fx._torch.cpp import compiled_library
 from kasmina_fx.lowerings.native import library
 from kasmina_fx.lowerings.native.operators import OBSERVE, TILES, TILES_BACKWARD
@@ -75,6 +75,23 @@ def test_a_seed_that_is_not_active_keeps_its_bits() -> None:
     assert torch.equal(bits[:, 8:12], before[:, 8:12])
     assert torch.equal(bits[7, 4:8], before[7, 4:8])
     assert not torch.equal(bits[6, 4:8], before[6, 4:8])
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_what_is_frozen_gets_no_gradient_and_lets_the_hosts_through(kind: str) -> None:
+    seeds = range(0, 40, 3)
+    learning, frozen = (
+        Blend([4] * 40, dict.fromkeys(seeds, kind), rows=300, stages=dict.fromkeys(seeds, stage))
+        for stage in (SeedLifecycle.FINE_TUNING, SeedLifecycle.FOSSILIZED)
+    )
+    (_, _, dy, faults, *grads), (_, _, other, others_faults, *none) = (
+        case.run(fused, torch.float32) for case in (learning, frozen)
+    )
+    assert torch.equal(dy, other)
+    assert torch.equal(faults, others_faults)
+    assert all(bool(g.any()) for g in grads)
+    assert not any(bool(g.any()) for g in none)
+    assert_fused_is_right(frozen)
 
 
 def assert_statistics_are_right(

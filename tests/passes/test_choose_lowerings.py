@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from kasmina_fx import capture, find_matches
 from kasmina_fx.errors import InvalidArgument
-from kasmina_fx.lowerings import dense
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings, site_of
 from kasmina_fx.passes.infra.metadata import lowering_of
 from kasmina_fx.testing import RecordingBackend, assert_golden, graft
@@ -71,12 +70,11 @@ def test_a_near_miss_is_not_lowered_and_the_reason_says_why(near: str, lowering:
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize(("seeds", "chosen"), [([0, 2], "fused"), ([0, 1, 3], "dense")])
+@pytest.mark.parametrize(("seeds", "chosen"), [([0, 2], "fused"), ([0, 1, 3, 6], "dense")])
 def test_the_share_of_seeds_that_run_decides_where_no_activation_does(
-    seeds: list[int], chosen: str, monkeypatch: pytest.MonkeyPatch
+    seeds: list[int], chosen: str
 ) -> None:
-    monkeypatch.setattr(dense, "AUTO", True)
-    model = wrapped(nn.Sequential(nn.Linear(8, 12)), seeds=4)
+    model = wrapped(nn.Sequential(nn.Linear(8, 24)), seeds=8)
     graft(layer_of(model, "0"), seeds)
     gm = capture(model, torch.randn(3, 8))
     lowering = ChooseLowerings().choose(find_matches(gm)[0])
@@ -85,10 +83,12 @@ def test_the_share_of_seeds_that_run_decides_where_no_activation_does(
 
 @pytest.mark.usefixtures("interpreter")
 def test_dense_is_taken_where_it_is_asked_for() -> None:
-    match = find_matches(growing_graph())[0]
+    model = wrapped(nn.Sequential(nn.Linear(8, 24)), seeds=8)
+    graft(layer_of(model, "0"), [0, 2])
+    match = find_matches(capture(model, torch.randn(3, 8)))[0]
     auto, asked = ChooseLowerings().choose(match), ChooseLowerings("dense").choose(match)
     assert (auto.name, asked.name) == ("fused", "dense")
-    assert "not dense: it is taken where it is asked for by name" in auto.why
+    assert "of the features run: tiles touch these alone" in auto.why
 
 
 @pytest.mark.usefixtures("interpreter")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small_net_cases import X, layer_of, net
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from kasmina_fx import (
@@ -76,3 +76,43 @@ def test_hooks_of_a_module_by_hand_come_before_its_seeds_and_do_not_fold() -> No
     layer.base.register_forward_hook(lambda m, args, out: out.relu())
     with pytest.raises(StillGrowing, match="hooks of its base"):
         unkasminify(nn.Sequential(layer), fold=True)
+
+
+class Normed(nn.Linear):
+    """A Linear whose output is not what its weight alone says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = super().forward(input) / self.weight.norm()
+        return out
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind", "why"),
+    [
+        (lambda: KasminaLayer(nn.Conv1d(4, 6, 1, groups=2), 2, chunk_sizes=[2, 4]), "lora",
+         "several groups of its convolution"),
+        (lambda: KasminaLayer(nn.Linear(4, 5), 3, chunk_sizes=[2, 1, 2], feature_dim=-2), "affine",
+         "watch dimension -2 of its output"),
+        (lambda: KasminaLayer(Normed(4, 6), 2), "affine", "a Normed has a forward of its own"),
+    ],
+)  # fmt: skip
+def test_what_does_not_mix_features_of_the_weight_does_not_fold(
+    layer: Callable[[], KasminaLayer], kind: str, why: str
+) -> None:
+    made = layer()
+    graft(made, [1], kind, 0.7, SeedLifecycle.FOSSILIZED)
+    with pytest.raises(StillGrowing, match=why):
+        unkasminify(nn.Sequential(made), fold=True)
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("lora", 0), ("lora", 3), ("affine", 2)])
+def test_a_chunk_in_one_group_of_a_convolution_folds(kind: str, seed: int) -> None:
+    base = nn.Conv1d(4, 8, 1, groups=2).double()
+    layer = KasminaLayer(base, 4, chunk_sizes=[2, 1, 3, 2])  # the third lies in both groups
+    graft(layer, [seed], kind, 0.7, SeedLifecycle.FOSSILIZED)
+    with torch.no_grad():
+        for parameter in layer.blueprint_parameters(False):
+            parameter.normal_()
+    model, x = nn.Sequential(layer), torch.randn(2, 4, 5).double()
+    before = model(x)
+    torch.testing.assert_close(unkasminify(model, fold=True)(x), before)

@@ -117,32 +117,38 @@ static void down(float* sums, const Block* a, int64_t M, int64_t blocks) {
   }
 }
 
-// Sums of parts become the gradients of stacks; all of a slot's, or none.
-static void finish(float* blame, float* const* grads, const float* sums, const int64_t* seeds,
-                   float scale, const Bank& bank) {
-  int64_t c = bank.c, h = bank.h, width = bank.width(), stride = width + 2;
+// Sums of parts become the gradients of stacks; all of a slot's, or none. Where nothing learns there
+// are no sums, only `flags`: what was refused, and whether the host was to blame.
+static void finish(float* blame, float* const* grads, const float* sums, const float* flags,
+                   const int64_t* seeds, const int64_t* modes, float scale, const Bank& bank) {
+  int64_t c = bank.c, h = bank.h, width = bank.width(), everyone = bank.slots * bank.places;
   int64_t product = c * (h ? h : 1);
   int64_t many[4] = {product, bank.bias ? h : product, product, c};
   int stacks = bank.bias ? 4 : 2;
   memset(blame, 0, bank.count * sizeof(float));
 #pragma omp parallel for num_threads(bank.team(1)) schedule(static)
   for (int64_t slot = 0; slot < bank.capacity; slot++) {
-    std::vector<float> found(stride);
+    std::vector<float> found;
+    float refused = 0, unsound = 0;
     for (int64_t k = 0; k < (slot < bank.slots ? bank.places : 0); k++) {
       int64_t place = slot * bank.places + k;
       if (seeds[place] < 0) continue;
+      if (modes[place] && found.empty()) found.resize(width);
       for (int64_t part = 0; part < bank.parts; part++) {
-        const float* from = sums + (part * bank.slots * bank.places + place) * stride;
-        for (int64_t e = 0; e < stride; e++) found[e] += from[e];
+        int64_t at = part * everyone + place;
+        refused += flags[2 * at], unsound += flags[2 * at + 1];
+        for (int64_t e = 0; modes[place] && e < width; e++) found[e] += sums[at * width + e];
       }
     }
-    bool fault = !sound(found.data(), width);
-    if (fault) std::fill(found.begin(), found.begin() + width, 0.0f);
+    bool fault = !sound(found.data(), found.size()), learns = !found.empty() && !fault;
     const float* from = found.data();
     for (int p = 0; p < stacks; from += many[p++])
-      memcpy(grads[p] + slot * many[p], from, many[p] * sizeof(float));
+      if (learns)
+        memcpy(grads[p] + slot * many[p], from, many[p] * sizeof(float));
+      else
+        memset(grads[p] + slot * many[p], 0, many[p] * sizeof(float));
     // An overflow in the backward of a scaled loss is how a GradScaler finds its scale.
-    bool mine = found[width + 1] == 0 && scale == 1 && (found[width] > 0 || fault);
+    bool mine = unsound == 0 && scale == 1 && (refused > 0 || fault);
     for (int64_t k = 0; k < (slot < bank.slots ? bank.places : 0); k++) {
       int64_t seed = seeds[slot * bank.places + k];
       if (seed >= 0) blame[seed] = mine;
@@ -154,9 +160,11 @@ static void backward(float* dy, float* blame, float* const* grads, const float* 
                      const int64_t* order, const int64_t* seeds, const int64_t* modes,
                      const float* alpha, const int64_t* roles, float scale,
                      const float* const* params, const Bank& bank) {
-  int64_t c = bank.c, h = bank.h, width = bank.width(), stride = width + 2;
+  int64_t c = bank.c, h = bank.h, width = bank.width();
   int64_t everyone = bank.slots * bank.places;
-  std::unique_ptr<float[]> sums(new float[bank.parts * everyone * stride]());
+  // Of places that learn, zeroed where they are first added to.
+  std::unique_ptr<float[]> sums(new float[bank.parts * everyone * width]);
+  std::unique_ptr<float[]> flags(new float[bank.parts * everyone * 2]());
   float weight = 2.0f * scale / (1.0f * bank.rows * c);  // of the mean of squared errors
 #pragma omp parallel num_threads(bank.team(5))
   {
@@ -171,6 +179,9 @@ static void backward(float* dy, float* blame, float* const* grads, const float* 
       int64_t part = task / bank.batches;
       int many = members(bank, task % bank.batches, order, seeds, member.data());
       int64_t end = std::min(bank.rows, (part + 1) * bank.rows_of_a_part);
+      for (int m = 0; m < many; m++)
+        if (modes[member[m].place])
+          memset(sums.get() + (part * everyone + member[m].place) * width, 0, width * sizeof(float));
       for (int64_t row = part * bank.rows_of_a_part; row < end; row += MOST) {
         int64_t rows = std::min<int64_t>(MOST, end - row), blocks = blocks_of(rows);
         gather(dy, bank, row, rows, member.data(), many, tile.get());
@@ -211,10 +222,11 @@ static void backward(float* dy, float* blame, float* const* grads, const float* 
               dz[i] = choose(fine & all(blends[m]), direct + dx[i], direct);
             }
           }
-          float* mine = sums.get() + (part * everyone + me.place) * stride;
-          mine[width] += any(refused);
-          mine[width + 1] += any(unsound);
+          int64_t at = part * everyone + me.place;
+          flags[2 * at] += any(refused);
+          flags[2 * at + 1] += any(unsound);
           if (mode == 0) continue;
+          float* mine = sums.get() + at * width;
           if (!h) {
             for (int64_t b = 0; b < blocks; b++)
               for (int64_t i = 0; i < c; i++) before[b * c + i] = before[b * c + i] * sent[b * c + i];
@@ -234,7 +246,7 @@ static void backward(float* dy, float* blame, float* const* grads, const float* 
       }
     }
   }
-  finish(blame, grads, sums.get(), seeds, scale, bank);
+  finish(blame, grads, sums.get(), flags.get(), seeds, modes, scale, bank);
 }
 
 }  // namespace kasmina
