@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ LAYERS = {
         ("lora", 3072, 12), ("affine", 1024, 4), ("bottleneck", 256, 128), ("tanh", 256, 256),
     ),
 }  # fmt: skip
+
+
+NAMES = [lowering.name for lowering in LOWERINGS]
 
 
 class Tanh(nn.Sequential):
@@ -132,9 +135,8 @@ class Layer:
         asked = self.model("matmul")
         self.grow(asked, order[:1])
         site = self.site(asked, 64, "training")
-        able = [
-            each.name for each in LOWERINGS if not (each.why_not(site) or reason(each.name, site))
-        ]
+        states = site, replace(site, running=(self.count,), places=(self.count,))
+        able = [name for name in NAMES if any(considered(name, state) for state in states)]
         if len(able) < 2:
             return
         models, done = {name: self.model(name) for name in (HOST, *able)}, 0
@@ -240,6 +242,11 @@ def judge(cells: Sequence[dict[str, Any]], predict: Prediction) -> float:
         f"mean ratio {statistics.mean(ratios):.3f}, worst {max(ratios):.2f}"
     )
     return good / len(ratios)
+
+
+def considered(name: str, site: Site) -> bool:
+    """Does "auto" think of this lowering?"""
+    return lowering_named(name).why_not(site) is None and reason(name, site) is None
 
 
 def reason(name: str, site: Site) -> str | None:
