@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +51,23 @@ HOST, MODES = "host", ("inference", "training")
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 ROWS = {"cpu": (64, 512, 4096, 16384), "cuda": (64, 1024, 16384)}
 #: Numbers of an output, at most.
-MOST = {"cpu": 2**22, "cuda": 2**26}
+MOST = {"cpu": 2**21, "cuda": 2**26}
 PLANS = {"cpu": Plan(5, 0.01, 0.3), "cuda": Plan(5, 0.005, 0.1)}
 #: Blueprint (`tanh` is a module of a user's), features, and features of a chunk.
 LAYERS = {
     "cpu": (
-        ("mlp", 4096, 1), ("mlp", 4096, 4), ("mlp", 1024, 16), ("mlp", 2048, 64),
-        ("mlp", 512, 256), ("mlp", 64, 64), ("mlp", 64, 4), ("lora", 256, 4), ("lora", 1024, 256),
-        ("affine", 1024, 4), ("bottleneck", 256, 128), ("tanh", 256, 64), ("tanh", 256, 256),
+        ("mlp", 1024, 1), ("mlp", 4096, 4), ("mlp", 1024, 16), ("mlp", 1024, 64),
+        ("mlp", 512, 256), ("mlp", 64, 64), ("mlp", 64, 4), ("lora", 256, 4),
+        ("lora", 1024, 256), ("affine", 1024, 4), ("bottleneck", 256, 128), ("tanh", 256, 256),
     ),
     "cuda": (
         ("mlp", 4096, 4), ("mlp", 768, 3), ("mlp", 2048, 64), ("mlp", 1024, 256),
         ("lora", 3072, 12), ("affine", 1024, 4), ("bottleneck", 256, 128), ("tanh", 256, 256),
     ),
 }  # fmt: skip
+
+
+NAMES = [lowering.name for lowering in LOWERINGS]
 
 
 class Tanh(nn.Sequential):
@@ -132,9 +135,8 @@ class Layer:
         asked = self.model("matmul")
         self.grow(asked, order[:1])
         site = self.site(asked, 64, "training")
-        able = [
-            each.name for each in LOWERINGS if not (each.why_not(site) or reason(each.name, site))
-        ]
+        states = site, replace(site, running=(self.count,), places=(self.count,))
+        able = [name for name in NAMES if any(considered(name, state) for state in states)]
         if len(able) < 2:
             return
         models, done = {name: self.model(name) for name in (HOST, *able)}, 0
@@ -240,6 +242,11 @@ def judge(cells: Sequence[dict[str, Any]], predict: Prediction) -> float:
         f"mean ratio {statistics.mean(ratios):.3f}, worst {max(ratios):.2f}"
     )
     return good / len(ratios)
+
+
+def considered(name: str, site: Site) -> bool:
+    """Does "auto" think of this lowering?"""
+    return lowering_named(name).why_not(site) is None and reason(name, site) is None
 
 
 def reason(name: str, site: Site) -> str | None:

@@ -4,7 +4,7 @@
 #
 #     [PYTHON=python] benchmarks/gpu_check.sh [FOLDER [PART ...]]
 #
-# FOLDER is docs/measurements by default. Parts: tests, overhead, gpt, kernels, memcheck; all by default. A
+# FOLDER is docs/measurements by default. Parts: tests, overhead, gpt, kernels, choice, memcheck; all by default. A
 # part that fails stops no other one; the exit status is 1 if any has failed.
 set -euo pipefail
 
@@ -15,11 +15,11 @@ mkdir -p "${1:-$root/docs/measurements}"
 folder=$(cd "${1:-$root/docs/measurements}" && pwd)
 shift $(($# > 0 ? 1 : 0))
 parts=("$@")
-[[ $# -gt 0 ]] || parts=(tests overhead gpt kernels memcheck)
+[[ $# -gt 0 ]] || parts=(tests overhead gpt kernels choice memcheck)
 for part in "${parts[@]}"; do
     case $part in
-    tests | overhead | gpt | kernels | memcheck) ;;
-    *) echo "unknown part $part: there are tests, overhead, gpt, kernels, memcheck" >&2 && exit 2 ;;
+    tests | overhead | gpt | kernels | choice | memcheck) ;;
+    *) echo "unknown part $part: there are tests, overhead, gpt, kernels, choice, memcheck" >&2 && exit 2 ;;
     esac
 done
 cd "$root"
@@ -100,6 +100,7 @@ for part in "${parts[@]}"; do
     overhead) run python benchmarks/overhead.py --device cuda --seeds 1024 ;;
     gpt) run python benchmarks/gpt.py --blocks 12 ;;
     kernels) run python benchmarks/kernels.py ;;
+    choice) run python benchmarks/choice.py --device cuda ;;
     memcheck) memcheck ;;
     esac
 done
