@@ -59,14 +59,18 @@ def quartiles(values: Sequence[float]) -> list[float]:
 
 
 def interleave(
-    steps: Mapping[str, Step], inputs: Sequence[Tensor], plan: Plan
+    steps: Mapping[str, Step],
+    inputs: Sequence[Tensor],
+    plan: Plan,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Samples]:
     """Samples of warm steps; the first step is the baseline and takes part in every round."""
     calls, rounds = {}, {}
     for name, step in steps.items():
-        seconds = sample(step, inputs, 1)
+        seconds = sample(step, inputs, 1, clock)
         if seconds < 10:  # one call says little: on a busy machine it may take ten times as long
-            seconds = min(seconds, sample(step, inputs, 5 if seconds < plan.sample_s else 1))
+            again = 5 if seconds < plan.sample_s else 1
+            seconds = min(seconds, sample(step, inputs, again, clock))
         calls[name] = max(1, min(50, round(plan.sample_s / seconds)))
         affordable = int(plan.budget_s / (calls[name] * seconds))
         fewest = 3 if seconds < plan.budget_s else 1
@@ -78,12 +82,20 @@ def interleave(
         turn = number % len(names)  # nobody always comes after the same one
         for name in names[turn:] + names[:turn]:
             if number < rounds[name]:
-                seconds_of[name].append(sample(steps[name], inputs, calls[name]))
+                seconds_of[name].append(sample(steps[name], inputs, calls[name], clock))
     return {name: Samples(seconds_of[name], calls[name]) for name in names}
 
 
-def sample(step: Step, inputs: Sequence[Tensor], calls: int) -> float:
-    """Seconds a call, over calls in a row; inputs take turns, so that none stays in a cache."""
+def sample(
+    step: Step,
+    inputs: Sequence[Tensor],
+    calls: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Seconds a call, over calls in a row; inputs take turns, so that none stays in a cache.
+
+    On a CPU by that clock, on CUDA by events.
+    """
     if inputs[0].is_cuda:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -93,10 +105,10 @@ def sample(step: Step, inputs: Sequence[Tensor], calls: int) -> float:
         end.record()
         torch.cuda.synchronize()
         return float(begin.elapsed_time(end)) / 1e3 / calls
-    start = time.perf_counter()
+    start = clock()
     for i in range(calls):
         step(inputs[i % len(inputs)])
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def clocked_ms(call: Callable[[], object], steps: int, clock: Callable[[], float]) -> float:

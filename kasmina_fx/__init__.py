@@ -16,7 +16,7 @@ the physical one, :mod:`kasmina_fx.passes` what turns one into the other, :mod:`
 what hands it to Inductor.
 """
 
-from kasmina_fx import checkpoint, controllers, optim, reference, testing
+from kasmina_fx import ab, checkpoint, controllers, optim, reference, testing
 from kasmina_fx.backend import kasmina
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.chunked_layer import ChunkedKasminaLayer
@@ -28,6 +28,7 @@ from kasmina_fx.errors import (
     InsideForward,
     InvalidArgument,
     InvalidBlueprint,
+    InvalidFlags,
     InvalidType,
     KasminaError,
     LayoutMismatch,
@@ -43,6 +44,7 @@ from kasmina_fx.grafting import GraftingConfig, register_strategy
 from kasmina_fx.graphs.capture import KasminaTracer, capture
 from kasmina_fx.graphs.diff import GraphDiff, graph_diff
 from kasmina_fx.graphs.text import graph_text, inserted_text, op_counts
+from kasmina_fx.hybrid_layer import HybridKasminaLayer
 from kasmina_fx.kasminify import kasminify, unkasminify
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import GraftingStrategy, SeedLifecycle
@@ -60,6 +62,7 @@ from kasmina_fx.model import (
 from kasmina_fx.passes import DEFAULT_PASSES, find_matches, rewrite
 from kasmina_fx.reports.explain import Explanation, explain
 from kasmina_fx.reports.health_report import HealthReport, health_report
+from kasmina_fx.rollout import FeatureFlagManager, MigrationRouter
 from kasmina_fx.seeds.snapshots import Snapshot
 from kasmina_fx.state_tensor import StateTensor
 from kasmina_fx.testing import compiles
@@ -72,21 +75,25 @@ __all__ = [
     "ChunkManager",
     "ChunkedKasminaLayer",
     "Explanation",
+    "FeatureFlagManager",
     "GraftingConfig",
     "GraftingStrategy",
     "GraphDiff",
     "GraphMismatch",
     "HealthReport",
+    "HybridKasminaLayer",
     "IllegalTransition",
     "InsideForward",
     "InvalidArgument",
     "InvalidBlueprint",
+    "InvalidFlags",
     "InvalidType",
     "KasminaError",
     "KasminaLayer",
     "KasminaTracer",
     "LayoutMismatch",
     "LogicalSeed",
+    "MigrationRouter",
     "NoTargets",
     "RanksDiffer",
     "RewriteError",
@@ -100,6 +107,7 @@ __all__ = [
     "TelemetryPolicy",
     "UnknownBlueprint",
     "UnknownOption",
+    "ab",
     "capture",
     "checkpoint",
     "compiles",

@@ -41,9 +41,11 @@ def kasmina(
             it is.
         example_inputs: As Dynamo gives them.
         mode: As of ``torch.compile``: "default", "reduce-overhead", "max-autotune", ...
-        options: ``lowering``, ``strict`` (fail when a KasminaLayer was not rewritten),
-            ``disabled_passes``, ``passes`` (a pipeline of your own), ``debug_dir`` (write the graph
-            before and after there); any other key is an Inductor option.
+        options: ``lowering`` ("auto": what is predicted to be the quickest; or "fused", "matmul",
+            "loop", "dense", for which "matmul" stands in where they can't), ``strict`` (fail when a
+            KasminaLayer was not rewritten), ``disabled_passes``, ``passes`` (a pipeline of your
+            own), ``debug_dir`` (write the graph before and after there); any other key is an
+            Inductor option.
 
     Raises:
         UnknownOption: A key that neither has; the message names the closest.

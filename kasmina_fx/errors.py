@@ -62,6 +62,10 @@ class CheckpointError(KasminaError, ValueError):
     """A checkpoint can't be written, or a file can't be loaded; nothing has changed."""
 
 
+class InvalidFlags(KasminaError, ValueError):
+    """A file of feature flags, or a variable that overrides one, can't be used."""
+
+
 class NoTargets(KasminaError, ValueError):
     """A model has nothing that ``kasminify`` could take, or no KasminaLayer."""
 

@@ -19,7 +19,11 @@ from kasmina_fx.layer import KasminaLayer
 
 def forward(layer: KasminaLayer, *args: Any, **kwargs: Any) -> Any:
     """The layer's output, seed by seed."""
-    out = layer.base(*args, **kwargs)
+    return seeds_on(layer, layer.base(*args, **kwargs))
+
+
+def seeds_on(layer: KasminaLayer, out: Any) -> Any:
+    """What the seeds make of the base's output, one after the other."""
     y: Tensor = out[0] if isinstance(out, tuple) else out
     sizes, dim = list(layer.chunks.sizes), layer.chunks.feature_dim
     parts = [

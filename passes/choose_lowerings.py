@@ -4,6 +4,7 @@
 ``dense``    one kernel a bank over all features, with the activation that follows the layer
 ``fused``    one kernel a bank on the chunks of active seeds, in place
 ``matmul``   stacked products on gathered chunks, pulled back
+``loop``     plain operators on one chunk after the other
 ``statistics``, ``fused statistics``  of an observe marker: plain operators, or one kernel
 ``none``     it can't be rewritten; it runs as the composite operator that it is
 """
@@ -11,16 +12,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar, Final
 
+import torch
 from torch.fx import GraphModule
 
 from kasmina_fx._torch.tracing import is_dense, usual
 from kasmina_fx.errors import InvalidArgument, shown
-from kasmina_fx.lowerings import LOWERINGS, Site
+from kasmina_fx.lowerings import FALLBACK, LOWERINGS, Site, cost, lowering_named
+from kasmina_fx.lowerings.base import Lowering as Able
 from kasmina_fx.lowerings.sample import can_observe
 from kasmina_fx.passes.infra.matching import Match, argument, blend_arguments, known_matches
 from kasmina_fx.passes.infra.metadata import Lowering, set_lowering, then_of, value_of
+from kasmina_fx.passes.infra.outputs import outputs_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
 
 #: What becomes of an observe marker where a kernel computes it.
@@ -33,7 +38,8 @@ class ChooseLowerings(GraphPass):
     """Annotate every marker with a :class:`Lowering`.
 
     Args:
-        lowering: "auto" takes the first of :data:`kasmina_fx.lowerings.LOWERINGS` that can; a name
+        lowering: "auto" takes the one of :data:`kasmina_fx.lowerings.LOWERINGS` that
+            :mod:`kasmina_fx.lowerings.cost` predicts to be the quickest, of those that can; a name
             forces that one where a bank exists and it can.
     """
 
@@ -63,22 +69,24 @@ class ChooseLowerings(GraphPass):
         if not match.banks:
             return Lowering("dormant", "no blueprint slot is allocated")
         site = site_of(match)
-        free = self.lowering == "auto"
+        if self.lowering != "auto":
+            return _forced(lowering_named(self.lowering), site)
+        found = cost.candidates(LOWERINGS, site)
         refused: dict[str, list[str]] = {}  # who, by the reason
-        for candidate in LOWERINGS:
-            if free or self.lowering == candidate.name:
-                why_not = candidate.why_not(site)
-                if why_not is None and free:
-                    why_not = candidate.why_rather_not(site)
-                if why_not is None:
-                    why = "the first that can" if free else "forced by the option"
-                    return Lowering(candidate.name, "; ".join([why, *_reasons(refused)]))
-                refused.setdefault(why_not, []).append(candidate.name)
-        return Lowering(LOWERINGS[-1].name, "; ".join(_reasons(refused)))
+        for each in found:
+            if each.why_not is not None:
+                refused.setdefault(each.why_not, []).append(each.name)
+        alone = sum(each.why_not is None for each in found) == 1
+        why = "the only one that can" if alone else "the quickest by prediction"
+        not_taken = [f"not {' or '.join(names)}: {reason}" for reason, names in refused.items()]
+        return Lowering(cost.quickest(found).name, "; ".join([why, *not_taken]), found)
 
 
-def _reasons(refused: dict[str, list[str]]) -> list[str]:
-    return [f"not {' or '.join(names)}: {why_not}" for why_not, names in refused.items()]
+def _forced(asked: Able, site: Site) -> Lowering:
+    why_not = asked.why_not(site)
+    if why_not is None:
+        return Lowering(asked.name, "forced by the option")
+    return Lowering(FALLBACK, f"not {asked.name}: {why_not}")
 
 
 def site_of(match: Match) -> Site:
@@ -90,7 +98,8 @@ def site_of(match: Match) -> Site:
         tuple(tuple(int(n) for n in next(rest).shape[1:]) for _ in range(bank.num_params))
         for bank in match.banks
     ]
-    orders = blend_arguments(match.node).order if match.banks else ()
+    asked = blend_arguments(match.node) if match.banks else None
+    orders, seeds = (asked.order, asked.seeds) if asked else ((), ())
     return Site(
         match.chunks,
         match.banks,
@@ -101,5 +110,9 @@ def site_of(match: Match) -> Site:
         tuple(sizes),
         frozenset(stack.dtype for stack in stacks),
         then_of(match.node),
-        tuple(usual(value_of(order).shape[0]) for order in orders),
+        running=tuple(usual(value_of(order).shape[0]) for order in orders),
+        places=tuple(prod(map(usual, value_of(table).shape)) for table in seeds),
+        rows=prod(map(usual, y.shape)) // match.chunks.width,
+        training=torch.is_grad_enabled(),
+        notes=match.is_blend and any(node.users for node in outputs_of(match.node)[1]),
     )

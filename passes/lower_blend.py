@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from kasmina_fx.errors import RewriteError
-from kasmina_fx.lowerings import LOWERINGS, Wanted, lowering_named
+from kasmina_fx.lowerings import FALLBACK, Wanted, lowering_named
 from kasmina_fx.passes.infra.following import follower_of, observers_of
 from kasmina_fx.passes.infra.matching import (
     Match,
@@ -115,7 +115,7 @@ class LowerBlend(GraphPass):
 
     def _chosen(self, match: Match) -> str:
         lowering = lowering_of(match.node)
-        return LOWERINGS[-1].name if lowering is None else lowering.name
+        return FALLBACK if lowering is None else lowering.name
 
     def _wanted(self, node: Node, chosen: str) -> Wanted:
         _, notes = outputs_of(node)

@@ -18,7 +18,8 @@ def compiled_library(source: str) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache  # seconds to import: only where it compiles
 
     # Inductor's own loops are written in vectors, and never fuse a product and a sum.
-    flags = ("-ffp-contract=fast", "-ftree-loop-vectorize", "-Wno-psabi")
+    # Without errno a loop of square roots is one of vectors.
+    flags = ("-ffp-contract=fast", "-ftree-loop-vectorize", "-fno-math-errno", "-Wno-psabi")
     # Not load(), which takes no flags in older releases.
     library = CppCodeCache.load_async(source, extra_flags=flags)()
     assert isinstance(library, ctypes.CDLL)

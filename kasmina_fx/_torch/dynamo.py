@@ -162,6 +162,25 @@ def dynamo_is_on() -> bool:
     return get_eval_frame_callback() is not None
 
 
+def compile_apart(call: Callable[..., Any], name: str, **options: Any) -> Callable[..., Any]:
+    """Compile a call as a frame with a code object of its own, and so a limit of its own.
+
+    Args:
+        call: What the frame does with its arguments.
+        name: Of the frame, in Dynamo's logs.
+        options: Of ``torch.compile``.
+    """
+
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    own = types.FunctionType(
+        apart.__code__.replace(co_name=name), globals(), closure=apart.__closure__
+    )
+    compiled: Callable[..., Any] = torch.compile(own, **options)
+    return compiled
+
+
 def compile_whole(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
     """Compile a module with its hooks, as one frame of its own.
 
@@ -175,23 +194,11 @@ def compile_whole(model: torch.nn.Module, **options: Any) -> Callable[..., Any]:
     call: Callable[..., Any] = model._call_impl
     by_hooks: dict[tuple[int, ...], Callable[..., Any]] = {}
 
-    def compile_anew() -> Callable[..., Any]:
-        def whole_model(*args: Any, **kwargs: Any) -> Any:
-            return call(*args, **kwargs)
-
-        own = types.FunctionType(
-            whole_model.__code__.replace(co_name=f"{type(model).__name__}_whole_model"),
-            globals(),
-            closure=whole_model.__closure__,
-        )
-        compiled: Callable[..., Any] = torch.compile(own, **options)
-        return compiled
-
     def run(*args: Any, **kwargs: Any) -> Any:
         hooks = (*model._forward_pre_hooks, *model._forward_hooks, *model._backward_pre_hooks)
         key = (*hooks, *model._backward_hooks)  # numbers, each given once
         if key not in by_hooks:
-            by_hooks[key] = compile_anew()
+            by_hooks[key] = compile_apart(call, f"{type(model).__name__}_whole_model", **options)
         return by_hooks[key](*args, **kwargs)
 
     return not_traced(run, below=False)

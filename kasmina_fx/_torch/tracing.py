@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
@@ -65,9 +65,16 @@ class StorageOf:
         return not self._ref.expired() and self._ref == StorageWeakRef(t.untyped_storage())
 
 
+#: What stands for a size that follows from data, such as a mask's, and was not known to a tracer.
+_UNKNOWN: Final = 1024
+
+
 def usual(size: int | torch.SymInt) -> int:
     """Return a size, or what it was when its graph was traced; asking adds no guard."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else size
+    if not isinstance(size, torch.SymInt):
+        return size
+    hint = size.node.hint
+    return _UNKNOWN if hint is None else int(hint)
 
 
 def is_dense(t: torch.Tensor) -> bool:

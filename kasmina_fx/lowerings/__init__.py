@@ -7,12 +7,16 @@ from typing import Final
 from kasmina_fx.lowerings.base import Lowering, Site, Wanted
 from kasmina_fx.lowerings.dense import Dense
 from kasmina_fx.lowerings.fused import Fused
+from kasmina_fx.lowerings.loop import Loop
 from kasmina_fx.lowerings.matmul import Matmul
 
-__all__ = ["LOWERINGS", "Lowering", "Site", "Wanted", "lowering_named"]
+__all__ = ["FALLBACK", "LOWERINGS", "Lowering", "Site", "Wanted", "lowering_named"]
 
-#: In the order in which "auto" tries them; the last one computes everything.
-LOWERINGS: Final[tuple[Lowering, ...]] = (Dense(), Fused(), Matmul())
+#: The first of those that are about equally quick is taken.
+LOWERINGS: Final[tuple[Lowering, ...]] = (Dense(), Fused(), Matmul(), Loop())
+
+#: What computes every blend.
+FALLBACK: Final = Matmul.name
 
 
 def lowering_named(name: str) -> Lowering:

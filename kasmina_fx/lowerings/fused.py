@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from kasmina_fx._torch.triton import launches_on
-from kasmina_fx.lowerings.base import Lowering, Site, Wanted
+from kasmina_fx.lowerings.base import Lowering, Site, Wanted, Work
 from kasmina_fx.lowerings.launches import natively
 from kasmina_fx.lowerings.native.library import why_none
-from kasmina_fx.lowerings.plan import KERNELS, LARGEST_HIDDEN, LARGEST_SIZE, Plan
+from kasmina_fx.lowerings.plan import (
+    KERNELS,
+    LARGEST_HIDDEN,
+    LARGEST_ON_CPU,
+    LARGEST_SIZE,
+    NOT_ON_A_GPU,
+    Plan,
+)
 from kasmina_fx.lowerings.tiles import FUSED
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BankInputs, BlendArguments, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout, Run
+
+#: Numbers of a weight beyond which Triton's backward keeps its sums in memory, and from how many
+#: rows on that costs more than products do: four to six times as much on an H100.
+_SPILLS: Final = 4096
+_MANY_ROWS: Final = 4096
 
 
 class Fused(Lowering):
@@ -32,7 +47,23 @@ class Fused(Lowering):
             return f"kernels compute in float32, bfloat16 and float16, not in {site.dtype}"
         if not site.features_last:
             return "kernels read features of the last dim of a contiguous output"
-        return _why_no_bank(site) or (_why_not_native(site) if native else None)
+        return _why_no_bank(site, native) or (_why_not_native(site) if native else None)
+
+    def why_rather_not(self, site: Site) -> str | None:
+        """See :meth:`Lowering.why_rather_not`."""
+        untried = sorted({b.kind for b in site.banks} & NOT_ON_A_GPU)
+        if untried and site.device.type == "cuda":
+            return f"the kernels of {' and '.join(untried)} have not run on a GPU yet"
+        if site.training and site.rows >= _MANY_ROWS and not natively(site.device):
+            for plan in plans_of(site):
+                if plan.tiling.columns * plan.tiling.hidden > _SPILLS:
+                    return f"sums of gradients of {plan.size} features are more than registers hold"
+        return None
+
+    def work(self, site: Site) -> Work:
+        """See :meth:`Lowering.work`: of active chunks, in whole tiles on a GPU."""
+        work = site.work(site.running, launches=len(site.banks))
+        return work if natively(site.device) else in_tiles(site, work, site.running)
 
     def blend(self, asked: BlendArguments, wanted: Wanted) -> tuple[Tensor, ...]:
         """See :mod:`kasmina_fx.lowerings.tiles`: banks act on one output, one after the other."""
@@ -46,12 +77,15 @@ class Fused(Lowering):
         return out, torch.cat(notes, 1) if len(notes) > 1 else notes[0]
 
 
-def _why_no_bank(site: Site) -> str | None:
+def _why_no_bank(site: Site, native: bool) -> str | None:
     for bank, shapes in zip(site.banks, site.sizes, strict=True):
         if bank.kind not in KERNELS:
             return f"blueprint {bank.kind} has no kernel"
-        size, hidden = site.chunks.runs[bank.run].size, hidden_size(bank.kind, shapes[0])
-        if size > LARGEST_SIZE or hidden > LARGEST_HIDDEN:
+        size, hidden = site.chunks.runs[bank.run].size, hidden_size(bank.kind, shapes)
+        if native and size > LARGEST_ON_CPU:
+            most = f"the {LARGEST_ON_CPU:,} of kernels for a CPU"
+            return f"chunks of {size:,} features are more than {most}"
+        if not native and (size > LARGEST_SIZE or hidden > LARGEST_HIDDEN):
             return f"chunks of {size} features are more than a program's registers hold"
     return None
 
@@ -63,9 +97,10 @@ def _why_not_native(site: Site) -> str | None:
     return why_none()  # asked last: it may have to compile
 
 
-def hidden_size(kind: str, first: tuple[int, ...]) -> int:
-    """Return how wide a blueprint's hidden layer is, by the shape of its first weight."""
-    return first[0] if KERNELS[kind].module == "two_layer" else 0
+def hidden_size(kind: str, shapes: Sequence[Sequence[int]]) -> int:
+    """Return how wide a blueprint's hidden layer is, by the shapes of a slot in its stacks."""
+    first = KERNELS[kind].first
+    return 0 if first is None else shapes[first][0]
 
 
 def run_bank(
@@ -87,7 +122,7 @@ def plan_of(out: Tensor, bank: BankInputs, run: Run) -> Plan:
     return Plan(
         bank.spec.kind,
         size=run.size,
-        hidden=hidden_size(bank.spec.kind, tuple(bank.params[0].shape[1:])),
+        hidden=hidden_size(bank.spec.kind, [p.shape[1:] for p in bank.params]),
         offset=run.offset,
         first_seed=run.first_seed,
         count=run.count,
@@ -99,11 +134,22 @@ def plans_of(site: Site) -> list[Plan]:
     """Return what plans of a site's banks would be, of those that have kernels."""
     name = str(site.dtype).removeprefix("torch.")
     return [
-        Plan(bank.kind, run.size, hidden_size(bank.kind, shapes[0]), run.offset, 0, run.count, name)
+        Plan(bank.kind, run.size, hidden_size(bank.kind, shapes), run.offset, 0, run.count, name)
         for bank, shapes in zip(site.banks, site.sizes, strict=True)
         for run in [site.chunks.runs[bank.run]]
         if bank.kind in KERNELS
     ]
+
+
+def in_tiles(site: Site, work: Work, seeds: Sequence[int]) -> Work:
+    """Return a work whose chunks, so many of each bank, fill tiles block-diagonally."""
+    elements = products = 0
+    for plan, many in zip(plans_of(site), seeds, strict=True):
+        tile = plan.tiling
+        columns = site.rows * -(-many // tile.seeds) * tile.columns
+        elements += columns
+        products += columns * tile.hidden * 2 if plan.hidden else 0
+    return work._replace(elements=elements, products=products)
 
 
 def tables_of(bank: BankInputs, whole: LayerTables, run: Run) -> list[Tensor]:

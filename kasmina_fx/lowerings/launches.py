@@ -18,6 +18,8 @@ from kasmina_fx.physical.layout import power_of_two
 
 #: What ``tables`` holds, in order; of a bank but for the last four, which are the layer's.
 TABLES: Final = ("order", "seeds", "positions", "modes", "alpha", "roles", "faults", "loss_scale")
+#: Stacks of a blueprint, at most.
+_STACKS: Final = 6
 DOTS: Final = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
@@ -80,12 +82,13 @@ def finish(
     width = sum(numbers) + 2
     block = min(1024, power_of_two(width - 2))
     # Not one that is written: the same tensor twice would have to be copied first.
-    padded = [*grads, *[sums] * (4 - len(grads))]
+    none = _STACKS - len(grads)
+    padded = [*grads, *[sums] * none]
     capacity, (slots, places) = params[0].shape[0], seeds.shape
     launching("finish", "finish")[(capacity,)](
         sums, seeds, positions, loss_scale, blame, *padded,
         plan.count, capacity, slots, places, parts,
-        *numbers, *[0] * (4 - len(numbers)), width, block, max(1, 2048 // block), 64,
+        *numbers, *[0] * none, width, block, max(1, 2048 // block), 64,
     )  # fmt: skip
 
 

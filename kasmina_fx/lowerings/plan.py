@@ -17,25 +17,32 @@ from typing import Final, NamedTuple
 
 from kasmina_fx.physical.layout import SMALLEST_TILE, power_of_two, together
 
-#: Beyond, weights and the sums of their gradients do not fit a program's registers.
+#: Beyond, weights and the sums of their gradients do not fit the registers of a GPU's program.
 LARGEST_SIZE: Final = 64
 LARGEST_HIDDEN: Final = 128
+#: Beyond, kernels for a CPU were not measured.
+LARGEST_ON_CPU: Final = 1024
 
 
 class Kernels(NamedTuple):
     """Says which kernels run a blueprint of some kind, and with which switches."""
 
     module: str
-    switches: tuple[int, ...]  # ACT, BIAS, RESIDUAL
+    switches: tuple[int, ...]  # ACT (0 none, 1 ReLU, 2 GELU), BIAS, RESIDUAL
+    first: int | None  # which stack holds the weights of the hidden layer
+    rows: bool = True  # there are kernels of whole rows too
 
 
 #: The blueprints that have kernels.
 KERNELS: Final[dict[str, Kernels]] = {
-    "mlp": Kernels("two_layer", (1, 1, 0)),
-    "lora": Kernels("two_layer", (0, 0, 1)),
-    "residual_mlp": Kernels("two_layer", (1, 1, 1)),
-    "affine": Kernels("affine", ()),
+    "mlp": Kernels("two_layer", (1, 1, 0), 0),
+    "lora": Kernels("two_layer", (0, 0, 1), 0),
+    "residual_mlp": Kernels("two_layer", (1, 1, 1), 0),
+    "affine": Kernels("affine", (), None),
+    "bottleneck": Kernels("bottleneck", (2, 1, 1), 2, rows=False),
 }
+#: Those whose Triton kernels were seen in its interpreter alone: "auto" leaves them alone on a GPU.
+NOT_ON_A_GPU: Final = frozenset({"bottleneck"})
 
 
 class Tiling(NamedTuple):

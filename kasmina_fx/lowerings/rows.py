@@ -83,6 +83,8 @@ class _Grid(NamedTuple):
         blocks = (rows + shape.rows - 1) // shape.rows
         parts = torch.sym_max(1, torch.sym_min(max(1, shape.programs // tiles), blocks))
         whole = step == tiling.columns and plan.offset % step == 0 and features % step == 0
+        if isinstance(rows, int) and rows == 0:  # there is no row to read ahead
+            whole = False
         return cls(shape, rows, left, tiles, parts, whole, even(plan, step, features))
 
 

@@ -106,6 +106,11 @@ def fused_tiles(
             asked.size, tiling.seeds, tiling.columns, _BLOCK, keep, notes, wide,
             num_warps=launch.warps,
         )  # fmt: skip
+    elif kernels.module == "bottleneck":
+        kernel(
+            *common, *params, *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
+            _alone(asked), keep, notes, DOTS[asked.dot], wide, num_warps=launch.warps,
+        )  # fmt: skip
     else:
         act, bias, residual = kernels.switches
         kernel(
@@ -163,6 +168,11 @@ def fused_tiles_backward(
         kernel(
             *common, *params, *sizes, asked.size, tiling.seeds, tiling.columns, _BLOCK, width,
             wide, num_warps=launch.warps,
+        )  # fmt: skip
+    elif kernels.module == "bottleneck":
+        kernel(
+            *common, *params, *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
+            _alone(asked), DOTS[asked.dot], width, wide, num_warps=launch.warps,
         )  # fmt: skip
     else:
         act, bias, residual = kernels.switches

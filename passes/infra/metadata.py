@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from kasmina_fx._torch.tracing import FakeTensorMode
+from kasmina_fx.lowerings.cost import Candidate
 
 _LAZY: Final = "kasmina_lazy_value"
 _ORIGIN: Final = "kasmina"
@@ -37,10 +38,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class Lowering:
-    """Says what becomes of a marker, and why."""
+    """Says what becomes of a marker, and why; and what was considered, where there was a choice."""
 
     name: str
     why: str
+    candidates: tuple[Candidate, ...] = ()
 
 
 class LazyValues(ABC):

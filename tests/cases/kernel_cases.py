@@ -15,11 +15,14 @@ from kasmina_fx import KasminaLayer, compiles, kasmina_layers, kasminify
 from kasmina_fx._torch import triton
 from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.lowerings import Wanted, lowering_named
+from kasmina_fx.lowerings.plan import KERNELS
 from kasmina_fx.physical.blend import blend
 from kasmina_fx.physical.graph_inputs import BlendArguments
 from kasmina_fx.testing import graft
 
 S = SeedLifecycle
+#: The blueprints that have kernels of whole rows.
+OF_ROWS = [kind for kind, kernels in KERNELS.items() if kernels.rows]
 #: Seeds in every mode: learning, reconstructing, frozen; others idle.
 STAGES = {1: S.GRAFTING, 3: S.TRAINING, 4: S.STABILIZATION, 6: S.FINE_TUNING, 7: S.GRAFTING}
 
@@ -136,6 +139,20 @@ def assert_fused_is_right(
     expected = case.run(plain(then), case.dtype)
     for found, want in zip(case.run(how, case.dtype), expected, strict=True):
         torch.testing.assert_close(found, want, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def assert_as_close_as_plain(case: Blend, times: float = 4.0) -> None:
+    """Compare kernels with float64, and how far off they are with how far plain operators are.
+
+    For blueprints that some chunks bring near a division by 0: a LayerNorm of two like numbers.
+    """
+    outcomes = [case.run(*how) for how in ((fused, case.dtype), (plain(""), case.dtype))]
+    exact = case.run(plain(""), torch.float64)
+    for found, other, truth in zip(*outcomes, exact, strict=True):
+        ours, theirs = ((t.double() - truth).abs() for t in (found, other))
+        size = truth.abs().max()
+        assert float(ours.max()) <= times * float(theirs.max()) + 1e-6 * float(size)
+        assert float(ours.norm()) <= times * float(theirs.norm()) + 1e-6 * float(truth.norm())
 
 
 def assert_dense_is_right(case: Blend, then: str = "", **tolerances: float) -> None:

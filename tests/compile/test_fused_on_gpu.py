@@ -11,10 +11,11 @@ from kernel_cases import (
     Blend,
     assert_lives_are_close,
     errors_against_float64,
+    fused,
     life,
     same_bits,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 from kasmina_fx import explain, kasmina_layers, kasminify
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.gpu
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
-@pytest.mark.parametrize("size", [3, 12, 64])
+@pytest.mark.parametrize("size", [3, 4, 12, 64])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("kind", KERNELS)
 def test_fused_kernels_are_close_to_float64(kind: str, dtype: torch.dtype, size: int) -> None:
@@ -34,8 +35,32 @@ def test_fused_kernels_are_close_to_float64(kind: str, dtype: torch.dtype, size:
     assert max(errors_against_float64(case)) < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize("kind", KERNELS)
+def test_what_is_not_finite_reaches_no_neighbour_in_a_tile(kind: str, value: float) -> None:
+    def poison(layer: Any, y: Tensor) -> None:
+        y[100, 17] = y[36, 5] = value
+
+    sizes: dict[str, Any] = {"sizes": [4] * 9, "rows": 300, "device": "cuda"}
+    bad, good = (
+        Blend(**sizes, kinds=dict.fromkeys(STAGES, kind), poison=p).run(fused, torch.float32)
+        for p in (poison, None)
+    )
+    for found, expected in ((bad[0], good[0]), (bad[2], good[2])):  # the output, the gradient
+        same = found.isclose(expected, rtol=1e-4, atol=1e-5)
+        same[100, 16:20] = same[36, 4:8] = True
+        assert bool(same.all())
+    for found, expected in zip(bad[4:], good[4:], strict=True):  # of stacks: seeds 1 and 4
+        torch.testing.assert_close(found[[1, 3, 4]], expected[[1, 3, 4]], rtol=1e-4, atol=1e-4)
+        assert bool(found.isfinite().all())
+
+
 @pytest.mark.parametrize(
-    ("kind", "dtype"), [("mlp", torch.bfloat16), *((kind, torch.float32) for kind in KERNELS)]
+    ("kind", "dtype"),
+    [
+        *((kind, torch.bfloat16) for kind in ("mlp", "bottleneck")),
+        *((kind, torch.float32) for kind in KERNELS),
+    ],
 )
 def test_a_compiled_life_is_the_same_with_fused_kernels_and_with_products(
     kind: str, dtype: torch.dtype
@@ -50,8 +75,25 @@ def test_a_compiled_life_is_the_same_with_fused_kernels_and_with_products(
     assert same_bits(kernels, again)
 
 
+def test_a_batch_without_rows_changes_nothing() -> None:
+    """The kernel for statistics read the first row of it, an illegal access."""
+    model: Any = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8)).cuda()
+    kasminify(model, num_seeds=8)
+    for layer in kasmina_layers(model).values():
+        graft(layer, [1, 2], "mlp", 0.5)
+    for _ in range(2):
+        out = model(torch.randn(0, 8, device="cuda"))
+        out.sum().backward()
+        torch.cuda.synchronize()
+        assert out.shape == (0, 8)
+    for layer in kasmina_layers(model).values():
+        assert not layer.get_health_report()["runs"].any()
+        for parameter in layer.blueprint_parameters():
+            assert parameter.grad is None or not parameter.grad.any()
+
+
 def test_fused_is_chosen_where_it_can_and_the_report_says_why_not_elsewhere() -> None:
-    model: Any = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64)).cuda()
+    model: Any = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 640)).cuda()
     kasminify(model, num_seeds=8, compile=False)
     first, second = kasmina_layers(model).values()
     graft(first, [1, 2], "mlp", 0.5)
@@ -59,7 +101,7 @@ def test_fused_is_chosen_where_it_can_and_the_report_says_why_not_elsewhere() ->
     report = explain(model, torch.randn(5, 8, device="cuda"))
     text = str(report)
     assert "fused" in text
-    assert "blueprint bottleneck has no kernel" in text
+    assert "chunks of 80 features are more than a program's registers hold" in text
 
 
 def test_torch_finds_the_writes_that_kernels_declare(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,10 @@ def test_every_kernel_computes_its_blueprint(kind: str, size: int) -> None:
     assert_fused_is_right(Blend([size] * 9, kinds(kind)))
 
 
-@pytest.mark.parametrize("rows", [1, 15, 16, 100])
-def test_any_number_of_rows(rows: int) -> None:
-    assert_fused_is_right(Blend([4] * 9, kinds("mlp"), rows=rows))
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 100])
+@pytest.mark.parametrize("kind", ["mlp", "bottleneck"])
+def test_any_number_of_rows(kind: str, rows: int) -> None:
+    assert_fused_is_right(Blend([4] * 9, kinds(kind), rows=rows))
 
 
 def test_chunks_of_several_sizes_and_blueprints_of_several_kinds() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from kasmina_fx import KasminaLayer
 from kasmina_fx.lowerings import Site, lowering_named
 from kasmina_fx.physical.blend import blend
-from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.physical.layout import BankSpec, ChunkLayout
 from kasmina_fx.testing import graft
 
 __all__ = ["interpreter"]
@@ -42,6 +42,7 @@ MISSES: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_site_that_has_kernels_has_no_reason() -> None:
     assert lowering_named("fused").why_not(site()) is None
     assert lowering_named("fused").why_not(site(64)) is None
+    assert lowering_named("fused").why_not(site(1024)) is None
 
 
 @pytest.mark.parametrize("miss", MISSES)
@@ -52,9 +53,25 @@ def test_a_near_miss_is_told_its_reason(miss: str) -> None:
     assert reason in why_not
 
 
+def test_chunks_beyond_what_was_measured_are_left_to_plain_operators() -> None:
+    why_not = lowering_named("fused").why_not(site(1025))
+    assert why_not == "chunks of 1,025 features are more than the 1,024 of kernels for a CPU"
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_chunks_beyond_what_a_program_holds_are_left_to_plain_operators() -> None:
+    assert lowering_named("fused").why_not(site(64)) is None
     why_not = lowering_named("fused").why_not(site(65))
     assert why_not == "chunks of 65 features are more than a program's registers hold"
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_a_blueprint_may_have_kernels_of_tiles_alone() -> None:
+    other = replace(site(), banks=(BankSpec("bottleneck", 0, False, 6),), sizes=(((4,),) * 6,))
+    assert lowering_named("fused").why_not(other) is None
+    assert lowering_named("dense").why_not(other) == (
+        "blueprint bottleneck has no kernel of whole rows"
+    )
 
 
 @pytest.mark.usefixtures("interpreter")

@@ -155,6 +155,21 @@ CALLS: dict[str, tuple[Call, set[str]]] = {
     "kasminify, filter_fn": (
         lambda layer, v: k.kasminify(_net(), filter_fn=v, compile=False), _taken("None")
     ),
+    "HybridKasminaLayer, force_implementation": (
+        lambda layer, v: k.HybridKasminaLayer(nn.Linear(4, 6), None, 3, force_implementation=v),
+        _taken("None"),
+    ),
+    "HybridKasminaLayer, feature_flags": (
+        lambda layer, v: k.HybridKasminaLayer(nn.Linear(4, 6), None, 3, feature_flags=v),
+        _taken("None"),
+    ),
+    "FeatureFlagManager": (lambda layer, v: k.FeatureFlagManager(v), _taken("None", "text")),
+    "FeatureFlagManager, watch": (
+        lambda layer, v: k.FeatureFlagManager(watch=v), _taken("None", "5", "2.5")
+    ),
+    "MigrationRouter": (lambda layer, v: k.MigrationRouter(v), _taken("None")),
+    "ab.compare": (lambda layer, v: k.ab.compare(_net(), v), set()),
+    "ab.ShadowMode": (lambda layer, v: k.ab.ShadowMode(layer, v), set()),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import torch
 from graph_cases import (
     GOLDEN,
     NEAR_MISSES,
+    OneLayer,
     assert_leaves_alone,
     dormant_graph,
     each_near_miss,
@@ -17,14 +18,13 @@ from graph_cases import (
     wrapped,
 )
 from kernel_cases import interpreter
-from torch import nn
+from torch import Tensor, nn
 
 from kasmina_fx import capture, find_matches
 from kasmina_fx.errors import InvalidArgument
-from kasmina_fx.lowerings import dense
-from kasmina_fx.passes.choose_lowerings import ChooseLowerings
+from kasmina_fx.passes.choose_lowerings import ChooseLowerings, site_of
 from kasmina_fx.passes.infra.metadata import lowering_of
-from kasmina_fx.testing import assert_golden, graft
+from kasmina_fx.testing import RecordingBackend, assert_golden, graft
 
 __all__ = ["interpreter"]
 
@@ -70,12 +70,11 @@ def test_a_near_miss_is_not_lowered_and_the_reason_says_why(near: str, lowering:
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize(("seeds", "chosen"), [([0, 2], "fused"), ([0, 1, 3], "dense")])
+@pytest.mark.parametrize(("seeds", "chosen"), [([0, 2], "fused"), ([0, 1, 3, 6], "dense")])
 def test_the_share_of_seeds_that_run_decides_where_no_activation_does(
-    seeds: list[int], chosen: str, monkeypatch: pytest.MonkeyPatch
+    seeds: list[int], chosen: str
 ) -> None:
-    monkeypatch.setattr(dense, "AUTO", True)
-    model = wrapped(nn.Sequential(nn.Linear(8, 12)), seeds=4)
+    model = wrapped(nn.Sequential(nn.Linear(8, 24)), seeds=8)
     graft(layer_of(model, "0"), seeds)
     gm = capture(model, torch.randn(3, 8))
     lowering = ChooseLowerings().choose(find_matches(gm)[0])
@@ -84,10 +83,12 @@ def test_the_share_of_seeds_that_run_decides_where_no_activation_does(
 
 @pytest.mark.usefixtures("interpreter")
 def test_dense_is_taken_where_it_is_asked_for() -> None:
-    match = find_matches(growing_graph())[0]
+    model = wrapped(nn.Sequential(nn.Linear(8, 24)), seeds=8)
+    graft(layer_of(model, "0"), [0, 2])
+    match = find_matches(capture(model, torch.randn(3, 8)))[0]
     auto, asked = ChooseLowerings().choose(match), ChooseLowerings("dense").choose(match)
     assert (auto.name, asked.name) == ("fused", "dense")
-    assert "not dense: it is taken where it is asked for by name" in auto.why
+    assert "of the features run: tiles touch these alone" in auto.why
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -99,9 +100,29 @@ def test_float32_products_of_wide_chunks_are_not_dense() -> None:
     assert "float32 products of wide chunks" in chosen.why
 
 
-def test_a_lowering_that_is_not_built_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match=r"'loop': this release has auto, dense, fused"):
-        ChooseLowerings(lowering="loop")
+def test_a_lowering_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match=r"'tree': this release has auto, dense, fused"):
+        ChooseLowerings(lowering="tree")
+
+
+class Masked(OneLayer):
+    """A layer whose rows are as many as a mask lets through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[x[:, 0] > 0])
+
+
+def test_rows_that_follow_from_data_have_a_usual_number() -> None:
+    torch._dynamo.reset()
+    model = wrapped(Masked())
+    graft(layer_of(model), [0, 2])
+    backend = RecordingBackend("eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        x = torch.randn(6, 8)
+        out = torch.compile(model, backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(out, model(x))
+    (graph,) = backend.before
+    assert site_of(find_matches(graph)[0]).rows == 1024
 
 
 def test_golden() -> None:

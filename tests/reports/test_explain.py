@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from small_net_cases import Broken, PassesBy, Recurrent, X
+from torch import nn
 
 from kasmina_fx import (
     capture,
@@ -14,6 +17,7 @@ from kasmina_fx import (
     kasminify,
     unkasminify,
 )
+from kasmina_fx.passes import passes_for
 from kasmina_fx.testing import graft
 
 
@@ -55,3 +59,27 @@ def test_explain_names_a_layer_behind_an_lstm(grown: bool) -> None:
         graft(kasmina_layers(model)["out"], [0])
     (layer,) = explain(model, torch.randn(2, 3, 4)).layers
     assert (layer.layer, layer.matched) == ("out", True)
+
+
+def test_explain_shows_what_each_lowering_would_take_and_why_not() -> None:
+    torch._dynamo.reset()
+    model = kasminify(nn.Sequential(nn.Linear(4, 8)), num_seeds=2, compile=False)
+    graft(kasmina_layers(model)["0"], [0])
+    x = torch.randn(64, 4)
+    (trained,) = explain(model, x).layers
+    with torch.no_grad():
+        said = explain(model, x)
+    (evaluated,) = said.layers
+    before, after = (
+        {each.name: each.microseconds for each in layer.candidates if each.microseconds}
+        for layer in (evaluated, trained)
+    )
+    assert before.keys() == after.keys() == {"fused", "matmul", "loop"}
+    assert all(before[name] < after[name] for name in before)
+    assert f"matmul {before['matmul']:.3g}, loop {before['loop']:.3g}" in str(said)
+    (dense,) = (each for each in trained.candidates if each.name == "dense")
+    assert dense.why_not == "no Triton kernel runs on cpu here"
+    told = json.loads(json.dumps(said.to_dict()))["layers"][0]["candidates"]
+    assert [each["name"] for each in told] == ["dense", "fused", "matmul", "loop"]
+    forced = explain(model, x, passes=passes_for("loop"))
+    assert (forced.layers[0].lowering, forced.layers[0].candidates) == ("loop", ())

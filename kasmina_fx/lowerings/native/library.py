@@ -10,7 +10,10 @@ from typing import Any, Final, NamedTuple
 from kasmina_fx._torch.cpp import compiled_library
 
 #: In this order they are one source.
-SOURCES: Final = ("lanes.h", "tile.h", "tiles.cpp", "statistics.cpp")
+SOURCES: Final = (
+    *("lanes.h", "functions.h", "products.h", "tile.h", "blueprint.h", "gradients.h"),
+    *("tiles.cpp", "statistics.cpp"),
+)
 #: Rows of a block, as in ``lanes.h``: kept chunks are padded to whole blocks.
 ROWS: Final = 16
 
@@ -24,7 +27,7 @@ class Functions(NamedTuple):
 
 
 #: Pointers that each takes behind its sizes.
-_POINTERS: Final = Functions(forward=12, backward=17, observe=3)
+_POINTERS: Final = Functions(forward=9, backward=11, observe=3)
 
 
 @cache

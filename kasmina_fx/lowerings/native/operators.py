@@ -53,7 +53,7 @@ def _tiles(
     functions().forward(
         _sizes_of(out, order, seeds, params, plan), _written(out), _some(kept), _some(told),
         None if before is None else _read(before), _read(order), _read(seeds), _read(alpha),
-        _read(roles), *_four(params),
+        _read(roles), _pointers(params),
     )  # fmt: skip
 
 
@@ -67,11 +67,10 @@ def _backward(
     plan: str,
 ) -> None:
     order, seeds, _, modes, alpha, roles, _, loss_scale = tables
-    written = [_written(g) for g in grads]
     functions().backward(
         _sizes_of(dy, order, seeds, params, plan), _written(dy), _written(blame), _read(kept),
         _read(order), _read(seeds), _read(modes), _read(alpha), _read(roles), _read(loss_scale),
-        *_four(params), *written, *[None] * (4 - len(written)),
+        _pointers(params), _pointers(grads),
     )  # fmt: skip
 
 
@@ -137,7 +136,8 @@ def _sizes(
 ) -> ctypes.Array[ctypes.c_int64]:
     """Return what ``Bank`` in ``tile.h`` reads."""
     asked = Plan.parse(plan)
-    switches = KERNELS[asked.kind].switches or (0, 0, 0)
+    kernels = KERNELS[asked.kind]
+    switches = [*(kernels.switches or (0, 0, 0)), kernels.module == "bottleneck"]
     numbers = [rows, features, asked.offset, asked.first_seed, asked.count, active]
     numbers += [places, slots, capacity, asked.size, asked.hidden, *switches, threads]
     return _array(*numbers)
@@ -161,5 +161,5 @@ def _some(t: Tensor) -> int | None:
     return _read(t) if t.numel() else None
 
 
-def _four(params: list[Tensor]) -> list[int | None]:
-    return [*map(_read, params), *[None] * (4 - len(params))]
+def _pointers(stacks: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(stacks))(*map(_read, stacks))

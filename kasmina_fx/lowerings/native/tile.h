@@ -1,39 +1,53 @@
 // How active chunks come out of rows and go back: transposed, so that rows are lanes.
 // A tile is the chunks of a few seeds in up to MOST rows, as blocks [seed][block][feature].
-#include <algorithm>
-#include <cstddef>
 #include <memory>
 #include <vector>
 
 namespace kasmina {
 
 constexpr int MOST = 128;     // rows of a tile: with its neighbours it fits a core's own cache
-constexpr int WIDEST = 64;    // features of a chunk, at most: plan.py
 constexpr int COLUMNS = 64;   // features of a tile, about: whole cache lines where seeds lie together
-constexpr int WIDE = PARTS == 1 ? 8 : PARTS == 2 ? 4 : 2;  // sums that registers hold
 constexpr int64_t TASKS = 32; // about so many, whatever the threads: sums do not depend on these
+constexpr int64_t SUMS = 1 << 24;  // numbers that all parts have together, about
+constexpr int STACKS = 6;     // that a blueprint has, at most
 
 static inline int64_t blocks_of(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
 
 // What a bank is, and how its rows and seeds are shared out; numbers only, read from `sizes`.
 struct Bank {
   int64_t rows, features, offset, first_seed, count, active, places, slots, capacity, c, h;
-  int64_t act, bias, residual, threads;
+  int64_t act, bias, residual, norm, threads;
   int64_t seeds_of_a_tile, batches, parts, rows_of_a_part;
+  int64_t together;  // blocks that go through a blueprint at a time: all, where weights are large
+  int stacks = 0;
+  int64_t numbers[STACKS];  // that a slot has in each stack
+  int64_t width = 0;        // in all of them
 
-  explicit Bank(const int64_t* n)
+  // With `sums` every part of the rows has sums of its own, which may be large.
+  Bank(const int64_t* n, bool sums)
       : rows(n[0]), features(n[1]), offset(n[2]), first_seed(n[3]), count(n[4]), active(n[5]),
         places(n[6]), slots(n[7]), capacity(n[8]), c(n[9]), h(n[10]), act(n[11]), bias(n[12]),
-        residual(n[13]), threads(n[14]) {
+        residual(n[13]), norm(n[14]), threads(n[15]) {
+    auto stack = [&](bool there, int64_t many) {
+      if (there) numbers[stacks++] = many, width += many;
+    };
+    stack(scaled(), c), stack(scaled(), c);
+    stack(h, h * c), stack(h && bias, h), stack(h, c * h), stack(h && bias, c);
     seeds_of_a_tile = std::max<int64_t>(1, COLUMNS / c);
     batches = (active + seeds_of_a_tile - 1) / seeds_of_a_tile;
+    together = c > COLUMNS ? MOST / ROWS : BESIDE;
     int64_t tiles = (rows + MOST - 1) / MOST;
-    int64_t wanted = std::max<int64_t>(1, std::min(tiles, TASKS / std::max<int64_t>(1, batches)));
+    int64_t wanted = std::min(tiles, TASKS / std::max<int64_t>(1, batches));
+    if (sums) wanted = std::min(wanted, SUMS / std::max<int64_t>(1, slots * places * width));
+    wanted = std::max<int64_t>(1, wanted);
     rows_of_a_part = std::max<int64_t>(1, (tiles + wanted - 1) / wanted) * MOST;
-    parts = (rows + rows_of_a_part - 1) / rows_of_a_part;
+    parts = std::max<int64_t>(1, (rows + rows_of_a_part - 1) / rows_of_a_part);
   }
 
-  int64_t width() const { return 2 * c * (h ? h : 1) + (bias ? h + c : 0); }
+  // Whether a scale and a shift for each feature come first; without products they are all.
+  bool scaled() const { return norm || !h; }
+
+  int64_t everyone() const { return slots * places; }
 
   // Threads are not worth waking for less than about 20 us of work.
   int team(int64_t products) const {
@@ -112,69 +126,5 @@ static void scatter(float* into, const Bank& bank, int64_t row, int64_t rows,
     }
   }
 }
-
-// out[n] = bias[n] + sum over k of w[n * sn + k * sk] * x[k]
-template <int N>
-static inline void product(Block* out, const float* w, int64_t sn, int64_t sk, const Block* x,
-                           int64_t depth, const float* bias) {
-  Block sums[N];
-  for (int n = 0; n < N; n++) sums[n] = bias ? splat(bias[n]) : splat(0.0f);
-  for (int64_t k = 0; k < depth; k++)
-    for (int n = 0; n < N; n++) sums[n] = sums[n] + w[n * sn + k * sk] * x[k];
-  for (int n = 0; n < N; n++) out[n] = sums[n];
-}
-
-static void products(Block* out, int64_t many, const float* w, int64_t sn, int64_t sk,
-                     const Block* x, int64_t depth, const float* bias) {
-  int64_t n = 0;
-  auto next = [&](auto take) {
-    constexpr int N = decltype(take)::value;
-    product<N>(out + n, w + n * sn, sn, sk, x, depth, bias ? bias + n : nullptr);
-    n += N;
-  };
-  while (n + WIDE <= many) next(std::integral_constant<int, WIDE>());
-  if (n + WIDE / 2 <= many) next(std::integral_constant<int, WIDE / 2>());
-  while (n < many) next(std::integral_constant<int, 1>());
-}
-
-static inline bool sound(const float* numbers, int64_t many) {
-  int32_t ill = 0;
-  for (int64_t i = 0; i < many; i++) {
-    int32_t bits;
-    memcpy(&bits, numbers + i, 4);
-    ill |= (bits & 0x7f800000) == 0x7f800000;
-  }
-  return !ill;
-}
-
-// A blueprint's numbers at one slot: weight, bias, weight, bias, or scale and shift.
-struct Blueprint {
-  const float *w1, *b1, *w2, *b2;
-  bool sane;
-
-  Blueprint(const Bank& bank, const float* const* params, int64_t slot) {
-    int64_t many = bank.c * (bank.h ? bank.h : 1);
-    w1 = params[0] + slot * many;
-    b1 = bank.bias ? params[1] + slot * bank.h : nullptr;
-    w2 = params[bank.bias ? 2 : 1] + slot * many;
-    b2 = bank.bias ? params[3] + slot * bank.c : nullptr;
-    sane = sound(w1, many) && sound(w2, many);
-    if (bank.bias) sane = sane && sound(b1, bank.h) && sound(b2, bank.c);
-  }
-
-  // f, of one block of rows; `hidden` is what went into the second product.
-  void run(const Bank& bank, const Block* z, Block* hidden, Block* f) const {
-    if (!bank.h) {
-      for (int64_t i = 0; i < bank.c; i++) f[i] = w1[i] * z[i] + splat(w2[i]);
-      return;
-    }
-    products(hidden, bank.h, w1, bank.c, 1, z, bank.c, b1);
-    if (bank.act)
-      for (int64_t j = 0; j < bank.h; j++) hidden[j] = choose(hidden[j] < 0.0f, splat(0.0f), hidden[j]);
-    products(f, bank.c, w2, bank.h, 1, hidden, bank.h, b2);
-    if (bank.residual)
-      for (int64_t i = 0; i < bank.c; i++) f[i] = f[i] + z[i];
-  }
-};
 
 }  // namespace kasmina

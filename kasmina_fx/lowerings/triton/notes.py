@@ -17,6 +17,7 @@ def report(
     seed = tl.program_id(0) * SEEDS + tl.arange(0, SEEDS)
     there = seed < count
     ran = tl.load(positions + seed, mask=there, other=-1) >= 0
+    ran = ran & (tl.zeros([SEEDS], tl.int32) < rows)  # nothing is known of an empty batch
     blends = tl.load(roles + first_seed + seed, mask=there, other=0) == 2
     a = tl.load(alpha + first_seed + seed, mask=there, other=0.0)
     squares, wrong = tl.zeros([SEEDS], tl.float32), tl.zeros([SEEDS], tl.float32)
@@ -28,11 +29,10 @@ def report(
         squares += tl.sum(tl.load(said + at, mask=asked, other=0.0), 0)
         wrong += tl.sum(tl.load(said + at + count, mask=asked, other=0.0), 0)
         unsound += tl.sum(tl.load(said + at + 2 * count, mask=asked, other=0.0), 0)
-    loss = squares / (1.0 * rows * c)
+    loss = squares / (1.0 * tl.maximum(rows, 1) * c)
     faulty = tl.where((wrong > 0) & (unsound == 0), 1.0, 0.0)
-    known = (wrong == 0) & (rows > 0)  # nothing is of an empty batch
-    added = tl.where(known & blends, a * a * loss, 0.0)
-    loss = tl.where(known, loss, -1.0)
+    added = tl.where((wrong == 0) & blends, a * a * loss, 0.0)
+    loss = tl.where(wrong == 0, loss, -1.0)
     old_faulty, old_loss, old_added = (
         tl.zeros_like(loss),
         tl.zeros_like(loss) - 1,
@@ -65,11 +65,13 @@ def observe(
     col = begins // EVEN * EVEN + tl.arange(0, TILE)
     member = (col - offset) // c - first
     on = (col >= begins) & (member < SEEDS) & (first + member < count)
+    on = on & (tl.zeros([TILE], tl.int32) < seen)  # of a batch without rows nothing may be read
     start = tl.load(y + offset + (first + member) * c, mask=on, other=0.0).to(tl.float32)
     s1, s2 = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
     low = tl.full([ROWS, TILE], float("inf"), tl.float32)
     high, near = -low, tl.zeros([ROWS, TILE], tl.float32)
-    step, rest = rows // seen, rows % seen
+    divisor = tl.maximum(seen, 1)
+    step, rest = rows // divisor, rows % divisor
     for block in range(0, seen, ROWS):
         number = block + tl.arange(0, ROWS)
         if WIDE:
@@ -91,8 +93,9 @@ def observe(
     step_near = tl.sum(tl.where(mine, tl.sum(near, 0)[:, None], 0.0), 0)
     seed = first + tl.arange(0, PADDED)
     there = (seed < count) & (tl.arange(0, PADDED) < SEEDS)
+    there = there & (tl.zeros([PADDED], tl.int32) < seen)
     begin = tl.load(y + offset + seed * c, mask=there, other=0.0).to(tl.float32)
-    elements = 1.0 * seen * c
+    elements = 1.0 * divisor * c
     step_mean = first_moment / elements
     spread = squares - first_moment * step_mean
     spread = tl.where(spread < 0, 0.0, spread)

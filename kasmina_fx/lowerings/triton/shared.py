@@ -49,10 +49,10 @@ def blame(
     base, positions, tile, count, no, bad, member, on, row_of,
     PER: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Write at the end of a place's sums if something was refused, and if its chunk was not finite.
+    """Write at the end of a place's sums if something was refused, or its chunk was not finite.
 
-    ``no`` and ``bad`` are float32, one a column; ``base`` is where the sums of this part begin, ``P``
-    numbers a place, and ``row_of`` how far it is to those of the next place.
+    ``no`` and ``bad`` are float32, one a column; ``base`` is where the sums of this part begin,
+    ``P`` numbers a place, and ``row_of`` how far it is to those of the next place.
     """
     for p in tl.static_range(PER):
         seed = tile * PER + p
