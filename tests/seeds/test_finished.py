@@ -207,9 +207,15 @@ def of_a_class_of_its_own(model: Any) -> None:
     model[0].weight = type("Own", (nn.Parameter,), {})(model[0].weight.detach())
 
 
+def made_for_inference(model: Any) -> None:
+    with torch.inference_mode():
+        model[0].weight = nn.Parameter(model[0].weight.clone())
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
+        (made_for_inference, "has no numbers that count what is written to them"),
         (mixed, "seeds that are not FOSSILIZED run in 2"),
         (observed, "statistics are kept there"),
         (with_a_hook_before, "a hook comes before its base"),
