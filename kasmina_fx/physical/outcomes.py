@@ -1,0 +1,202 @@
+"""Operators that take what blueprints made back to the host.
+
+``mix(host, made, ran, positions, seeds, alpha, roles) -> (out, mixed)``
+    ``host + alpha * (f - host)`` where a seed blends and that is finite, elsewhere ``host`` to the
+    bit. ``host`` is ``(n, ...)``, a run's chunks; ``alpha`` and ``roles`` are those of its seeds.
+    The lists hold a tensor for each of the run's banks: what its blueprints ``made``
+    ``(K, M, ...)``, which slots ``ran``, bool ``(K,)``, and its tables. No two banks hold the same
+    seed. ``mixed``, bool like ``out``, says which elements were blended: backward needs no more.
+``notes(made, rows, ran, positions, alpha, roles) -> notes``
+    What is said of a run's seeds, float32 ``(3, n)``: see ``NOTES``. ``rows`` ``(K, M, ...)`` are
+    the chunks that blueprints ran on; nothing has a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from kasmina_fx._torch.tracing import known_one
+from kasmina_fx.lifecycle import Role
+from kasmina_fx.physical.gradients import as_dtype, overflows, wide_dtype
+from kasmina_fx.physical.graph_inputs import NO_LOSS
+from kasmina_fx.physical.moves import flat, unsafe_take
+from kasmina_fx.physical.rows import beside, finite_rows, inside, kept
+
+_Take = Callable[[Tensor, Tensor], Tensor]
+
+
+def plain_take(rows: Tensor, index: Tensor) -> Tensor:
+    """Compute ``rows[index]``: what decompositions do without checks."""
+    return rows[index]
+
+
+def mixed_outcomes(
+    host: Tensor,
+    made: Sequence[Tensor],
+    ran: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    seeds: Sequence[Tensor],
+    alpha: Tensor,
+    roles: Tensor,
+    take: _Take = plain_take,
+) -> tuple[Tensor, Tensor]:
+    """Compute ``mix``."""
+    f, runs = _of_seeds(made, ran, positions, take)
+    # float32 for half types: the difference of two close values has few correct bits in them.
+    wide = wide_dtype(host, f)
+    exact, other = as_dtype(host, wide), as_dtype(f, wide)
+    factor = as_dtype(beside(alpha, host), wide)
+    grown = as_dtype(exact + factor * (other - exact), host.dtype)
+    # The same to the bit, written otherwise: Inductor would keep one that is read twice in memory.
+    again = as_dtype(exact - factor * (exact - other), host.dtype)
+    mixed = beside(runs & (roles == Role.BLENDS), host) & (again.abs() < torch.inf)
+    if overflows(f, host):
+        mixed = mixed & (f.to(host.dtype).abs() < torch.inf)
+    # A where, not a product with 0: what is not blended keeps its bits, NaN, Inf and -0 included.
+    return torch.where(mixed, grown, host), mixed
+
+
+def _of_seeds(
+    made: Sequence[Tensor], ran: Sequence[Tensor], positions: Sequence[Tensor], take: _Take
+) -> tuple[Tensor, Tensor]:
+    """Return what stands for each seed ``(n, ...)``, and which of it a blueprint made."""
+    found: tuple[Tensor, Tensor] | None = None
+    for f, sane, index in zip(made, ran, positions, strict=True):
+        held, places = index >= 0, f.shape[1]
+        mine = take(flat(f, 2), index)
+        runs = held & take(sane, index if known_one(places) else index // places)
+        if found is not None:
+            mine = torch.where(beside(held, mine), mine, found[0])
+            runs = found[1] | runs
+        found = mine, runs
+    assert found is not None  # a run without a bank has nothing to mix
+    return found
+
+
+def _plain_mix(*given: Any) -> tuple[Tensor, Tensor]:
+    return mixed_outcomes(*given)
+
+
+def decomposed_mix(*given: Any) -> tuple[Tensor, Tensor]:
+    """Compute what Inductor compiles in the place of ``mix``."""
+    return mixed_outcomes(*given, take=unsafe_take)
+
+
+mix = torch.library.custom_op(
+    "kasmina::mix",
+    _plain_mix,
+    mutates_args=(),
+    schema="(Tensor host, Tensor[] made, Tensor[] ran, Tensor[] positions, Tensor[] seeds, "
+    "Tensor alpha, Tensor roles) -> (Tensor, Tensor)",
+)
+
+
+@mix.register_fake
+def _(host: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(host), torch.empty_like(host, dtype=torch.bool)
+
+
+def _save_mixed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    host, made, _, positions, seeds, alpha, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], alpha, *positions, *seeds)
+    ctx.dtypes = [f.dtype for f in made]
+    ctx.wide = reduce(torch.promote_types, (wide_dtype(host, f) for f in made))
+
+
+def _mix_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    mixed, alpha, *tables = ctx.saved_tensors
+    banks = len(ctx.dtypes)
+    exact = as_dtype(grad, ctx.wide)
+    sent = kept(exact * as_dtype(beside(alpha, exact), ctx.wide), mixed)
+    move = torch.ops.kasmina.gather.default
+    back = [
+        move(as_dtype(sent, dtype), seeds, positions)
+        for dtype, positions, seeds in zip(ctx.dtypes, tables, tables[banks:], strict=False)
+    ]
+    none = [None] * banks
+    return as_dtype(exact - sent, grad.dtype), back, none, none, none, None, None
+
+
+mix.register_autograd(_mix_backward, setup_context=_save_mixed)
+
+
+#: In the place of a loss: the blueprint has parameters that are not finite, or made of a finite
+#: chunk what can't be blended.
+_FAULTY: Final = -2.0
+
+
+def noted(
+    made: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    ran: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    alpha: Tensor,
+    roles: Tensor,
+    take: _Take = plain_take,
+) -> Tensor:
+    """Compute ``notes``."""
+    said = None
+    for f, chunks, sane, index in zip(made, rows, ran, positions, strict=True):
+        mine = take(flat(_losses(f, chunks, sane), 2), index)
+        before = mine.new_full((), NO_LOSS) if said is None else said
+        said = torch.where(index >= 0, mine, before)
+    assert said is not None  # a run without a bank has nothing to note
+    added = kept(alpha * alpha * said, (roles == Role.BLENDS) & (said >= 0))
+    return torch.stack([(said == _FAULTY).float(), said.clamp_min(NO_LOSS), added])
+
+
+def _losses(made: Tensor, rows: Tensor, ran: Tensor) -> Tensor:
+    """Say in the slots' places how far they are from their chunks; nobody's blend waits for it."""
+    wide = wide_dtype(rows, made)
+    difference = as_dtype(made, wide) - as_dtype(rows, wide)
+    finite = finite_rows(difference, 2)  # and so are both
+    if overflows(made, rows):
+        finite = finite & finite_rows(made.to(rows.dtype), 2)
+    loss = difference.square().mean(inside(difference, 2)).float()
+    # Of a chunk that is not finite itself a blueprint can't be expected to make a finite one.
+    without = (loss.new_full((), value) for value in (_FAULTY, NO_LOSS))
+    return torch.where(
+        finite & ran.unsqueeze(1), loss, torch.where(finite_rows(rows, 2), *without)
+    )
+
+
+def _plain_notes(*given: Any) -> Tensor:
+    return noted(*given)
+
+
+def decomposed_notes(*given: Any) -> Tensor:
+    """Compute what Inductor compiles in the place of ``notes``."""
+    return noted(*given, take=unsafe_take)
+
+
+notes = torch.library.custom_op(
+    "kasmina::notes",
+    _plain_notes,
+    mutates_args=(),
+    schema="(Tensor[] made, Tensor[] rows, Tensor[] ran, Tensor[] positions, Tensor alpha, "
+    "Tensor roles) -> Tensor",
+)
+
+
+@notes.register_fake
+def _(made: Any, rows: Any, ran: Any, positions: Any, alpha: Tensor, roles: Tensor) -> Tensor:
+    return alpha.new_empty((3, alpha.shape[0]))
+
+
+def _nothing_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+    ctx.banks = len(inputs[0])
+
+
+def _no_gradient(ctx: Any, _: Any) -> tuple[Any, ...]:
+    none = [None] * ctx.banks
+    return none, none, none, none, None, None
+
+
+notes.register_autograd(_no_gradient, setup_context=_nothing_saved)
