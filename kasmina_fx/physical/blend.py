@@ -3,7 +3,7 @@
 These functions are the meaning of the markers. Eager execution calls them; the passes trace them
 once per layout and splice the graph in place of the marker.
 
-    y --narrow, unflatten--> chunks (n, ..., size, ...) --gather--> (K, M, ..., size, ...)
+    y --narrow, unflatten--> chunks (..., n, size, ...) --gather--> (K, M, ..., size, ...)
       --guard--> stacked blueprints --reconstruct--> f --mix--> chunks + alpha * (f - chunks)
 
 Two things keep NaN and Inf from the host. A slot with one in its parameters does not run; else each
@@ -57,19 +57,13 @@ def _blend_run(
     own = y if run.width == y.shape[dim] else y.narrow(dim, run.offset, run.width)
     if not banks:
         return own, no_notes(y, run.count)
-    host = chunks_of(own, run, dim)
+    host = own.unflatten(dim, (run.count, run.size))
     outcomes = [_run_bank(host, bank, layer, dim) for bank in banks]
     rows, made, ran, positions, seeds = (list(column) for column in zip(*outcomes, strict=True))
     move = operators.current()
-    out, _ = move.mix(host, made, ran, positions, seeds, layer.alpha, layer.roles)
+    out, _ = move.mix(host, made, ran, positions, seeds, layer.alpha, layer.roles, dim - 1)
     said = move.notes(made, rows, ran, positions, layer.alpha, layer.roles)
-    return out.movedim(0, dim - 1).flatten(dim - 1, dim), said
-
-
-def chunks_of(own: Tensor, run: Run, dim: int) -> Tensor:
-    """View a run's features as ``(count, ..., size, ...)``; ``dim`` is their dim, negative."""
-    chunks: Tensor = own.unflatten(dim, (run.count, run.size))
-    return chunks.movedim(dim - 1, 0)
+    return out.flatten(dim - 1, dim), said
 
 
 class _Outcome(NamedTuple):
@@ -87,9 +81,9 @@ class _Outcome(NamedTuple):
 
 
 def _run_bank(host: Tensor, bank: BankInputs, layer: LayerTables, dim: int) -> _Outcome:
-    """Run a bank's blueprints on their chunks of ``host`` ``(n, ..., size, ...)``."""
+    """Run a bank's blueprints on their chunks of ``host`` ``(..., n, size, ...)``."""
     tables, move = bank.tables, operators.current()
-    rows = move.gather(host, tables.seeds, tables.positions)
+    rows = move.gather(host, tables.seeds, tables.positions, dim - 1)
     # Overflow in the backward of a scaled loss is how a GradScaler finds its scale.
     blames = finite_rows(rows, 2) & (layer.loss_scale == 1)
     guarded, *stacks, alone, ran = move.guard(

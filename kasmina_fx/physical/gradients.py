@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from kasmina_fx._torch.tracing import known_one, known_same
 from kasmina_fx.lifecycle import Mode
-from kasmina_fx.physical.moves import flat, unsafe_take
+from kasmina_fx.physical.moves import flat, unchecked
 from kasmina_fx.physical.rows import beside, finite_rows, inside, kept, sane_slots
 
 
@@ -92,7 +92,7 @@ def _guard_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]
         passed.append(g if g is None else _padded(kept(g, beside(taken, g)), capacity))
     fine = (sane | idle) & finite_rows(rows)
     blamed = beside((~fine & ran & all_places(blames)).float(), modes).expand(modes.shape)
-    return passed, None, None, torch.ops.kasmina.pull.default(blamed, positions, modes), None
+    return passed, None, None, torch.ops.kasmina.pull.default(blamed, positions, modes, -1), None
 
 
 def _padded(used: Tensor, capacity: Any) -> Tensor:
@@ -146,13 +146,13 @@ def overflows(made: Tensor, host: Tensor) -> bool:
 def _save_errors(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     f, rows, trainees, loss_scale, alone, ran = inputs
     wide, places = wide_dtype(f, rows), f.shape[1]
-    f, rows = (unsafe_take(flat(t, 2), trainees) for t in (f.detach(), rows.detach()))
+    f, rows = (unchecked(flat(t), [trainees]) for t in (f, rows))
     error = as_dtype(f, wide) - as_dtype(rows, wide)
     slots = trainees if known_one(places) else trainees // places
     counts = error.abs() < torch.inf
     if overflows(f, rows):
         counts = counts & (f.to(rows.dtype).abs() < torch.inf)
-    counts = counts & beside(unsafe_take(ran, slots) & (trainees >= 0), error)
+    counts = counts & beside(unchecked(ran, [slots]) & (trainees >= 0), error)
     ctx.save_for_backward(kept(error, counts), trainees, loss_scale, alone)
 
 
@@ -175,7 +175,7 @@ def _reconstruct_backward(
     error, trainees, loss_scale, alone = ctx.saved_tensors
     # A gradient that comes in as NaN or Inf (an overflow of a scaled loss) is not the blueprint's
     # fault: it goes no further, and the host's own gradient shows it anyway.
-    taken = flat(kept(grad, grad.abs() < torch.inf), 2)
+    taken = flat(kept(grad, grad.abs() < torch.inf))
     added = error * (2.0 / error[0].numel()) * loss_scale
     places, less = trainees.clamp_min(0), None
     if grad.dtype == torch.float16:

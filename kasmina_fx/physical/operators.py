@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from kasmina_fx._torch.tracing import in_functorch
 from kasmina_fx.lifecycle import Mode
 from kasmina_fx.physical.gradients import in_use, of_slots
-from kasmina_fx.physical.moves import decomposed_move, take
-from kasmina_fx.physical.outcomes import decomposed_mix, decomposed_notes, mixed_outcomes, noted
+from kasmina_fx.physical.moves import gathered, pulled, unchecked
+from kasmina_fx.physical.outcomes import mixed_outcomes, noted
 from kasmina_fx.physical.rows import beside
 
 PULL: Final = torch.ops.kasmina.pull.default
@@ -24,15 +25,15 @@ NOTES: Final = torch.ops.kasmina.notes.default
 
 #: For ``compile_fx(decompositions=...)``.
 DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
-    PULL: decomposed_move,
-    GATHER: decomposed_move,
+    PULL: partial(pulled, lookup=unchecked),
+    GATHER: partial(gathered, lookup=unchecked),
     GUARD: lambda tensors, modes, positions, faults, blames: [
         *in_use(tensors),
         *of_slots(tensors, modes),
     ],
     RECONSTRUCT: lambda f, rows, trainees, loss_scale, alone, ran: f,
-    MIX: decomposed_mix,
-    NOTES: decomposed_notes,
+    MIX: partial(mixed_outcomes, lookup=unchecked),
+    NOTES: partial(noted, lookup=unchecked),
 }
 
 
@@ -42,8 +43,8 @@ class Moves(NamedTuple):
     ``pull`` is in backward alone.
     """
 
-    gather: Callable[[Tensor, Tensor, Tensor], Tensor]
-    pull: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gather: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    pull: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     guard: Callable[[list[Tensor], Tensor, Tensor, Tensor, Tensor], list[Tensor]]
     reconstruct: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     mix: Callable[..., tuple[Tensor, Tensor]]
@@ -70,7 +71,7 @@ def _no_reconstruction(
 
 
 _OPERATORS: Final = Moves(GATHER, PULL, GUARD, RECONSTRUCT, MIX, NOTES)
-_PLAIN: Final = Moves(take, take, _plain_guard, _no_reconstruction, mixed_outcomes, noted)
+_PLAIN: Final = Moves(gathered, pulled, _plain_guard, _no_reconstruction, mixed_outcomes, noted)
 
 
 def current() -> Moves:

@@ -1,11 +1,11 @@
 """Operators that take what blueprints made back to the host.
 
-``mix(host, made, ran, positions, seeds, alpha, roles) -> (out, mixed)``
+``mix(host, made, ran, positions, seeds, alpha, roles, dim) -> (out, mixed)``
     ``host + alpha * (f - host)`` where a seed blends and that is finite, elsewhere ``host`` to the
-    bit. ``host`` is ``(n, ...)``, a run's chunks; ``alpha`` and ``roles`` are those of its seeds.
-    The lists hold a tensor for each of the run's banks: what its blueprints ``made``
+    bit. ``host`` ``(..., n, size, ...)`` holds a run's chunks along ``dim`` (negative); ``alpha``
+    and ``roles`` are those of its seeds. The lists hold a tensor for each of the run's banks: what its blueprints ``made``
     ``(K, M, ...)``, which slots ``ran``, bool ``(K,)``, and its tables. No two banks hold the same
-    seed. ``mixed``, bool like ``out``, says which elements were blended: backward needs no more.
+    seed. ``mixed``, int8 like ``out``, is 1 for elements that were blended: backward needs no more.
 ``notes(made, rows, ran, positions, alpha, roles) -> notes``
     What is said of a run's seeds, float32 ``(3, n)``: see ``NOTES``. ``rows`` ``(K, M, ...)`` are
     the chunks that blueprints ran on; nothing has a gradient.
@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, Final
 
@@ -24,15 +24,8 @@ from kasmina_fx._torch.tracing import known_one
 from kasmina_fx.lifecycle import Role
 from kasmina_fx.physical.gradients import as_dtype, overflows, wide_dtype
 from kasmina_fx.physical.graph_inputs import NO_LOSS
-from kasmina_fx.physical.moves import flat, unsafe_take
-from kasmina_fx.physical.rows import beside, finite_rows, inside, kept
-
-_Take = Callable[[Tensor, Tensor], Tensor]
-
-
-def plain_take(rows: Tensor, index: Tensor) -> Tensor:
-    """Compute ``rows[index]``: what decompositions do without checks."""
-    return rows[index]
+from kasmina_fx.physical.moves import Lookup, at_seeds, checked
+from kasmina_fx.physical.rows import along, finite_rows, inside, kept
 
 
 def mixed_outcomes(
@@ -43,35 +36,41 @@ def mixed_outcomes(
     seeds: Sequence[Tensor],
     alpha: Tensor,
     roles: Tensor,
-    take: _Take = plain_take,
+    dim: int,
+    lookup: Lookup = checked,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``mix``."""
-    f, runs = _of_seeds(made, ran, positions, take)
+    f, runs = _of_seeds(made, ran, positions, dim, lookup)
+    # One number a seed to look up for each of its rows. NaN: its blend is not finite, and refused.
+    weight = alpha.masked_fill(~(runs & (roles == Role.BLENDS)), torch.nan)
     # float32 for half types: the difference of two close values has few correct bits in them.
     wide = wide_dtype(host, f)
-    exact, other = as_dtype(host, wide), as_dtype(f, wide)
-    factor = as_dtype(beside(alpha, host), wide)
+    exact, other, factor = (as_dtype(t, wide) for t in (host, f, along(weight, dim)))
     grown = as_dtype(exact + factor * (other - exact), host.dtype)
     # The same to the bit, written otherwise: Inductor would keep one that is read twice in memory.
-    again = as_dtype(exact - factor * (exact - other), host.dtype)
-    mixed = beside(runs & (roles == Role.BLENDS), host) & (again.abs() < torch.inf)
+    mixed = as_dtype(exact - factor * (exact - other), host.dtype).abs() < torch.inf
     if overflows(f, host):
         mixed = mixed & (f.to(host.dtype).abs() < torch.inf)
     # A where, not a product with 0: what is not blended keeps its bits, NaN, Inf and -0 included.
-    return torch.where(mixed, grown, host), mixed
+    # Not kept as bool: what Inductor writes for a CPU to store one takes 30 times as long.
+    return torch.where(mixed, grown, host), mixed.to(torch.float32).to(torch.int8)
 
 
 def _of_seeds(
-    made: Sequence[Tensor], ran: Sequence[Tensor], positions: Sequence[Tensor], take: _Take
+    made: Sequence[Tensor],
+    ran: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    dim: int,
+    lookup: Lookup,
 ) -> tuple[Tensor, Tensor]:
-    """Return what stands for each seed ``(n, ...)``, and which of it a blueprint made."""
+    """Return what stands for each seed, like the host, and bool ``(n,)``: a blueprint made it."""
     found: tuple[Tensor, Tensor] | None = None
     for f, sane, index in zip(made, ran, positions, strict=True):
         held, places = index >= 0, f.shape[1]
-        mine = take(flat(f, 2), index)
-        runs = held & take(sane, index if known_one(places) else index // places)
+        mine = at_seeds(f, index, dim, lookup)
+        runs = held & lookup(sane, [index if known_one(places) else index // places])
         if found is not None:
-            mine = torch.where(beside(held, mine), mine, found[0])
+            mine = torch.where(along(held, dim), mine, found[0])
             runs = found[1] | runs
         found = mine, runs
     assert found is not None  # a run without a bank has nothing to mix
@@ -79,12 +78,13 @@ def _of_seeds(
 
 
 def _plain_mix(*given: Any) -> tuple[Tensor, Tensor]:
-    return mixed_outcomes(*given)
+    out, mixed = mixed_outcomes(*given)
+    return _laid_out(out, given[0]), _laid_out(mixed, given[0])
 
 
-def decomposed_mix(*given: Any) -> tuple[Tensor, Tensor]:
-    """Compute what Inductor compiles in the place of ``mix``."""
-    return mixed_outcomes(*given, take=unsafe_take)
+def _laid_out(values: Tensor, like: Tensor) -> Tensor:
+    room = torch.empty_like(like, dtype=values.dtype)
+    return values if values.stride() == room.stride() else room.copy_(values)
 
 
 mix = torch.library.custom_op(
@@ -92,17 +92,17 @@ mix = torch.library.custom_op(
     _plain_mix,
     mutates_args=(),
     schema="(Tensor host, Tensor[] made, Tensor[] ran, Tensor[] positions, Tensor[] seeds, "
-    "Tensor alpha, Tensor roles) -> (Tensor, Tensor)",
+    "Tensor alpha, Tensor roles, int dim) -> (Tensor, Tensor)",
 )
 
 
 @mix.register_fake
 def _(host: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(host), torch.empty_like(host, dtype=torch.bool)
+    return torch.empty_like(host), torch.empty_like(host, dtype=torch.int8)
 
 
 def _save_mixed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    host, made, _, positions, seeds, alpha, _ = inputs
+    host, made, _, positions, seeds, alpha, _, ctx.dim = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], alpha, *positions, *seeds)
     ctx.dtypes = [f.dtype for f in made]
@@ -113,14 +113,17 @@ def _mix_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     mixed, alpha, *tables = ctx.saved_tensors
     banks = len(ctx.dtypes)
     exact = as_dtype(grad, ctx.wide)
-    sent = kept(exact * as_dtype(beside(alpha, exact), ctx.wide), mixed)
+    # NaN less anything is NaN, so that asking for it changes nothing: it keeps AOTAutograd's
+    # partitioner from asking in forward already, and from keeping the answer, a bool.
+    sends = mixed.to(torch.float32) > (exact != exact)
+    sent = kept(exact * as_dtype(along(alpha, ctx.dim), ctx.wide), sends)
     move = torch.ops.kasmina.gather.default
     back = [
-        move(as_dtype(sent, dtype), seeds, positions)
+        move(as_dtype(sent, dtype), seeds, positions, ctx.dim)
         for dtype, positions, seeds in zip(ctx.dtypes, tables, tables[banks:], strict=False)
     ]
     none = [None] * banks
-    return as_dtype(exact - sent, grad.dtype), back, none, none, none, None, None
+    return as_dtype(exact - sent, grad.dtype), back, none, none, none, None, None, None
 
 
 mix.register_autograd(_mix_backward, setup_context=_save_mixed)
@@ -138,12 +141,12 @@ def noted(
     positions: Sequence[Tensor],
     alpha: Tensor,
     roles: Tensor,
-    take: _Take = plain_take,
+    lookup: Lookup = checked,
 ) -> Tensor:
     """Compute ``notes``."""
     said = None
     for f, chunks, sane, index in zip(made, rows, ran, positions, strict=True):
-        mine = take(flat(_losses(f, chunks, sane), 2), index)
+        mine = at_seeds(_losses(f, chunks, sane), index, -1, lookup)
         before = mine.new_full((), NO_LOSS) if said is None else said
         said = torch.where(index >= 0, mine, before)
     assert said is not None  # a run without a bank has nothing to note
@@ -168,11 +171,6 @@ def _losses(made: Tensor, rows: Tensor, ran: Tensor) -> Tensor:
 
 def _plain_notes(*given: Any) -> Tensor:
     return noted(*given)
-
-
-def decomposed_notes(*given: Any) -> Tensor:
-    """Compute what Inductor compiles in the place of ``notes``."""
-    return noted(*given, take=unsafe_take)
 
 
 notes = torch.library.custom_op(

@@ -53,6 +53,11 @@ def beside(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *values.shape[1:], *ones) if ones else values
 
 
+def along(values: Tensor, dim: int) -> Tensor:
+    """Return values of seeds, ``(n,)``, in a shape that goes with chunks along a negative dim."""
+    return values.view(-1, *[1] * (-dim - 1)) if dim < -1 else values
+
+
 def kept(values: Tensor, which: Tensor) -> Tensor:
     """Return values, 0 where ``which`` is False."""
     # A mask that says which to keep: the opposite of "finite" would be one more node of each graph.
