@@ -73,24 +73,27 @@ def all_places(said: Tensor) -> Tensor:
 
 def _save_modes(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(inputs[1], inputs[2], inputs[4], output[-1])
+    ctx.set_materialize_grads(False)
     ctx.capacities = [p.shape[0] for p in inputs[0][1:]]
 
 
 def _guard_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     modes, positions, blames, ran = ctx.saved_tensors
+    # None of values that are no parameters (counters of a user's module) or that nothing used.
     rows, *params, less, _ = grads
-    # Floating-point outputs: autograd makes zeros where no gradient comes.
-    assert rows is not None
-    assert less is not None
-    # Values that are no parameters (counters of a user's module) have no gradient to check.
-    params = [g if g is None else g * beside(1 + less, g).to(g.dtype) for g in params]
+    if less is not None:
+        by = 1 + less
+        params = [g if g is None else g * beside(by, g).to(g.dtype) for g in params]
     sane = sane_slots([g for g in params if g is not None], modes)
     idle = all_places(modes == Mode.FROZEN)  # nobody asked for the gradients of its parameters
-    taken, finite = sane & ~idle, rows.abs() < torch.inf
-    passed: list[Any] = [kept(rows, finite & beside(modes != Mode.RECONSTRUCTS, rows))]
+    taken, fine = sane & ~idle, sane | idle
+    passed: list[Any] = [None]
+    if rows is not None:
+        finite = rows.abs() < torch.inf
+        passed = [kept(rows, finite & beside(modes != Mode.RECONSTRUCTS, rows))]
+        fine = fine & finite_rows(rows)
     for g, capacity in zip(params, ctx.capacities, strict=True):
         passed.append(g if g is None else _padded(kept(g, beside(taken, g)), capacity))
-    fine = (sane | idle) & finite_rows(rows)
     blamed = beside((~fine & ran & all_places(blames)).float(), modes).expand(modes.shape)
     return passed, None, None, torch.ops.kasmina.pull.default(blamed, positions, modes, -1), None
 

@@ -3,12 +3,13 @@
 ``mix(host, made, ran, positions, seeds, alpha, roles, dim) -> (out, mixed)``
     ``host + alpha * (f - host)`` where a seed blends and that is finite, elsewhere ``host`` to the
     bit. ``host`` ``(..., n, size, ...)`` holds a run's chunks along ``dim`` (negative); ``alpha``
-    and ``roles`` are those of its seeds. The lists hold a tensor for each of the run's banks: what its blueprints ``made``
-    ``(K, M, ...)``, which slots ``ran``, bool ``(K,)``, and its tables. No two banks hold the same
-    seed. ``mixed``, int8 like ``out``, is 1 for elements that were blended: backward needs no more.
+    and ``roles`` are those of its seeds. The lists hold a tensor for each of the run's banks: what
+    its blueprints ``made`` ``(K, M, ..., size, ...)``, which slots ``ran``, bool ``(K,)``, and its
+    tables. No two banks hold the same seed. ``mixed``, int8 like ``out``, is 1 for elements that
+    were blended: backward needs no more.
 ``notes(made, rows, ran, positions, alpha, roles) -> notes``
-    What is said of a run's seeds, float32 ``(3, n)``: see ``NOTES``. ``rows`` ``(K, M, ...)`` are
-    the chunks that blueprints ran on; nothing has a gradient.
+    What is said of a run's seeds, float32 ``(3, n)``: see ``NOTES``. ``rows``
+    ``(K, M, ..., size, ...)`` are the chunks that blueprints ran on. Nothing has a gradient.
 """
 
 from __future__ import annotations
@@ -163,19 +164,14 @@ def _losses(made: Tensor, rows: Tensor, ran: Tensor) -> Tensor:
         finite = finite & finite_rows(made.to(rows.dtype), 2)
     loss = difference.square().mean(inside(difference, 2)).float()
     # Of a chunk that is not finite itself a blueprint can't be expected to make a finite one.
-    without = (loss.new_full((), value) for value in (_FAULTY, NO_LOSS))
-    return torch.where(
-        finite & ran.unsqueeze(1), loss, torch.where(finite_rows(rows, 2), *without)
-    )
-
-
-def _plain_notes(*given: Any) -> Tensor:
-    return noted(*given)
+    faulty, nothing = loss.new_full((), _FAULTY), loss.new_full((), NO_LOSS)
+    without = torch.where(finite_rows(rows, 2), faulty, nothing)
+    return torch.where(finite & ran.unsqueeze(1), loss, without)
 
 
 notes = torch.library.custom_op(
     "kasmina::notes",
-    _plain_notes,
+    lambda *given: noted(*given),
     mutates_args=(),
     schema="(Tensor[] made, Tensor[] rows, Tensor[] ran, Tensor[] positions, Tensor alpha, "
     "Tensor roles) -> Tensor",

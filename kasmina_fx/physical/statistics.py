@@ -97,7 +97,7 @@ def merge_statistics(
     old = telemetry.unbind(0)
     due, later = old[PHASE] == 0, old[PHASE] + 1
     counts = finite & due
-    merged = zip(_merged(old[: NON_FINITE], step), old, strict=False)
+    merged = zip(_merged(old[:NON_FINITE], step), old, strict=False)
     return torch.stack(
         [
             *(torch.where(counts, after, before) for after, before in merged),
