@@ -71,7 +71,14 @@ def _no_reconstruction(
 
 
 _OPERATORS: Final = Moves(GATHER, PULL, GUARD, RECONSTRUCT, MIX, NOTES)
-_PLAIN: Final = Moves(gathered, pulled, _plain_guard, _no_reconstruction, mixed_outcomes, noted)
+_PLAIN: Final = Moves(
+    gathered,
+    pulled,
+    _plain_guard,
+    _no_reconstruction,
+    partial(mixed_outcomes, by_mask=True),
+    noted,
+)
 
 
 def current() -> Moves:

@@ -39,17 +39,21 @@ def mixed_outcomes(
     roles: Tensor,
     dim: int,
     lookup: Lookup = checked,
+    by_mask: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``mix``."""
+    """Compute ``mix``; ``by_mask`` so that autograd may look inside, where 0 times NaN is NaN."""
     f, runs = _of_seeds(made, ran, positions, dim, lookup)
+    blends = runs & (roles == Role.BLENDS)
     # One number a seed to look up for each of its rows. NaN: its blend is not finite, and refused.
-    weight = alpha.masked_fill(~(runs & (roles == Role.BLENDS)), torch.nan)
+    weight = alpha if by_mask else alpha.masked_fill(~blends, torch.nan)
     # float32 for half types: the difference of two close values has few correct bits in them.
     wide = wide_dtype(host, f)
     exact, other, factor = (as_dtype(t, wide) for t in (host, f, along(weight, dim)))
     grown = as_dtype(exact + factor * (other - exact), host.dtype)
     # The same to the bit, written otherwise: Inductor would keep one that is read twice in memory.
     mixed = as_dtype(exact - factor * (exact - other), host.dtype).abs() < torch.inf
+    if by_mask:
+        mixed = mixed & along(blends, dim)
     if overflows(f, host):
         mixed = mixed & (f.to(host.dtype).abs() < torch.inf)
     # A where, not a product with 0: what is not blended keeps its bits, NaN, Inf and -0 included.

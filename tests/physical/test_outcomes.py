@@ -23,11 +23,14 @@ from torch import Tensor
 from torch._inductor.utils import fresh_cache, run_fw_bw_and_get_code
 
 from kasmina_fx._torch.inductor import compile_with_inductor
+from kasmina_fx.physical import operators
 from kasmina_fx.physical.operators import DECOMPOSITIONS, MIX, NOTES
-from kasmina_fx.physical.outcomes import mixed_outcomes, noted
+from kasmina_fx.physical.outcomes import noted
 
 each_mix = pytest.mark.parametrize(
-    "mix", [MIX, DECOMPOSITIONS[MIX], mixed_outcomes], ids=["operator", "decomposition", "plain"]
+    "mix",
+    [MIX, DECOMPOSITIONS[MIX], operators._PLAIN.mix],
+    ids=["operator", "decomposition", "plain"],
 )
 each_notes = pytest.mark.parametrize(
     "notes", [NOTES, DECOMPOSITIONS[NOTES], noted], ids=["operator", "decomposition", "plain"]
@@ -112,6 +115,15 @@ def test_what_is_not_blended_sends_the_gradient_back_as_it_came() -> None:
         assert torch.equal(of_seed(to_made, seed), sent)
     free = to_made[1][1, 0]
     assert not free.any()
+
+
+def test_plain_code_has_the_operators_gradients_where_they_are_finite() -> None:
+    host, found, *rest = mix_arguments()
+    grad = torch.randn_like(host)
+    expected = torch.autograd.grad(MIX(host, found, *rest)[0], [host, *found], grad)
+    plain = operators._PLAIN.mix(host, found, *rest)[0]
+    for a, b in zip(torch.autograd.grad(plain, [host, *found], grad), expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_gradient_that_is_nan_stays_so_for_the_host() -> None:
