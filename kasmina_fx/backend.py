@@ -21,6 +21,7 @@ from kasmina_fx._torch.dynamo import note_compiled
 from kasmina_fx._torch.inductor import compile_with_inductor, inductor_option_names, mode_options
 from kasmina_fx.errors import InvalidArgument, UnknownOption, shown
 from kasmina_fx.passes import GraphPass, find_matches, passes_for, run_passes
+from kasmina_fx.passes.infra.small_loops import inductor_options
 from kasmina_fx.physical.operators import DECOMPOSITIONS
 
 _LOG = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def kasmina(
     if debug_dir:
         _write_debug(Path(debug_dir), before, gm.print_readable(print_output=False))
     _LOG.info("rewrote a graph" if modified else "nothing to rewrite")
-    return compile_rewritten(gm, example_inputs, patches)
+    return compile_rewritten(gm, example_inputs, inductor_options(gm) | patches)
 
 
 def compile_rewritten(

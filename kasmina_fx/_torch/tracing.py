@@ -51,6 +51,11 @@ def known_one(size: int | torch.SymInt) -> bool:
     return statically_known_true(size == 1)
 
 
+def known_same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Say whether two sizes are the same; False where only symbols say."""
+    return statically_known_true(a == b)
+
+
 class StorageOf:
     """Tells a tensor by its memory, which it does not keep alive.
 

@@ -1,8 +1,9 @@
-"""The four operators together: their overloads, decompositions, and plain code in their place."""
+"""The operators of a blend together: overloads, decompositions, and plain code in their place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -10,42 +11,55 @@ from torch import Tensor
 
 from kasmina_fx._torch.tracing import in_functorch
 from kasmina_fx.lifecycle import Mode
-from kasmina_fx.physical.gradients import of_slots
-from kasmina_fx.physical.moves import decomposed_move, take
-from kasmina_fx.physical.rows import column
+from kasmina_fx.physical.gradients import in_use, of_slots
+from kasmina_fx.physical.moves import gathered, pulled, unchecked
+from kasmina_fx.physical.outcomes import mixed_outcomes, noted
+from kasmina_fx.physical.rows import beside
 
 PULL: Final = torch.ops.kasmina.pull.default
 GATHER: Final = torch.ops.kasmina.gather.default
 GUARD: Final = torch.ops.kasmina.guard.default
 RECONSTRUCT: Final = torch.ops.kasmina.reconstruct.default
+MIX: Final = torch.ops.kasmina.mix.default
+NOTES: Final = torch.ops.kasmina.notes.default
 
 #: For ``compile_fx(decompositions=...)``.
 DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
-    PULL: decomposed_move,
-    GATHER: decomposed_move,
-    GUARD: lambda tensors, modes, positions, faults, blames: [*tensors, *of_slots(tensors, modes)],
+    PULL: partial(pulled, lookup=unchecked),
+    GATHER: partial(gathered, lookup=unchecked),
+    GUARD: lambda tensors, modes, positions, faults, blames: [
+        *in_use(tensors),
+        *of_slots(tensors, modes),
+    ],
     RECONSTRUCT: lambda f, rows, trainees, loss_scale, alone, ran: f,
+    MIX: partial(mixed_outcomes, lookup=unchecked),
+    NOTES: partial(noted, lookup=unchecked),
 }
 
 
 class Moves(NamedTuple):
-    """Holds the four operators, or what stands for them."""
+    """Holds the operators that a blend is made of, or what stands for them.
 
-    gather: Callable[[Tensor, Tensor, Tensor], Tensor]
-    pull: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ``pull`` is in backward alone.
+    """
+
+    gather: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    pull: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     guard: Callable[[list[Tensor], Tensor, Tensor, Tensor, Tensor], list[Tensor]]
     reconstruct: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    mix: Callable[..., tuple[Tensor, Tensor]]
+    notes: Callable[..., Tensor]
 
 
 def _plain_guard(
     tensors: list[Tensor], modes: Tensor, positions: Tensor, faults: Tensor, blames: Tensor
 ) -> list[Tensor]:
-    rows, *params = tensors
-    frozen = ~(modes != Mode.FROZEN).any(1)
-    trains = (modes == Mode.RECONSTRUCTS).view(*modes.shape, *[1] * (rows.dim() - 2))
+    rows, *params = in_use(tensors)
+    learns = (modes != Mode.FROZEN).any(1)
+    trains = beside(modes == Mode.RECONSTRUCTS, rows)
     return [
         torch.where(trains, rows.detach(), rows),
-        *(torch.where(frozen.view(column(p)), p.detach(), p) for p in params),
+        *(torch.where(beside(learns, p), p, p.detach()) for p in params),
         *of_slots(tensors, modes),
     ]
 
@@ -56,8 +70,15 @@ def _no_reconstruction(
     return f
 
 
-_OPERATORS: Final = Moves(GATHER, PULL, GUARD, RECONSTRUCT)
-_PLAIN: Final = Moves(take, take, _plain_guard, _no_reconstruction)
+_OPERATORS: Final = Moves(GATHER, PULL, GUARD, RECONSTRUCT, MIX, NOTES)
+_PLAIN: Final = Moves(
+    gathered,
+    pulled,
+    _plain_guard,
+    _no_reconstruction,
+    partial(mixed_outcomes, by_mask=True),
+    noted,
+)
 
 
 def current() -> Moves:

@@ -10,13 +10,13 @@ with a NaN or Inf in it counts as such and leaves the other statistics as they w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kasmina_fx._torch.tracing import known_at_most, known_empty
-from kasmina_fx.physical.graph_inputs import NOTE_LOSS, NOTE_REJECTED
 from kasmina_fx.physical.layout import ChunkLayout, Run
 
 # Of the elements seen, changed by every step that is finite:
@@ -93,18 +93,18 @@ def merge_statistics(
     runs = [_of_run(features, seen_of_each, run) for run in layout.runs]
     step = _Step(*(torch.cat(t) if len(t) > 1 else t[0] for t in zip(*runs, strict=True)))
     finite = (step.start + step.deviations).abs() < torch.inf
-    phase, every = telemetry[PHASE], telemetry[EVERY]
-    due, seen, later = phase == 0, telemetry[: NEAR_ZERO + 1], phase + 1
-    steps = [
-        telemetry[NON_FINITE] + (due & ~finite),
-        later.masked_fill(later >= every, 0.0),
-        every,
-    ]
-    return torch.cat(
+    # Row by row, put together once: each tensor of several rows would be memory of its own.
+    old = telemetry.unbind(0)
+    due, later = old[PHASE] == 0, old[PHASE] + 1
+    counts = finite & due
+    merged = zip(_merged(old[:NON_FINITE], step), old, strict=False)
+    return torch.stack(
         [
-            torch.where(finite & due, _merged(seen, step), seen),
-            torch.stack(steps),
-            telemetry[REJECTED:] if notes is None else _averages(telemetry[REJECTED:], notes),
+            *(torch.where(counts, after, before) for after, before in merged),
+            old[NON_FINITE] + (due & ~finite),
+            later.masked_fill(later >= old[EVERY], 0.0),
+            old[EVERY],
+            *(old[REJECTED:] if notes is None else _averages(old[REJECTED:], notes)),
         ]
     )
 
@@ -176,36 +176,37 @@ def _of_run(features: _Features, rows: int, run: Run) -> _Step:
     )
 
 
-def _merged(seen: Tensor, step: _Step) -> Tensor:
+def _merged(seen: Sequence[Tensor], step: _Step) -> list[Tensor]:
     """Merge the elements of a finite step into the rows up to NEAR_ZERO."""
-    before, mean, deviations, origin, minimum, maximum, near_zero = seen.unbind(0)
+    before, mean, deviations, origin, minimum, maximum, near_zero = seen
     first = before == 0
     start = torch.where(first, step.start, origin)
     count = before + step.elements
     delta = (step.start - start) + step.mean - mean
     shift = delta * (step.elements / count)
-    return torch.stack(
-        [
-            count,
-            mean + shift,
-            deviations + step.deviations + delta * shift * before,
-            start,
-            torch.where(first, step.minimum, torch.minimum(minimum, step.minimum)),
-            torch.where(first, step.maximum, torch.maximum(maximum, step.maximum)),
-            near_zero + step.near_zero,
-        ]
-    )
+    return [
+        count,
+        mean + shift,
+        deviations + step.deviations + delta * shift * before,
+        start,
+        torch.where(first, step.minimum, torch.minimum(minimum, step.minimum)),
+        torch.where(first, step.maximum, torch.maximum(maximum, step.maximum)),
+        near_zero + step.near_zero,
+    ]
 
 
-def _averages(old: Tensor, notes: Tensor) -> Tensor:
+def _averages(old: Sequence[Tensor], notes: Tensor) -> list[Tensor]:
     """Return the rows from REJECTED on; moving averages start at the first value."""
-    rejected, ran_before, averages = old[0], old[1], old[2:]
+    rejected, ran_before, *averages = old
+    faulty, *newest = notes.unbind(0)
     # A chunk with Inf in it has no finite loss, and an average would never get rid of it.
-    ran = (notes[NOTE_LOSS] >= 0) & (notes[NOTE_LOSS] < torch.inf)
+    ran = (newest[0] >= 0) & (newest[0] < torch.inf)
     weight = (ran_before == 0) * (1.0 - NEWEST) + NEWEST
-    newer = averages + weight * (notes[NOTE_LOSS:] - averages)
-    counts = torch.stack([rejected + notes[NOTE_REJECTED], ran_before + ran])
-    return torch.cat([counts, torch.where(ran, newer, averages)])
+    moved = [
+        torch.where(ran, average + weight * (value - average), average)
+        for average, value in zip(averages, newest, strict=True)
+    ]
+    return [rejected + faulty, ran_before + ran, *moved]
 
 
 def observe(

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
 import torch
 from torch import Tensor
 
 from kasmina_fx.lifecycle import Mode
-from kasmina_fx.physical.operators import GATHER, GUARD, PULL
+from kasmina_fx.physical.operators import GUARD
 
 F, L, R = Mode.FROZEN, Mode.LEARNS, Mode.RECONSTRUCTS
 
 
 NAN, INF = float("nan"), float("inf")
-
-
-moving = pytest.mark.parametrize("op", [PULL, GATHER], ids=["pull", "gather"])
 
 
 def maps() -> tuple[Tensor, Tensor]:

@@ -52,8 +52,7 @@ def test_what_goes_is_what_only_dead_nodes_read_and_all_that_stays_is_read() -> 
     assert EliminateDeadCode()(gm).modified
     counts = records_of(gm)[-1].op_counts
     assert all(count < 0 for count in counts.values())
-    assert counts["kasmina.pull.default"] == -1  # of what is said of them
-    assert counts["aten.stack.default"] == -2  # the notes, and what is said
+    assert counts == {"kasmina.notes.default": -1}  # all else blends or has a gradient
     inserted = [node for node in gm.graph.nodes if origin_of(node) is not None]
     assert inserted
     assert all(node.users for node in inserted)

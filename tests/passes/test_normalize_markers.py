@@ -77,13 +77,13 @@ def test_a_graph_without_markers_is_the_same_object() -> None:
 def test_another_operator_as_packet_with_keywords_is_left_alone() -> None:
     class Near(nn.Module):
         def forward(self, y: Tensor, index: Tensor) -> Tensor:
-            out: Tensor = torch.ops.kasmina.pull(y, positions=index, seeds=index)
+            out: Tensor = torch.ops.kasmina.pull(y, positions=index, seeds=index, dim=-1)
             return out
 
     gm = torch.fx.symbolic_trace(Near())
     (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.kasmina.pull)
     assert_leaves_alone(NormalizeMarkers(), gm)
-    assert sorted(node.kwargs) == ["positions", "seeds"]
+    assert sorted(node.kwargs) == ["dim", "positions", "seeds"]
 
 
 def test_a_graph_in_its_normal_form_is_left_alone() -> None:

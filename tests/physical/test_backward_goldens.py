@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kasmina_fx import graph_text
-from kasmina_fx.physical.operators import GATHER, GUARD, PULL, RECONSTRUCT
+from kasmina_fx.physical.operators import GATHER, GUARD, MIX, PULL, RECONSTRUCT
 from kasmina_fx.testing import assert_golden
 
 
@@ -21,11 +21,25 @@ def vjp(outs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> Any:
 
 
 def gather(chunks: Tensor, seeds: Tensor, positions: Tensor, grad: Tensor) -> Any:
-    return vjp([GATHER(chunks, seeds, positions)], [chunks], [grad])
+    return vjp([GATHER(chunks, seeds, positions, -2)], [chunks], [grad])
 
 
 def pull(rows: Tensor, seeds: Tensor, positions: Tensor, grad: Tensor) -> Any:
-    return vjp([PULL(rows, positions, seeds)], [rows], [grad])
+    return vjp([PULL(rows, positions, seeds, -2)], [rows], [grad])
+
+
+def mix(
+    chunks: Tensor,
+    made: Tensor,
+    ran: Tensor,
+    positions: Tensor,
+    seeds: Tensor,
+    alpha: Tensor,
+    roles: Tensor,
+    grad: Tensor,
+) -> Any:
+    out, _ = MIX(chunks, [made], [ran], [positions], [seeds], alpha, roles, -2)
+    return vjp([out], [chunks, made], [grad])
 
 
 def guard(
@@ -69,33 +83,32 @@ def reconstruct_in_float16(
     return vjp([out], [f, alone], [grad.half()])
 
 
-MOVES = (gather, pull, guard, reconstruct, reconstruct_in_float16)
+MOVES = (gather, pull, guard, mix, reconstruct, reconstruct_in_float16)
 
 
 @spelled_as_torch_2_13
 @pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
 def test_golden_of_what_a_move_does_in_backward(move: Any) -> None:
-    # 3 seeds with chunks of 2 x 4, of which two sit in 2 slots.
+    # 3 seeds with chunks of 2 rows and 4 features, of which two sit in 2 slots, of 3 there are.
     named = {
-        "chunks": torch.randn(3, 2, 4, requires_grad=True),
-        "rows": torch.randn(2, 1, 2, 4, requires_grad=True),
-        "made": torch.randn(2, 2, 4, requires_grad=True),
-        "stack": torch.randn(2, 4, requires_grad=True),
+        "chunks": torch.randn(2, 3, 4, requires_grad=True),
+        "rows": torch.randn(2, 1, 2, 4, requires_grad=move in (pull, guard)),
+        "made": torch.randn(2, 1, 2, 4, requires_grad=True),
+        "stack": torch.randn(3, 4, requires_grad=True),
         "faults": torch.zeros(3, requires_grad=True),
-        "seeds": torch.tensor([2, 0]),
+        "seeds": torch.tensor([[2], [0]]),
         "positions": torch.tensor([1, -1, 0]),
         "modes": torch.tensor([[0], [2]]),
+        "roles": torch.tensor([2, 0, 1]),
+        "alpha": torch.tensor([0.5, 0.0, 0.0]),
         "trainees": torch.tensor([1, -1]),
         "loss_scale": torch.ones(()),
         "blames": torch.tensor([[True], [True]]),
         "alone": torch.ones(2, requires_grad=True),
         "ran": torch.ones(2, dtype=torch.bool),
     }
-    if move is not guard:
-        named["rows"] = torch.randn(2, 2, 4, requires_grad=move is pull)
-    grads = {gather: (2, 2, 4), pull: (3, 2, 4), guard: (2, 1, 2, 4), reconstruct: (2, 2, 4)}
-    grads[reconstruct_in_float16] = (2, 2, 4)
-    named |= {"grad": torch.randn(grads[move]), "grad_stack": torch.randn(2, 4)}
+    grad = torch.randn(2, 3, 4) if move in (pull, mix) else torch.randn(2, 1, 2, 4)
+    named |= {"grad": grad, "grad_stack": torch.randn(2, 4)}
     named["grad_alone"] = torch.zeros(2)
     text = graph_text(make_fx(move)(*(named[name] for name in inspect.signature(move).parameters)))
     assert_golden(text, f"backward/{move.__name__}", golden_dir=GOLDEN)

@@ -185,6 +185,43 @@ def test_guard_takes_tensors_that_have_no_gradient() -> None:
     assert weight.grad.any(1).tolist() == [True, False, True, False]
 
 
+def test_a_blueprint_that_ignores_its_chunk_sends_it_no_gradient_and_is_blamed_all_the_same() -> (
+    None
+):
+    tensors, faults = bank(), torch.zeros(5, requires_grad=True)
+    _, first, *_ = GUARD(tensors, MODES, POSITIONS, faults, BLAMES)
+    factor = torch.ones_like(first)
+    factor[0, 1] = NAN
+    (first * factor).sum().backward()
+    assert tensors[0].grad is None
+    assert tensors[2].grad is None
+    assert tensors[1].grad is not None
+    assert tensors[1].grad.tolist() == [[0, 0], [0, 0], [1, 1], [0, 0]]
+    assert faults.grad is not None
+    assert faults.grad.tolist() == [float(position == 0) for position in POSITIONS.tolist()]
+
+
+@pytest.mark.parametrize("capacity", [5, 9])
+def test_parameters_of_slots_not_in_use_stay_outside_and_get_no_gradient(capacity: int) -> None:
+    tensors = [torch.randn(4, 1, 2, requires_grad=True)]
+    tensors += [torch.randn(capacity, *rest, requires_grad=True) for rest in ((2,), (2, 3))]
+    with torch.no_grad():
+        tensors[1][4:] = NAN  # nobody asks
+    faults = torch.zeros(5, requires_grad=True)
+    for run in (GUARD, DECOMPOSITIONS[GUARD], operators._plain_guard):
+        _, first, second, _, sane = run(tensors, MODES, POSITIONS, faults, BLAMES)
+        assert torch.equal(first, tensors[1][:4])
+        assert torch.equal(second, tensors[2][:4])
+        assert sane.tolist() == [True] * 4
+    grads = [torch.randn(4, *t.shape[1:]) for t in tensors]
+    passed, counted = guarded(tensors, grads)
+    exact, _ = guarded([t[:4].detach().requires_grad_() for t in tensors], grads)
+    for found, expected in zip(passed, exact, strict=True):
+        assert torch.equal(found[:4], expected)
+        assert not found[4:].any()
+    assert counted == [0] * 5
+
+
 def test_guard_takes_parameters_of_one_number() -> None:
     tensors = [torch.randn(4, 1, 2, requires_grad=True), torch.randn(4, requires_grad=True)]
     (_, gain), faults = guarded(tensors, [torch.ones_like(t) for t in tensors])

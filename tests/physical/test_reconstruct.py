@@ -20,7 +20,7 @@ def _loss(f: Tensor, rows: Tensor, places: Sequence[int]) -> Tensor:
 
 
 def _check_reconstruct(shape: Sequence[int], trainees: list[int], scale: float) -> None:
-    f = torch.randn(5, *shape, dtype=torch.float64, requires_grad=True)
+    f = torch.randn(5, 1, *shape, dtype=torch.float64, requires_grad=True)
     rows, grad = torch.randn_like(f, requires_grad=True), torch.randn_like(f)
     out = RECONSTRUCT(f, rows, torch.tensor(trainees), torch.tensor(scale), ALONE, RAN)
     assert torch.equal(out, f)
@@ -46,33 +46,34 @@ def test_reconstruct_adds_it_to_the_last_digit_for_any_number_of_elements() -> N
 
 
 def test_reconstruct_sends_nothing_to_the_chunks() -> None:
-    f, rows = (torch.randn(5, 3, requires_grad=True) for _ in range(2))
+    f, rows = (torch.randn(5, 1, 3, requires_grad=True) for _ in range(2))
     RECONSTRUCT(f, rows, TRAINEES, torch.ones(()), ALONE, RAN).sum().backward()
     assert rows.grad is None or not rows.grad.any()
 
 
 def test_padding_adds_nothing_even_where_the_first_place_is_not_finite() -> None:
-    f = torch.randn(5, 3, requires_grad=True)
-    with torch.no_grad():
-        f[0] = NAN
-    (found,) = torch.autograd.grad(
-        RECONSTRUCT(f, torch.zeros(5, 3), TRAINEES, torch.ones(()), ALONE, RAN).sum(), f
-    )
-    assert found[[0, 2, 4]].tolist() == [[1.0] * 3] * 3
+    for place in (0, 4):
+        f = torch.randn(5, 1, 3, requires_grad=True)
+        with torch.no_grad():
+            f[place] = NAN
+        (found,) = torch.autograd.grad(
+            RECONSTRUCT(f, torch.zeros(5, 1, 3), TRAINEES, torch.ones(()), ALONE, RAN).sum(), f
+        )
+        assert found[[0, 2, 4], 0].tolist() == [[1.0] * 3] * 3
 
 
 def test_the_loss_scale_is_read_as_it_was_in_forward() -> None:
-    f, rows = torch.ones(2, 1, requires_grad=True), torch.zeros(2, 1)
+    f, rows = torch.ones(2, 1, 1, requires_grad=True), torch.zeros(2, 1, 1)
     scale = torch.tensor(4.0)
     out = RECONSTRUCT(f, rows, torch.tensor([0, -1]), scale, torch.ones(2), RAN[:2])
-    (found,) = torch.autograd.grad(out, f, torch.zeros(2, 1))
-    assert found.tolist() == [[8.0], [0.0]]
+    (found,) = torch.autograd.grad(out, f, torch.zeros(2, 1, 1))
+    assert found.tolist() == [[[8.0]], [[0.0]]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_reconstruct_computes_in_float32_and_keeps_the_dtype(dtype: torch.dtype) -> None:
-    f = (300 + torch.randn(5, 64)).to(dtype).requires_grad_()
-    rows = torch.randn(5, 64).to(dtype)
+    f = (300 + torch.randn(5, 1, 64)).to(dtype).requires_grad_()
+    rows = torch.randn(5, 1, 64).to(dtype)
     (found,) = torch.autograd.grad(
         RECONSTRUCT(f, rows, TRAINEES, torch.ones(()), ALONE * 0, RAN), f, torch.zeros_like(f)
     )
@@ -89,8 +90,9 @@ def test_in_float16_a_scaled_loss_that_would_overflow_enters_smaller() -> None:
     rows, f = torch.zeros(6, 3, dtype=torch.float16), f.requires_grad_()
     alone = torch.tensor([1.0, 1.0, 0.0]).requires_grad_()  # 3 slots of 2 places; the last learns
     places = torch.tensor([0, 2, 3, 4])
-    out = RECONSTRUCT(f, rows, places, scale, alone, torch.ones(6, dtype=torch.bool))
-    found, less = torch.autograd.grad(out, [f, alone], torch.zeros_like(f))
+    ran, pairs = torch.ones(3, dtype=torch.bool), f.view(3, 2, 3)
+    out = RECONSTRUCT(pairs, rows.view(3, 2, 3), places, scale, alone, ran)
+    found, less = torch.autograd.grad(out, [f, alone], torch.zeros_like(out))
     by = 1 + less
     wide = f.detach().double()
     expected = torch.zeros_like(wide).index_add(0, places, wide[places] * 2 / 3 * scale)
@@ -104,16 +106,26 @@ def test_in_float16_a_scaled_loss_that_would_overflow_enters_smaller() -> None:
     torch.testing.assert_close(whole, expected[:4], rtol=1e-3, atol=0)
 
 
+def test_slots_that_did_not_run_add_nothing() -> None:
+    f = torch.randn(3, 2, 4, requires_grad=True)
+    ran, places = torch.tensor([True, False, True]), torch.tensor([1, 2, 3, 5])
+    out = RECONSTRUCT(f, torch.zeros(3, 2, 4), places, torch.ones(()), torch.ones(3), ran)
+    (found,) = torch.autograd.grad(out, f, torch.zeros_like(f))
+    expected = torch.zeros(6, 4)
+    expected[[1, 5]] = f.detach().flatten(0, 1)[[1, 5]] * 2 / 4
+    assert torch.equal(found.flatten(0, 1), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_reconstruct_passes_opcheck(dtype: torch.dtype) -> None:
-    f = torch.randn(5, 3, 2, dtype=dtype, requires_grad=True)
-    rows = torch.randn(5, 3, 2, dtype=dtype)
+    f = torch.randn(5, 1, 3, 2, dtype=dtype, requires_grad=True)
+    rows = torch.randn(5, 1, 3, 2, dtype=dtype)
     torch.library.opcheck(RECONSTRUCT, (f, rows, TRAINEES, torch.ones(()), ALONE, RAN))
 
 
 def test_reconstruct_passes_gradcheck_with_its_loss() -> None:
-    f = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    rows, scale = torch.randn(5, 3, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
+    f = torch.randn(5, 1, 3, dtype=torch.float64, requires_grad=True)
+    rows, scale = torch.randn(5, 1, 3, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)
 
     class WithLoss(torch.autograd.Function):
         """The same gradient, from a loss that is really there."""
