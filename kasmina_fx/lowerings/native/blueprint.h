@@ -4,16 +4,34 @@
 namespace kasmina {
 
 constexpr int RELU = 1, GELU = 2;
+constexpr int64_t LONG = 512;  // weights of a product that takes longer than to find it can be left
 
-static inline bool sound(const float* numbers, int64_t many) {
-  int32_t ill = 0;
+// The largest magnitude, NaN or infinite where one is.
+static inline float largest(const float* numbers, int64_t many) {
+  int32_t top = 0;
   for (int64_t i = 0; i < many; i++) {
     int32_t bits;
     memcpy(&bits, numbers + i, 4);
-    ill |= (bits & 0x7f800000) == 0x7f800000;
+    bits &= 0x7fffffff;
+    top = bits > top ? bits : top;
   }
-  return !ill;
+  float r;
+  memcpy(&r, &top, 4);
+  return r;
 }
+
+static inline bool sound(const float* numbers, int64_t many) {
+  float top = largest(numbers, many);
+  int32_t bits;
+  memcpy(&bits, &top, 4);
+  return bits < 0x7f800000;
+}
+
+// What is known of a slot before its rows are read.
+struct Known {
+  bool sane;              // all its numbers are finite
+  float steepest, added;  // the largest sum of weights that a hidden number meets, and bias
+};
 
 // Room for what a blueprint makes on its way. The first three, [block][feature], a backward needs
 // of all blocks of a tile; the others are of blocks that go through together.
@@ -66,27 +84,49 @@ struct Blueprint {
     w2 = take(bank.h), b2 = take(bank.h && bank.bias);
   }
 
-  bool sane(const Bank& bank) const {
-    for (int i = 0; i < bank.stacks; i++)
-      if (!sound(each[i], bank.numbers[i])) return false;
-    return true;
+  Known known(const Bank& bank) const {
+    Known r = {true, 0, 0};
+    for (int i = 0; i < bank.stacks; i++) r.sane = r.sane && sound(each[i], bank.numbers[i]);
+    if (w2) r.steepest = bank.h * largest(w2, bank.h * bank.c);
+    if (b2) r.added = largest(b2, bank.c);
+    return r;
+  }
+
+  // Whether no element of f or of a blend can be but finite: then f need not be known to say so.
+  bool bounded(const Bank& bank, const Known& known, const Block* z, int64_t blocks,
+               const Inside& in) const {
+    Block chunk = splat(0.0f), hidden = splat(0.0f);
+    for (int64_t i = 0; i < blocks * bank.c; i++) chunk = larger(chunk, z[i]);
+    for (int64_t j = 0; j < blocks * bank.h; j++) hidden = larger(hidden, in.hidden[j]);
+    return known.steepest * largest(hidden) + known.added + 3 * largest(chunk) < 1e38f;
   }
 
   // f, of some blocks of rows.
   void run(const Bank& bank, const Block* z, int64_t blocks, const Inside& in, Block* f) const {
+    begin(bank, z, blocks, in);
+    end(bank, z, blocks, in, f);
+  }
+
+  // The hidden layer.
+  void begin(const Bank& bank, const Block* z, int64_t blocks, const Inside& in) const {
+    int64_t c = bank.c, h = bank.h;
+    if (bank.norm)
+      for (int64_t b = 0; b < blocks; b++) normalise(c, z + b * c, in, b);
+    if (h) products(in.hidden, h, w1, c, 1, bank.norm ? in.normed : z, c, blocks, b1);
+    for (int64_t j = 0; j < blocks * h; j++) {
+      Block& u = in.hidden[j];
+      if (bank.act == RELU) u = choose(u < 0.0f, splat(0.0f), u);
+      if (bank.act == GELU) in.slope[j] = gelu(u);
+    }
+  }
+
+  // What comes of it.
+  void end(const Bank& bank, const Block* z, int64_t blocks, const Inside& in, Block* f) const {
     int64_t c = bank.c, h = bank.h;
     if (!h) {
       for (int64_t b = 0; b < blocks; b++)
         for (int64_t i = 0; i < c; i++) f[b * c + i] = scale[i] * z[b * c + i] + splat(shift[i]);
       return;
-    }
-    if (bank.norm)
-      for (int64_t b = 0; b < blocks; b++) normalise(c, z + b * c, in, b);
-    products(in.hidden, h, w1, c, 1, bank.norm ? in.normed : z, c, blocks, b1);
-    for (int64_t j = 0; j < blocks * h; j++) {
-      Block& u = in.hidden[j];
-      if (bank.act == RELU) u = choose(u < 0.0f, splat(0.0f), u);
-      if (bank.act == GELU) in.slope[j] = gelu(u);
     }
     products(f, c, w2, h, 1, in.hidden, h, blocks, b2);
     if (bank.residual)

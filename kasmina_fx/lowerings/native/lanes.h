@@ -140,6 +140,26 @@ static inline Four sum4(const Block* blocks) {
   return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
+// The larger magnitude of each lane, NaN above all.
+static inline Block larger(const Block& a, const Block& b) {
+  Block r;
+  for (int i = 0; i < PARTS; i++) {
+    Bits left = (Bits)a.p[i] & 0x7fffffff, right = (Bits)b.p[i] & 0x7fffffff;
+    Bits mine = left > right;
+    r.p[i] = (Lanes)((mine & left) | (~mine & right));
+  }
+  return r;
+}
+
+static inline float largest(const Block& block) {
+  int32_t v[ROWS], top = 0;
+  memcpy(v, &block, sizeof v);
+  for (int i = 0; i < ROWS; i++) top = (v[i] & 0x7fffffff) > top ? v[i] & 0x7fffffff : top;
+  float r;
+  memcpy(&r, &top, 4);
+  return r;
+}
+
 static inline float sum(const Block& block) {
   Block four[4] = {block, {}, {}, {}};
   return sum4(four)[0];

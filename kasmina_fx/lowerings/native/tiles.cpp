@@ -3,12 +3,14 @@
 // the same bits, however many threads there are.
 namespace kasmina {
 
-// Which active seeds run: those whose parameters are finite. Threads share it out.
-static void find_sane(bool* sane, const Bank& bank, const int64_t* order,
-                      const float* const* params) {
+// What is known of the slots of active seeds. Threads share it out.
+static void find_known(Known* known, const Bank& bank, const int64_t* order,
+                       const float* const* params) {
 #pragma omp for schedule(static)
-  for (int64_t at = 0; at < bank.active; at++)
-    sane[at] = order[at] >= 0 && Blueprint(bank, params, order[at] / bank.places).sane(bank);
+  for (int64_t at = 0; at < bank.active; at++) {
+    known[at].sane = false;
+    if (order[at] >= 0) known[at] = Blueprint(bank, params, order[at] / bank.places).known(bank);
+  }
 }
 
 static void forward(float* out, float* kept, float* told, const float* before,
@@ -16,7 +18,7 @@ static void forward(float* out, float* kept, float* told, const float* before,
                     const int64_t* roles, const float* const* params, const Bank& bank) {
   int64_t c = bank.c, together = bank.together;
   std::vector<float> said(told ? bank.parts * bank.active * 3 : 0);
-  std::unique_ptr<bool[]> sane(new bool[bank.active]);
+  std::unique_ptr<Known[]> known(new Known[bank.active]);
 #pragma omp parallel num_threads(bank.team(2))
   {
     int64_t most = bank.seeds_of_a_tile;
@@ -26,7 +28,7 @@ static void forward(float* out, float* kept, float* told, const float* before,
     Inside in(bank, together, f + together * c);
     std::vector<Member> member(most);
     std::unique_ptr<bool[]> blends(new bool[most]);
-    find_sane(sane.get(), bank, order, params);
+    find_known(known.get(), bank, order, params);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < bank.parts * bank.batches; task++) {
       int64_t part = task / bank.batches;
@@ -43,27 +45,29 @@ static void forward(float* out, float* kept, float* told, const float* before,
             for (int64_t b = 0; b < blocks; b++)
               memcpy(kept + ((row / ROWS + b) * bank.active + me.at) * c * ROWS, mine + b * c,
                      c * sizeof(Block));
-          bool runs = sane[me.at];
+          bool runs = known[me.at].sane;
           blends[m] = runs && roles[bank.first_seed + me.seed] == 2;
           float a = alpha[bank.first_seed + me.seed];
           Block squares = splat(0.0f);
           Mask wrong = all(!runs), unsound = all(false);
-          for (int64_t b = 0; b < blocks; b++) {
-            Block *z = mine + b * c, *made = f + b % together * c;
-            Mask here = first(rows - b * ROWS);
-            if (runs && b % together == 0)
-              blueprint.run(bank, z, std::min(together, blocks - b), in, f);
-            for (int64_t i = 0; i < c; i++) {
-              if (told) unsound = unsound | (here & ~finite(z[i]));
-              if (!runs) continue;
-              // Where f is not finite, neither is what comes of it.
-              Block delta = made[i] - z[i], grown = z[i] + a * delta;
-              if (told) {
-                Mask counts = finite(delta);
-                squares = squares + only(here & counts, delta * delta);
-                wrong = wrong | (here & ~counts);
+          for (int64_t b = 0; b < blocks; b += together) {
+            int64_t some = std::min(together, blocks - b);
+            Block* z = mine + b * c;
+            if (runs) blueprint.run(bank, z, some, in, f);
+            for (int64_t k = 0; k < some; k++) {
+              Mask here = first(rows - (b + k) * ROWS);
+              for (int64_t e = k * c; e < (k + 1) * c; e++) {
+                if (told) unsound = unsound | (here & ~finite(z[e]));
+                if (!runs) continue;
+                // Where f is not finite, neither is what comes of it.
+                Block delta = f[e] - z[e], grown = z[e] + a * delta;
+                if (told) {
+                  Mask counts = finite(delta);
+                  squares = squares + only(here & counts, delta * delta);
+                  wrong = wrong | (here & ~counts);
+                }
+                z[e] = choose(finite(grown), grown, z[e]);
               }
-              z[i] = choose(finite(grown), grown, z[i]);
             }
           }
           if (told) {
@@ -103,7 +107,7 @@ static void backward(float* dy, float* blame, float* const* grads, const float* 
                      const float* const* params, const Bank& bank) {
   int64_t c = bank.c, together = bank.together;
   Gradients sums(bank, grads);
-  std::unique_ptr<bool[]> sane(new bool[bank.active]);
+  std::unique_ptr<Known[]> known(new Known[bank.active]);
   float weight = 2.0f * scale / (1.0f * bank.rows * c);  // of the mean of squared errors
 #pragma omp parallel num_threads(bank.team(5))
   {
@@ -117,7 +121,7 @@ static void backward(float* dy, float* blame, float* const* grads, const float* 
     std::unique_ptr<bool[]> blends(new bool[most]);
     std::unique_ptr<Mask[]> blended(new Mask[together * c]);
     sums.clear();
-    find_sane(sane.get(), bank, order, params);
+    find_known(known.get(), bank, order, params);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < bank.parts * bank.batches; task++) {
       int64_t part = task / bank.batches;
@@ -131,8 +135,9 @@ static void backward(float* dy, float* blame, float* const* grads, const float* 
           Blueprint blueprint(bank, params, me.slot);
           int64_t mode = modes[me.place];
           float a = alpha[bank.first_seed + me.seed];
-          blends[m] = sane[me.at] && roles[bank.first_seed + me.seed] == 2;
-          if (!sane[me.at] || (!blends[m] && mode != 2)) continue;  // no gradient enters it
+          blends[m] = known[me.at].sane && roles[bank.first_seed + me.seed] == 2;
+          if (!blends[m] && (mode != 2 || !known[me.at].sane)) continue;  // no gradient enters it
+          bool usual = blends[m] && mode != 2 && a >= 0 && a <= 1 && c * bank.h >= LONG;
           Mask refused = all(false), unsound = all(false);
           in.begin(bank);
           for (int64_t b = 0; b < blocks; b += together) {
@@ -144,10 +149,16 @@ static void backward(float* dy, float* blame, float* const* grads, const float* 
                      c * sizeof(Block));
             }
             Inside inside = in.from(bank, b);
-            blueprint.run(bank, z, some, inside, f);
+            blueprint.begin(bank, z, some, inside);
+            bool plain = usual && blueprint.bounded(bank, known[me.at], z, some, inside);
+            if (!plain) blueprint.end(bank, z, some, inside, f);
             for (int64_t k = 0; k < some; k++) {
               Mask here = first(rows - (b + k) * ROWS);
-              for (int64_t e = k * c; e < (k + 1) * c; e++) {
+              for (int64_t e = k * c; plain && e < (k + 1) * c; e++) {
+                blended[e] = all(true);
+                df[e] = only(here & finite(dz[e]), a * dz[e]);
+              }
+              for (int64_t e = k * c; !plain && e < (k + 1) * c; e++) {
                 Block delta = f[e] - z[e];
                 blended[e] = finite(z[e] + a * delta) & all(blends[m]);
                 Block error = weight * only(finite(delta) & all(mode == 2), delta);
