@@ -114,12 +114,13 @@ def _one_by_one(
 
 def _of_seeds(bank: BankInputs) -> _OfSeeds:
     tables = bank.tables
-    positions, slots = tables.positions, tables.seeds.view(-1)
+    positions, slots = tables.positions, tables.seeds.view(-1, 1)
     empty = positions < 0
     modes = tables.modes.view(-1).index_select(0, positions.clamp_min(0))
     modes = modes.masked_fill(empty, Mode.FROZEN)
     sits = torch.where(empty, -1, 0)
     trains = torch.where(modes == Mode.RECONSTRUCTS, 0, -1)
     pull, used = operators.current().pull, slots.shape[0]
-    params = [pull(p[:used], positions, slots).split(1) for p in bank.params]
+    whole = [pull(p[:used].unsqueeze(1), positions, slots, -p.dim()) for p in bank.params]
+    params = [p.split(1) for p in whole]
     return _OfSeeds(sits.split(1), modes.split(1), trains.split(1), params)
