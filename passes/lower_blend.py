@@ -3,16 +3,14 @@
     before  %blend = kasmina.blend.default(%y, [alpha, roles, faults, loss_scale], [seeds],
                                            [positions], [modes], [trainees], [order],
                                            [w1, b1, w2, b2], ...)
-    after   %chunks = view(%y)                                  (n, rows, size)
-            %taken = kasmina.gather.default(%chunks, seeds, positions)   (K, rows, size)
-            %rows, %w1, ..., %sane = kasmina.guard.default([%taken, w1, ...], modes, ...)
+    after   %chunks = view(%y)                                              (rows, n, size)
+            %taken = kasmina.gather.default(%chunks, seeds, positions, -2)  (K, M, rows, size)
+            %rows, %w1, ..., %alone, %sane = kasmina.guard.default([%taken, w1, ...], modes, ...)
             %f = bmm(relu(bmm(%rows, %w1) + %b1), %w2) + %b2
-            %f = kasmina.reconstruct.default(%f, %taken, trainees, loss_scale, ...)
-            %pulled = kasmina.pull.default(%f, positions, seeds)         (n, rows, size)
-            %ran = kasmina.pull.default(%sane, positions, seeds)         (n,)
-            %grown = %chunks + alpha * (%pulled - %chunks)
-            %blended = %ran & (roles == BLENDS) & (abs(%grown) < inf)
-            %out = where(%blended, %grown, %chunks)
+            %f = kasmina.reconstruct.default(%f, %taken, trainees, loss_scale, %alone, %sane)
+            %out, _ = kasmina.mix.default(%chunks, [%f], [%sane], [positions], [seeds], alpha,
+                                          roles, -2)                        (rows, n, size)
+            %notes = kasmina.notes.default([%f], [%taken], [%sane], [positions], alpha, roles)
 
 The number of nodes depends on runs and blueprint classes, never on the number of seeds.
 """
