@@ -114,7 +114,7 @@ BROKEN: dict[Callable[[], GraphModule], str] = {
     host_reads_statistics: "statistics must not reach",
     statistics_reach_the_output: "statistics must not reach",
     blend_writes: "of a blend writes to",
-    telemetry_writes_to_the_host: "telemetry's .* writes to y, not a buffer",
+    telemetry_writes_to_the_host: "telemetry's .* writes to out, not a buffer",
     host_reads_inside_a_blend: "not isolated: the host reads",
     blend_leaks: "not isolated: the host reads",
     blend_spies: "not isolated: it reads of the host",
