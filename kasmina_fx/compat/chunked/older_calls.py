@@ -60,6 +60,7 @@ class OlderCalls(SeedOwner):
     forward_count: int
     total_latency: float
     _notes: Notes
+    _full_alpha: float = 1.0  # where a ramp is over
 
     def _begin(self) -> None:
         self.forward_count, self.total_latency = 0, 0.0
@@ -185,7 +186,7 @@ class OlderCalls(SeedOwner):
         """
         with self.transaction():
             super().step_epoch()
-            over = (self.state.stages == Stage.GRAFTING) & (self.state.alphas >= 1.0)
+            over = (self.state.stages == Stage.GRAFTING) & (self.state.alphas >= self._full_alpha)
             self._grafted(over.nonzero().flatten())
 
     def _grafted(self, ids: Tensor) -> None:

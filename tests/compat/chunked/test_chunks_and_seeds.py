@@ -180,7 +180,7 @@ def test_a_chunk_is_blended_by_the_state(
     chunk.requires_grad_()
     out = seed.process_chunk(chunk, blueprint)
     torch.testing.assert_close(out, (1 - share) * chunk + share * blueprint(chunk))
-    out.sum().backward()  # type: ignore[no-untyped-call]
+    out.sum().backward()
     assert chunk.grad is not None  # of a frozen blueprint too
     learns = share > 0 and state is not S.FOSSILIZED
     assert (blueprint.weight.grad is not None and bool(blueprint.weight.grad.any())) == learns

@@ -232,7 +232,7 @@ class _Copies(TorchDispatchMode):
     """Counts operators that read a number of one element, or copy to the host, one by one."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's, unannotated
         self.reads = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

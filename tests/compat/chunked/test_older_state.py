@@ -178,12 +178,13 @@ def test_of_a_layer_it_is_measured() -> None:
     state.reset_telemetry()
     assert state.telemetry_count.tolist() == [0] * 5
     assert state.health_scores.tolist() == [1.0] * 5
-    for refused in (
+    calls: list[Any] = [
         lambda: state.accumulate_telemetry(0, 1.0, 1.0, 1),
         lambda: state.health_scores.__setitem__(0, 0.5),
         lambda: setattr(state, "health_scores", torch.ones(5)),
         lambda: state.load_checkpoint(StateTensor(5).save_checkpoint()),
-    ):
+    ]
+    for refused in calls:
         with pytest.raises(ValueError, match=r"is measured|state dict"):
             refused()
 
