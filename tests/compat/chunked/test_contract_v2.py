@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import kasmina_fx
+from kasmina_fx import compat
 from kasmina_fx.compat import chunked
+from kasmina_fx.compat.ab_tests import ABTestRunner, ModelComparator
 from kasmina_fx.compat.chunked import (
     ChunkedKasminaLayer,
     ChunkManager,
@@ -123,6 +125,125 @@ SIGNATURES: dict[type, dict[str, list[str]]] = {
         "load_state_dict": ["state_dict", "strict=True"],
     }
     | LAYER_CALLS,
+}
+EXTENDED_CALLS = {
+    "__init__": ["num_seeds", "device=None"],
+    "get_state": ["seed_indices=None"],
+    "set_state": ["seed_indices", "new_states", "record_transition=True"],
+    "increment_epochs": ["active_mask=None"],
+    "get_seeds_in_state": ["state"],
+    "update_blueprint": ["seed_indices", "blueprint_ids", "grafting_strategies=None"],
+    "update_performance": ["seed_indices", "metrics"],
+    "increment_error_count": ["seed_indices"],
+    "reset_error_count": ["seed_indices"],
+    "set_checkpoint": ["seed_indices", "checkpoint_ids"],
+    "get_rollback_states": ["seed_indices"],
+    "get_state_summary": NONE,
+    "get_transition_history": ["seed_id", "limit=None"],
+    "to_dict": NONE,
+    "from_dict": ["data"],
+    "reset_telemetry": NONE,
+    "get_active_seeds_mask": NONE,
+    "validate_transitions": ["seed_indices", "target_states"],
+}
+SIGNATURES |= {
+    chunked.ChunkedKasminaLayerV2: LAYER_CALLS
+    | {
+        "__init__": [
+            "base_layer",
+            "num_seeds=1000",
+            "layer_id=None",
+            "enable_telemetry=True",
+            "device=None",
+            "checkpoint_dir=None",
+            "grafting_config=None",
+        ],
+        "request_germination": ["seed_id", "blueprint_id=None", "grafting_strategy='linear'"],
+        "save_checkpoint": ["seed_id", "priority='normal'"],
+        "restore_checkpoint": ["seed_id", "checkpoint_id=None"],
+    },
+    chunked.ExtendedStateTensor: EXTENDED_CALLS,
+    chunked.GraftingConfig: {
+        "__init__": [
+            "ramp_duration=50",
+            "drift_threshold=0.01",
+            "pause_duration=10",
+            "momentum_factor=0.1",
+            "stability_window=5",
+            "min_alpha=0.0",
+            "max_alpha=1.0",
+        ]
+    },
+    chunked.GraftingContext: {
+        "__init__": [
+            "seed_id",
+            "current_epoch",
+            "total_epochs",
+            "current_alpha",
+            "metrics",
+            "model_weights=None",
+            "blueprint_weights=None",
+        ]
+    },
+    chunked.GraftingStrategyBase: {
+        "compute_alpha": ["context"],
+        "reset": NONE,
+        "should_abort": ["context"],
+        "on_epoch_end": ["context"],
+    },
+    chunked.TritonChunkedKasminaLayer: {
+        "__init__": [
+            "base_layer",
+            "chunks_per_layer=1000",
+            "device=None",
+            "checkpoint_dir=None",
+            "enable_triton=True",
+        ],
+        "request_state_transition": ["seed_id", "target_state", "metadata=None"],
+        "save_checkpoint": ["tag='latest'"],
+        "load_checkpoint": ["checkpoint_id"],
+        "get_active_seed_count": NONE,
+        "get_performance_summary": NONE,
+    },
+    compat.FeatureFlagManager: {
+        "__init__": ["config_path=None"],
+        "is_enabled": ["feature", "model_id=None"],
+        "set_enabled": ["feature", "enabled"],
+        "set_rollout_percentage": ["feature", "percentage"],
+        "add_to_allowlist": ["feature", "model_id"],
+        "save_flags": NONE,
+    },
+    compat.MigrationRouter: {
+        "__init__": ["feature_manager=None"],
+        "route_to_implementation": [
+            "feature",
+            "legacy_fn",
+            "new_fn",
+            "args",
+            "model_id=None",
+        ],
+    },
+    ABTestRunner: {
+        "__init__": ["metrics=None", "output_dir=PosixPath('benchmarks/ab_tests')"],
+        "run_test": [
+            "model_a",
+            "model_b",
+            "test_data",
+            "test_id=None",
+            "variant_names=('legacy', 'new')",
+            "sample_size=None",
+            "measure_latency=True",
+        ],
+    },
+    ModelComparator: {
+        "__init__": ["ab_runner=None"],
+        "compare_implementations": [
+            "legacy_model",
+            "new_model",
+            "test_data",
+            "test_name='implementation_comparison'",
+        ],
+    },
 }
 ROWS = [(kind, name) for kind, calls in SIGNATURES.items() for name in calls]
 
@@ -325,4 +446,76 @@ def test_the_constants_of_the_state_tensor() -> None:
         "ACTIVE": 2,
         "ERROR_RECOVERY": 3,
         "FOSSILIZED": 4,
+    }
+
+
+def test_the_extended_state_has_the_shapes_and_columns_of_before() -> None:
+    state = chunked.ExtendedStateTensor(3)
+    assert len([name for name in EXTENDED_CALLS if name != "__init__"]) == 17
+    shapes = {name: (tuple(b.shape), b.dtype) for name, b in state.named_buffers()}
+    assert shapes == {
+        "state_tensor": ((3, 8), torch.int32),
+        "transition_history": ((3, 10, 2), torch.int32),
+        "history_pointers": ((3,), torch.int32),
+        "performance_metrics": ((3, 4), torch.float32),
+        "telemetry_buffer": ((3, 2), torch.float32),
+    }
+    assert state.state_tensor[0].tolist() == [0, -1, 0, 0, 0, -1, 0, 0]
+
+
+def test_eight_flags_and_their_defaults() -> None:
+    flags = compat.FeatureFlagManager("no_such_file.json").flags
+    assert {name: flag.enabled for name, flag in flags.items()} == {
+        "chunked_architecture": False,
+        "triton_kernels": False,
+        "extended_lifecycle": False,
+        "message_bus": False,
+        "neural_controller": False,
+        "grafting_strategies": False,
+        "performance_monitoring": True,
+        "ab_testing": True,
+    }
+
+
+def test_keys_of_the_reports_of_the_second_layer() -> None:
+    made = chunked.ChunkedKasminaLayerV2(nn.Linear(4, 10), 4, "fc")
+    made(torch.randn(8, 4))
+    assert set(made.get_layer_stats()) >= {
+        "layer_id",
+        "forward_count",
+        "avg_latency_ms",
+        "num_blueprints",
+        "output_dim",
+        "chunks_per_seed",
+        "state_distribution",
+        "active_seeds",
+        "total_errors",
+    }
+    report = made.get_health_report()
+    assert set(report) >= {"layer_id", "timestamp", "seeds", "performance", "checkpoints"}
+    assert set(report["seeds"][0]) == {
+        "seed_id",
+        "state",
+        "epochs_in_state",
+        "blueprint_id",
+        "error_count",
+        "performance",
+        "recent_transitions",
+    }
+    assert set(report["seeds"][0]["performance"]) == {
+        "loss",
+        "accuracy",
+        "stability",
+        "efficiency",
+    }
+    assert set(report["checkpoints"]) == {"total_saved", "checkpoint_dir"}
+    summary = chunked.TritonChunkedKasminaLayer(nn.Linear(4, 10), 4).get_performance_summary()
+    assert set(summary) == {
+        "total_seeds",
+        "active_seeds",
+        "active_ratio",
+        "triton_enabled",
+        "chunk_size",
+        "hidden_dim",
+        "device",
     }
