@@ -87,8 +87,9 @@ def test_the_same_twice_has_no_winner_and_is_safe(tmp_path: Path) -> None:
     layer = HybridKasminaLayer(nn.Linear(4, 6), "fc", 3, force_implementation="legacy")
     layer.request_germination([0, 2])
     layer.state_tensor.update_alpha_blend([0, 2], 0.5)
-    old, new = nn.Sequential(layer), nn.Sequential(copy.deepcopy(layer))
-    new[0].enable_chunked_mode()
+    other = copy.deepcopy(layer)
+    other.enable_chunked_mode()
+    old, new = nn.Sequential(layer), nn.Sequential(other)
     runner = ABTestRunner({"output_similarity": OutputSimilarityMetric(), "size": Size()}, tmp_path)
     found = ModelComparator(runner).compare_implementations(old, new, data())
     assert set(found) == {"test_result", "recommendations", "risks", "rollout_safe"}

@@ -155,11 +155,12 @@ def test_the_extended_state_is_of_now_and_writes_through() -> None:
     assert layer.extended_state.get_rollback_states([2]).tolist() == [E.GERMINATED]
     known.update_performance([1], {"loss": torch.tensor([0.5])})
     assert layer.extended_state.performance_metrics[1, 0] == 0.5
-    for refused in (
+    calls: list[Any] = [
         known.increment_epochs,
         lambda: known.update_blueprint([0], torch.tensor([1])),
         lambda: known.from_dict(known.to_dict()),
-    ):
+    ]
+    for refused in calls:
         with pytest.raises(ValueError, match="this is the state of a layer"):
             refused()
     other = copy.deepcopy(layer)
@@ -293,7 +294,12 @@ def test_it_compiles_with_the_backend_and_the_lowering_asked_for(
 ) -> None:
     layer = TritonChunkedKasminaLayer(nn.Linear(4, 10), 4, enable_triton=enabled)
     given: dict[str, Any] = {}
-    monkeypatch.setattr(torch, "compile", lambda call, **options: given.update(options) or call)
+
+    def compiled(call: Any, **options: Any) -> Any:
+        given.update(options)
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
     layer.compile()
     lowering = "auto" if enabled else "matmul"
     assert given == {"backend": "kasmina", "options": {"lowering": lowering}}

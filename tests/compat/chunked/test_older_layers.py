@@ -66,6 +66,7 @@ def test_a_life_of_before(make: Any) -> None:
     assert layer.state_tensor.get_seed_state(1)["blueprint_id"] == 0
 
 
+@pytest.mark.untraced
 def test_compiled_it_equals_eager_and_is_lowered_and_its_life_is_data() -> None:
     layer, x = chunked().double(), torch.randn(6, 4, dtype=torch.float64)
     layer.request_germination([0, 2])
@@ -254,3 +255,20 @@ def test_modes_and_settling_keep_state_and_calls() -> None:
     assert settled.forward_count == 2
     assert isinstance(settled.get_layer_stats()["avg_latency_ms"], float)
     assert LogicalSeed.of_layer(settled, 1).get_state().lifecycle_state is S.LOADING
+
+
+@pytest.mark.untraced
+def test_in_a_compiled_model_a_switch_back_and_forth_compiles_once() -> None:
+    layer, x = hybrid("legacy"), torch.randn(6, 4)
+    layer.request_germination([0, 2])
+    layer.state_tensor.update_alpha_blend([0, 2], 0.5)
+    model = nn.Sequential(layer, nn.Tanh())
+    compiled = torch.compile(model, backend=RecordingBackend("eager"))
+    expected = model(x)
+    torch.testing.assert_close(compiled(x), expected)
+    layer.enable_chunked_mode()
+    torch.testing.assert_close(compiled(x), expected, atol=1e-6, rtol=1e-6)
+    with assert_no_recompiles():
+        for switch in (layer.enable_legacy_mode, layer.enable_chunked_mode):
+            switch()
+            torch.testing.assert_close(compiled(x), expected, atol=1e-6, rtol=1e-6)
