@@ -73,6 +73,10 @@ REFUSED: dict[str, tuple[Callable[[ChunkManager], Any], str]] = {
         lambda c: c.apply_to_chunks(torch.zeros(2, 10), lambda part, i: part[:, :1]),
         "chunk 0 has 1 features, expected 3",
     ),
+    "an operation of another width": (
+        lambda c: c.parallel_chunk_operation(torch.zeros(2, 10), [lambda p: p[:, :1]] + [None] * 3),
+        "chunk 0 has 1 features, expected 3",
+    ),
     "too few operations": (lambda c: c.parallel_chunk_operation(torch.zeros(2, 10), []), "got 0"),
     "more chunks than features": (lambda c: ChunkManager(3, 4), "num_chunks=4"),
 }

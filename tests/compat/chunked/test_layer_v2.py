@@ -169,6 +169,14 @@ def test_the_extended_state_is_of_now_and_writes_through() -> None:
     assert "_extended" not in " ".join(layer.state_dict())
 
 
+def test_a_move_keeps_the_state_of_all_seeds() -> None:
+    layer = layer_of()
+    layer.request_germination([0, 3])
+    assert layer.to("cpu", torch.float64) is layer
+    assert layer.extended_state.get_state().tolist() == [E.GERMINATED, 0, 0, E.GERMINATED]
+    assert layer(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
+
+
 # Checkpoints.
 
 
