@@ -40,7 +40,7 @@ class Blueprints(Mapping[int, nn.Module]):
             if slot >= 0:
                 module = bank.blueprint.module(bank.run.size)
                 values = bank.slot_tensors(slot)
-                module.to(next(iter(values.values())).device)
+                module.to(self._store.state.alpha.device)
                 module.load_state_dict({n: v.detach().clone() for n, v in values.items()})
                 return module
         return self._never_used(blueprint_id)

@@ -9,6 +9,7 @@ from torch import nn
 
 from kasmina_fx import hybrid_layer
 from kasmina_fx.compat.chunked.older_calls import CONFIG, OlderCalls, fitting_seeds
+from kasmina_fx.rollout.switch import CHUNKED, LEGACY
 
 
 class ChunkedKasminaLayer(OlderCalls):
@@ -85,6 +86,29 @@ class HybridKasminaLayer(OlderCalls, hybrid_layer.HybridKasminaLayer):
         layer.__class__ = ChunkedKasminaLayer
         settled: ChunkedKasminaLayer = layer
         return settled
+
+    @property
+    def legacy_available(self) -> bool:
+        """Whether "legacy" is on: it is switched off where it raised and the other answered."""
+        return LEGACY not in self.switch.off
+
+    @property
+    def chunked_available(self) -> bool:
+        """Whether "chunked" is on, likewise."""
+        return CHUNKED not in self.switch.off
+
+    @property
+    def implementation_calls(self) -> dict[str, int]:
+        """Calls of both; a copy."""
+        calls: dict[str, int] = self.switch.stats()["calls"]
+        return calls
+
+    @property
+    def implementation_latency(self) -> dict[str, float]:
+        """Seconds of both in all: the average of calls whose time is known, times the calls."""
+        stats = self.switch.stats()
+        average: dict[str, float] = stats["avg_latency_ms"]
+        return {name: 1e-3 * ms * stats["calls"][name] for name, ms in average.items()}
 
     def get_layer_stats(self) -> dict[str, Any]:
         """See :meth:`ChunkedKasminaLayer.get_layer_stats`; average latencies are of each way."""

@@ -115,6 +115,24 @@ def test_blueprints_have_ids_from_one_and_their_values_of_now() -> None:
     torch.testing.assert_close(layer.blueprints[1].weight, module.weight * 2.0)
 
 
+class _Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2.0
+
+
+def test_a_seed_may_be_made_active_first_and_get_its_blueprint_then() -> None:
+    layer, x = chunked(2), torch.randn(6, 4)
+    for seed, module in enumerate((nn.Identity(), _Twice())):
+        number = layer.register_blueprint(module)
+        layer.state_tensor.set_lifecycle_state(seed, S.ACTIVE)
+        layer.state_tensor.set_blueprint(seed, number)
+        layer.state_tensor.update_alpha_blend(torch.tensor([seed]), torch.tensor([1.0]))
+        assert isinstance(layer.blueprints[number], type(module))
+    base = layer.base_layer(x)
+    torch.testing.assert_close(layer(x), torch.cat([base[:, :5], 2.0 * base[:, 5:]], 1))
+    assert layer(torch.randn(0, 4)).shape == (0, 10)
+
+
 def test_counts_and_times_are_of_calls_that_python_made() -> None:
     layer, x = chunked(), torch.randn(6, 4)
     assert layer.get_layer_stats()["avg_latency_ms"] == 0.0
@@ -234,6 +252,10 @@ def test_both_ways_give_the_same_for_any_mix_of_seeds() -> None:
     assert_same(steps["chunked"], steps["legacy"], 1e-6)
     assert layer.get_implementation_stats()["calls"] == {"legacy": 1, "chunked": 1}
     assert layer.forward_count == 2
+    assert layer.implementation_calls == {"legacy": 1, "chunked": 1}
+    assert min(layer.implementation_latency.values()) > 0.0
+    assert layer.legacy_available
+    assert layer.chunked_available
 
 
 def test_modes_and_settling_keep_state_and_calls() -> None:

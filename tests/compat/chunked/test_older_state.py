@@ -99,6 +99,14 @@ def test_elements_can_be_assigned_to_and_other_writes_raise(state: StateTensor) 
     assert state.get_seed_state(2) == known
 
 
+def test_what_was_read_is_a_copy_of_that_moment(state: StateTensor) -> None:
+    state.set_lifecycle_state(0, S.LOADING)
+    before = state.state_tensor[:, StateTensor.EPOCHS_IN_STATE_IDX]
+    state.increment_epochs()
+    assert int(before[0]) == 0
+    assert int(state.state_tensor[0, StateTensor.EPOCHS_IN_STATE_IDX]) == 1
+
+
 def test_errors_and_health(state: StateTensor) -> None:
     assert [state.increment_error_count(3) for _ in range(2)] == [1, 2]
     state.update_health_scores(torch.tensor([0, 3]), torch.tensor([0.25, 0.5]))
