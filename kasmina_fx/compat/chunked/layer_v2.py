@@ -71,6 +71,7 @@ class ChunkedKasminaLayerV2(OlderCalls):
         config = SeedConfig(ramp_config(ramp), error_limit=_ERRORS, embargo_epochs=COOLDOWN)
         super().__init__(base_layer, seeds, layer_id, enable_telemetry, device, config=config)
         self._begin()
+        ramp_of("adaptive")  # registered before a state dict names its number
         self.grafting_config, self._full_alpha = ramp, ramp.max_alpha
         folder = Path("checkpoints", self.layer_id) if checkpoint_dir is None else checkpoint_dir
         self.checkpoint_manager = SeedCheckpoints(folder)

@@ -18,6 +18,8 @@ from kasmina_fx.compat.chunked import (
     HybridKasminaLayer,
     SeedLifecycle,
 )
+from kasmina_fx.seeds import health
+from kasmina_fx.transactions.buffers import start_copy
 
 S = SeedLifecycle
 
@@ -228,8 +230,8 @@ def test_row_14_statistics_are_of_the_layer_whichever_way_it_runs() -> None:
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
-class _Copies(TorchDispatchMode):
-    """Counts operators that read a number of one element, or copy to the host, one by one."""
+class _Reads(TorchDispatchMode):
+    """Counts operators that read one number of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's, unannotated
@@ -241,13 +243,24 @@ class _Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_row_15_a_report_reads_once_however_many_seeds_there_are() -> None:
+def test_row_15_a_report_copies_once_however_many_seeds_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copies: list[Tensor] = []
+
+    def counted(source: Tensor) -> Any:
+        copies.append(source)
+        return start_copy(source)
+
+    monkeypatch.setattr(health, "start_copy", counted)
     reads = []
     for seeds in (10, 1000):
         layer = layer_of(nn.Linear(4, 2000), seeds)
         layer(torch.randn(8, 4))
-        with _Copies() as copies:
+        copies.clear()
+        with _Reads() as seen:
             report = layer.get_health_report()
         assert len(report["seeds"]) == len(report["telemetry"]) == seeds
-        reads.append(copies.reads)
-    assert reads[0] == reads[1] <= 4  # all of the host's, none of them a seed's
+        assert len(copies) == 1
+        reads.append(seen.reads)
+    assert reads[0] == reads[1] <= 4  # of the host's tensors, none of them a seed's

@@ -133,6 +133,13 @@ def test_strategies_are_strings_and_become_ramps_on_the_device(
     ]
 
 
+def test_a_strategy_of_older_code_is_saved_and_loaded() -> None:
+    layer, other = layer_of(), layer_of()
+    layer.request_germination(1, None, "adaptive")
+    other.load_state_dict(layer.state_dict())
+    assert strategies()[int(other.state.strategies[1])].name == "ADAPTIVE"
+
+
 def test_the_bounds_of_alpha_and_the_duration_are_the_config_s() -> None:
     layer = layer_of(grafting_config=GraftingConfig(10, min_alpha=0.25, max_alpha=0.5))
     layer.request_germination(0)
