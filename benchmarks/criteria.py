@@ -41,19 +41,22 @@ from kasmina_fx.testing import graft
 
 #: Largest ratios of time and of memory.
 TIME, MEMORY = 1.05, 1.10
-PLANS = {"cpu": Plan(25, 0.1, 6.0), "cuda": Plan(25, 0.02, 1.0)}
+PLANS = {"cpu": Plan(15, 0.1, 4.0), "cuda": Plan(25, 0.02, 1.0)}
 QUICK = Plan(3, 0.005, 0.1)
-#: Name, seeds, active ones, their blueprint.
+#: Name, seeds, active ones, their blueprint, statistics.
 CASES = (
-    ("one seed, asleep", 1, 0, "lora"),
-    ("one seed, active (lora)", 1, 1, "lora"),
-    ("{n:,} seeds, asleep", 1024, 0, "mlp"),
-    ("{n:,} seeds, one active (mlp)", 1024, 1, "mlp"),
+    ("one seed, asleep", 1, 0, "lora", True),
+    ("one seed, active (lora)", 1, 1, "lora", True),
+    ("one seed, active (lora), no statistics", 1, 1, "lora", False),
+    ("{n:,} seeds, asleep", 1024, 0, "mlp", True),
+    ("{n:,} seeds, one active (mlp)", 1024, 1, "mlp", True),
 )
 
 
-def seeded(shape: c.Shape, seeds: int, active: int, kind: str, compile: bool) -> c.Contender:
-    model: Any = kasminify(shape.host(), num_seeds=seeds, compile=compile)
+def seeded(
+    shape: c.Shape, seeds: int, active: int, kind: str, telemetry: bool, compile: bool = True
+) -> c.Contender:
+    model: Any = kasminify(shape.host(), num_seeds=seeds, telemetry=telemetry, compile=compile)
     torch.manual_seed(1)
     if active:
         graft(model[0], range(active), kind, c.ALPHA)
@@ -82,12 +85,12 @@ def contenders(
     """All that take part, and for each case what it is compared with, by title."""
     everyone, beside = {c.HOST: c.host(shape)}, {}
     everyone[c.HOST_AGAIN] = everyone[c.HOST]
-    for text, number, active, kind in CASES:
+    for text, number, active, kind, telemetry in CASES:
         if (number == 1) != (seeds == 1):
             continue
         name = text.format(n=seeds)
-        everyone[name] = seeded(shape, seeds, active, kind, True)
-        source: Any = seeded(shape, seeds, active, kind, False).module
+        everyone[name] = seeded(shape, seeds, active, kind, telemetry)
+        source: Any = seeded(shape, seeds, active, kind, telemetry, compile=False).module
         everyone[f"{name}, legacy"] = c.reference(source)
         beside[name] = {"the plain layer": c.HOST, "legacy": f"{name}, legacy"}
         if active == seeds:
