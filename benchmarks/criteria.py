@@ -10,7 +10,7 @@ written by hand, too. Ratios are medians of ratios within a round, in which all 
 their quartiles. On a CPU with one thread (the default) times are the CPU's, so that others on the
 machine are not in them; with more they are the clock's. Then: how times grow from 10 to 10,000
 seeds, what a step waits for, threads that change the same seeds, parity of both implementations.
-Four minutes on 2 cores. The exit status is 1 if any criterion is missed.
+Four minutes on 2 cores that are free. The exit status is 1 if any criterion is missed.
 """
 
 from __future__ import annotations
