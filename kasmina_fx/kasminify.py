@@ -13,7 +13,7 @@ from torch import nn
 from kasmina_fx._torch.distributed import announce_seed, leave_to_all, leave_to_each_rank
 from kasmina_fx._torch.dynamo import compile_whole, static_below, uncompiled
 from kasmina_fx._torch.inductor import mode_options
-from kasmina_fx.arguments import check_count, check_instance, is_int
+from kasmina_fx.arguments import check_count, check_instance
 from kasmina_fx.backend import kasmina, split_options
 from kasmina_fx.bases import fast_paths
 from kasmina_fx.checkpoint import model_state_dict
@@ -26,7 +26,15 @@ from kasmina_fx.seeds import model_call
 from kasmina_fx.seeds.folding import fold_seeds, why_not_folded
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.store import SeedStore
-from kasmina_fx.targets import TargetReport, find_targets, keep_targets, skipped_targets, targets_of
+from kasmina_fx.targets import (
+    SeedCounts,
+    TargetReport,
+    check_counts,
+    find_targets,
+    keep_targets,
+    skipped_targets,
+    targets_of,
+)
 
 M = TypeVar("M", bound=nn.Module)
 _LOG: Final = logging.getLogger(__name__)
@@ -36,7 +44,7 @@ _LOG: Final = logging.getLogger(__name__)
 def kasminify(
     model: M,
     *,
-    num_seeds: int = ...,
+    num_seeds: SeedCounts = ...,
     targets: Sequence[type[nn.Module]] = ...,
     filter_fn: Callable[[nn.Module, str], bool] | None = ...,
     reserve: int = ...,
@@ -53,7 +61,7 @@ def kasminify(
 def kasminify(  # the same, but for what it returns
     model: nn.Module,
     *,
-    num_seeds: int = ...,
+    num_seeds: SeedCounts = ...,
     targets: Sequence[type[nn.Module]] = ...,
     filter_fn: Callable[[nn.Module, str], bool] | None = ...,
     reserve: int = ...,
@@ -69,7 +77,7 @@ def kasminify(  # the same, but for what it returns
 def kasminify(
     model: M,
     *,
-    num_seeds: int = 1000,
+    num_seeds: SeedCounts = None,
     targets: Sequence[type[nn.Module]] = (nn.Linear,),
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     reserve: int = 0,
@@ -90,7 +98,10 @@ def kasminify(
 
     Args:
         model: Any module; it may be a target itself.
-        num_seeds: Seeds a layer, capped at the layer's features.
+        num_seeds: Seeds a layer, capped at the layer's features; or one number a layer, in the
+            order of the model's modules; or a function ``(fqn, module) -> int``. Not given: one for
+            each 16 features, at least 1 and at most 1,000: few wide chunks grow better than many
+            narrow ones.
         targets: Module types, or subclasses of them.
         filter_fn: ``(module, fqn) -> bool``; takes only those where it is true.
         reserve: Slots a layer to allocate ahead for the default blueprint.
@@ -238,9 +249,7 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise InvalidType(f"kasminify({shown(model)}): give an nn.Module")
-    if not is_int(num_seeds):
-        raise InvalidType(f"num_seeds={shown(num_seeds)}: give an int")
-    check_count("num_seeds", num_seeds, least=1)
+    check_counts(num_seeds)
     if filter_fn is not None and not callable(filter_fn):
         raise InvalidType(f"filter_fn={shown(filter_fn)}: give a function (module, fqn) -> bool")
     if config is not None:

@@ -4,7 +4,8 @@
     -> FOSSILIZED
 
 with CULLED, CANCELLED and ROLLED_BACK as ways out. One table, :data:`LEGAL`, is the truth;
-everything that changes a stage asks it.
+everything that changes a stage asks it. A blueprint that starts as the identity may skip TRAINING:
+:data:`LEGAL_FOR_IDENTITY`.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ LEGAL: Final[dict[SeedLifecycle, frozenset[SeedLifecycle]]] = {
     _S.ROLLED_BACK: frozenset(),
 }
 
+#: What may follow as well where a blueprint starts as the identity: it has nothing to reconstruct.
+LEGAL_FOR_IDENTITY: Final = {_S.GERMINATED: _S.GRAFTING}
+
 #: Stages in which a seed with a blueprint is blended into the host's output.
 BLENDED: Final = frozenset(
     {_S.GRAFTING, _S.STABILIZATION, _S.EVALUATING, _S.FINE_TUNING, _S.FOSSILIZED}
@@ -140,6 +144,12 @@ _ROLE_TABLE: Final = _RUNS_TABLE.long() + _BLENDED_TABLE.long()
 def is_legal(stages: Tensor, to: SeedLifecycle) -> Tensor:
     """Say which of the ``stages`` (int ``(n,)``, CPU) may be followed by ``to``: bool ``(n,)``."""
     return _LEGAL_TABLE[stages.long(), int(to)]
+
+
+def is_legal_for_identity(stages: Tensor, to: SeedLifecycle) -> Tensor:
+    """Say which of the ``stages`` ``to`` may follow where a blueprint starts as the identity."""
+    sources = [source for source, target in LEGAL_FOR_IDENTITY.items() if target is to]
+    return torch.isin(stages.long(), torch.tensor(sources, dtype=torch.int64, device="cpu"))
 
 
 def is_blended(stages: Tensor) -> Tensor:

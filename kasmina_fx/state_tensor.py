@@ -19,6 +19,7 @@ from kasmina_fx.errors import (
 from kasmina_fx.lifecycle import (
     DEFAULT_EMBARGO,
     LEGAL,
+    LEGAL_FOR_IDENTITY,
     LETS_GO,
     MOST_EPOCHS,
     SeedLifecycle,
@@ -26,6 +27,7 @@ from kasmina_fx.lifecycle import (
     holds_blueprint,
     is_blended,
     is_legal,
+    is_legal_for_identity,
 )
 from kasmina_fx.state_columns import COLUMN_NAMES, column_max, column_of, in_range
 from kasmina_fx.transactions.staged_state import StagedState
@@ -166,8 +168,17 @@ class StateTensor(StagedState):
         """Name a seed's blueprint and strategy."""
         self.set_rows(seed_id, blueprint_id=blueprint_id, grafting_strategy=grafting_strategy)
 
-    def advance(self, seed_ids: SeedIds, to: SeedLifecycle | int | str) -> None:
+    def advance(
+        self,
+        seed_ids: SeedIds,
+        to: SeedLifecycle | int | str,
+        *,
+        identities: Tensor | None = None,
+    ) -> None:
         """One legal transition for all the seeds, or none.
+
+        ``identities``, bool ``(num_seeds,)`` on the CPU, are the seeds whose blueprint starts as
+        the identity: they may skip TRAINING.
 
         Raises:
             IllegalTransition: Says from, to and the legal ones, for the first seed that can't.
@@ -176,6 +187,8 @@ class StateTensor(StagedState):
         to = as_stage(to, self.name)
         with self.transaction():
             legal = is_legal(self.stages[ids], to)
+            if identities is not None:
+                legal |= is_legal_for_identity(self.stages[ids], to) & identities[ids]
             if to is SeedLifecycle.DORMANT:
                 legal &= ~self.embargoed[ids]
             if not bool(legal.all()):
@@ -207,9 +220,11 @@ class StateTensor(StagedState):
         legal = () if embargoed else tuple(sorted(LEGAL[now]))
         rest = self.embargo_epochs - int(self.epochs[seed])
         why = f"; its embargo lasts {rest} epochs more" if embargoed else ""
+        skips = LEGAL_FOR_IDENTITY.get(now) is to
+        skip = "; this one, if its own blueprint starts as the identity" if skips else ""
         error = IllegalTransition(
             f"{self.name}: seed {seed} can't go from {now.name} to {to.name}; legal from "
-            f"{now.name}: {', '.join(stage.name for stage in legal) or 'none'}{why}"
+            f"{now.name}: {', '.join(stage.name for stage in legal) or 'none'}{why}{skip}"
         )
         error.seed, error.source, error.target, error.legal = seed, now, to, legal
         return error

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from torch import nn
 
 from kasmina_fx._torch.dynamo import uncompiled
+from kasmina_fx.arguments import check_count, is_int
 from kasmina_fx.bases.features import find_features
 from kasmina_fx.bases.probing import why_no_features
 from kasmina_fx.class_swap import why_not
-from kasmina_fx.errors import InvalidArgument
+from kasmina_fx.errors import InvalidArgument, InvalidType, shown
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,41 @@ def targets_of(model: nn.Module) -> TargetReport | None:
     return report
 
 
+#: Seeds of each layer: a number, one a layer, a function ``(fqn, module) -> int``, or the default.
+SeedCounts: TypeAlias = int | Sequence[int] | Callable[[str, nn.Module], int] | None
+#: By default a chunk has so many features at least, and a layer so many seeds at most. Chunks of
+#: one feature cost accuracy, and few wide ones beat many narrow ones.
+WIDE_CHUNK: Final = 16
+MOST_SEEDS: Final = 1000
+
+
+def default_num_seeds(features: int) -> int:
+    """Return how many seeds a layer of so many features gets unless told otherwise.
+
+    >>> [default_num_seeds(features) for features in (10, 64, 4096, 65536)]
+    [1, 4, 256, 1000]
+    """
+    return min(MOST_SEEDS, max(1, features // WIDE_CHUNK))
+
+
+def check_counts(num_seeds: object) -> None:
+    """Refuse what can't be :data:`SeedCounts`.
+
+    Raises:
+        InvalidType: Says what is allowed.
+        InvalidArgument: A number below 1.
+    """
+    if num_seeds is None or callable(num_seeds):
+        return
+    if is_int(num_seeds):
+        check_count("num_seeds", num_seeds, least=1)
+    elif not isinstance(num_seeds, Sequence) or isinstance(num_seeds, str):
+        raise InvalidType(
+            f"num_seeds={shown(num_seeds)}: give an int, one for each layer, or a function "
+            "(fqn, module) -> int"
+        )
+
+
 @dataclass(frozen=True)
 class Targets:
     """The modules of a model that get seeds, by FQN, and why others don't."""
@@ -58,13 +94,37 @@ class Targets:
     taken: dict[str, nn.Module]
     left: dict[str, str]
 
-    def report(self, num_seeds: int) -> TargetReport:
-        """Say how many seeds each gets, where ``num_seeds`` are asked for."""
-        counts = {
-            name: min(num_seeds, find_features(module, None, None).count)
-            for name, module in self.taken.items()
-        }
+    def report(self, num_seeds: SeedCounts) -> TargetReport:
+        """Say how many seeds each gets, where so many are asked for.
+
+        Raises:
+            InvalidArgument: Not a number for each target, or one that is no count.
+        """
+        asked = self._asked(num_seeds)
+        counts = {}
+        for name, module in self.taken.items():
+            features = find_features(module, None, None).count
+            counts[name] = min(asked.get(name, default_num_seeds(features)), features)
         return TargetReport(counts, dict(self.left))
+
+    def _asked(self, num_seeds: SeedCounts) -> dict[str, int]:
+        if num_seeds is None:
+            return {}
+        if callable(num_seeds):
+            found = {name: num_seeds(name, module) for name, module in self.taken.items()}
+        elif isinstance(num_seeds, int):
+            found = dict.fromkeys(self.taken, num_seeds)
+        else:
+            given = list(num_seeds)
+            if len(given) != len(self.taken):
+                raise InvalidArgument(
+                    f"num_seeds holds {len(given)} numbers, and {len(self.taken)} modules get "
+                    f"seeds: {', '.join(self.taken)}; give one number, or one for each"
+                )
+            found = dict(zip(self.taken, given, strict=True))
+        for name, count in found.items():
+            check_count(f"num_seeds of {name or 'the model'}", count, least=1)
+        return found
 
 
 def find_targets(

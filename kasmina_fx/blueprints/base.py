@@ -51,10 +51,12 @@ def own_random_numbers(*purpose: object) -> Iterator[None]:
 class Blueprint(ABC):
     """A class of small modules that keep the shape of a chunk.
 
-    ``kind`` names it in graphs, layouts and checkpoints.
+    ``kind`` names it in graphs, layouts and checkpoints. One that ``starts_as_identity`` returns
+    its chunk until it has learnt something: its seeds may be grafted without TRAINING before.
     """
 
     kind: str
+    starts_as_identity: bool = False
 
     @abstractmethod
     def module(self, size: int) -> nn.Module:

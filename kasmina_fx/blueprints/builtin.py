@@ -136,6 +136,7 @@ class ResidualMlpBlueprint(MlpBlueprint):
     """The blueprint ``residual_mlp``: ``mlp`` as a residual that starts at zero."""
 
     kind = "residual_mlp"
+    starts_as_identity = True
 
     def module(self, size: int) -> nn.Module:
         """See :class:`ResidualMlp`."""
@@ -155,6 +156,7 @@ class LoraBlueprint(Blueprint):
     """The blueprint ``lora``: a residual of rank ``min(4, size)``."""
 
     kind = "lora"
+    starts_as_identity = True
 
     def module(self, size: int) -> nn.Module:
         """See :class:`Lora`."""
@@ -176,6 +178,7 @@ class AffineBlueprint(Blueprint):
     """The blueprint ``affine``: a scale and a shift for each feature."""
 
     kind = "affine"
+    starts_as_identity = True
 
     def module(self, size: int) -> nn.Module:
         """See :class:`Affine`."""
@@ -195,6 +198,7 @@ class BottleneckBlueprint(Blueprint):
     """The blueprint ``bottleneck``: LayerNorm, down, GELU, up, residual."""
 
     kind = "bottleneck"
+    starts_as_identity = True
 
     def module(self, size: int) -> nn.Module:
         """See :class:`Bottleneck`."""

@@ -14,7 +14,8 @@ from kasmina_fx.blueprints.builtin import BUILTINS
 from kasmina_fx.blueprints.from_module import ModuleBlueprint
 from kasmina_fx.errors import InvalidArgument, InvalidType, UnknownBlueprint, shown
 
-DEFAULT: Final = "mlp"
+#: What seeds grow unless told otherwise: of the built-ins, the one that measured best in training.
+DEFAULT: Final = "residual_mlp"
 _BY_KIND: Final[dict[str, Blueprint]] = {blueprint.kind: blueprint for blueprint in BUILTINS}
 _NAME: Final = re.compile(r"[A-Za-z_][\w-]*")
 

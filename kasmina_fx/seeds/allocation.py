@@ -33,6 +33,16 @@ def resolve(store: SeedStore, blueprint_id: int | str | None) -> tuple[int | Non
     return blueprint_id, kind
 
 
+def identities(store: SeedStore) -> Tensor:
+    """Return whose blueprint is its own and starts as the identity: bool ``(S,)`` on the CPU."""
+    found = torch.zeros(store.num_seeds, dtype=torch.bool, device="cpu")
+    for bank in store.bank_list():
+        if bank.blueprint.starts_as_identity and not bank.spec.shared:
+            mine = slice(bank.run.first_seed, bank.run.first_seed + bank.run.count)
+            found[mine] |= bank.slot_of(store.state.blueprint_ids[mine]) >= 0
+    return found
+
+
 def start_growing(store: SeedStore, kind: str, shared: bool) -> None:
     """Allocate the smallest banks for a blueprint that has none yet: once for the whole model.
 

@@ -22,7 +22,7 @@ from kasmina_fx.errors import UnknownBlueprint
 from kasmina_fx.grafting.registry import strategy_number
 from kasmina_fx.lifecycle import GraftingStrategy, SeedLifecycle
 from kasmina_fx.seeds import epochs, snapshots
-from kasmina_fx.seeds.allocation import resolve, start_growing, take_slots
+from kasmina_fx.seeds.allocation import identities, resolve, start_growing, take_slots
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.snapshots import Snapshot
 from kasmina_fx.seeds.store import SeedStore
@@ -176,7 +176,7 @@ class SeedCommands:
             seed_id: One id, a sequence or a tensor of ids.
             blueprint_id: An id from :meth:`register_blueprint`, whose parameters the seeds share; a
                 registered name, which gives each seed a copy of its own; None for the default name,
-                ``mlp``.
+                ``residual_mlp``.
             grafting_strategy: A :class:`GraftingStrategy`, or the number or name of one that
                 :func:`kasmina_fx.grafting.register_strategy` took.
 
@@ -232,10 +232,11 @@ class SeedCommands:
     def advance(self, seed_ids: SeedIds, stage: SeedLifecycle | int | str) -> None:
         """One legal transition for all the seeds, or IllegalTransition and none.
 
-        A stage may be given by its name.
+        A stage may be given by its name. GERMINATED seeds may become GRAFTING at once if each has a
+        blueprint of its own that starts as the identity (:class:`Blueprint`).
         """
         with self.transaction():
-            self.state.advance(seed_ids, stage)
+            self.state.advance(seed_ids, stage, identities=identities(self.kasmina))
 
     def reset(self, seed_ids: SeedIds) -> None:
         """Make seeds DORMANT from any stage, without their blueprints.

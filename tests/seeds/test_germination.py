@@ -52,12 +52,12 @@ def test_an_int_id_shares_and_a_name_does_not() -> None:
     assert used == {"mlp_run0": 2, "mlp_shared_run0": 1}
 
 
-def test_the_default_blueprint_is_the_mlp() -> None:
+def test_the_default_blueprint_is_the_mlp_that_starts_as_the_identity() -> None:
     layer = KasminaLayer(nn.Linear(4, 12), 4)
     layer.request_germination(2)
     held = layer.bank_of(2)
     assert held is not None
-    assert held[0].spec.kind == "mlp"
+    assert held[0].spec.kind == "residual_mlp"
     shapes = {name: tuple(t.shape) for name, t in held[0].slot_tensors(0).items()}
     assert shapes == {
         "up.weight": (6, 3),
