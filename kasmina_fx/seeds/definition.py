@@ -24,7 +24,7 @@ def process_chunk(store: SeedStore, seed_id: int, chunk: Tensor) -> Tensor:
     """What a seed makes of its chunk; see :meth:`kasmina_fx.LogicalSeed.process_chunk`."""
     require_features(chunk, store.chunks.feature_dim, store.chunks.sizes[seed_id])
     stage = SeedLifecycle(int(store.state.stages[seed_id]))
-    if store.bank_of(seed_id) is None or stage not in RUNS:
+    if store.bank_of(seed_id) is None or stage not in RUNS or seed_id in store.off:
         return chunk
     tensors = _parameters(store, seed_id, trains=stage in LEARNS_TASK | RECONSTRUCTS)
     if not all(bool(t.isfinite().all()) for t in tensors.values()):

@@ -68,6 +68,11 @@ class StagedState(Float32Module):
         return self._committed
 
     @property
+    def staging(self) -> bool:
+        """Whether this thread is inside a transaction."""
+        return self._staged is not None and self._owner == threading.get_ident()
+
+    @property
     def rows(self) -> Tensor:
         """The seeds' states, int32 ``(S, 4)`` on the CPU, not to be written to."""
         return self._seen.rows
