@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,8 @@ def _by_name(
         return {group: None}
     if isinstance(group, Mapping):
         return group
-    names = list(group) if isinstance(group, Iterable) else [group]
+    given: Any = group  # whatever callers give
+    names = list(given) if isinstance(given, Iterable) else [given]
     if not all(isinstance(name, str) for name in names):
         raise InvalidType(
             f"seeds {shown(group)}: give the name of a layer, several names, or seed ids by name"

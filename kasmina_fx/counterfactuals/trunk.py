@@ -40,8 +40,8 @@ class _Call:
 class Trunk:
     """A model's forward, of which parts are kept; ``skipped`` counts children that were not run."""
 
-    def __init__(self, root: nn.Sequential) -> None:
-        self._children = list(root)
+    def __init__(self, children: list[nn.Module]) -> None:
+        self._children = children
         self._calls: list[_Call] = []
         self._first: int | None = None  # None: all is run, and kept
         self._number = self.skipped = 0
@@ -50,10 +50,12 @@ class Trunk:
     def of(cls, model: nn.Module) -> Trunk | None:
         """The trunk of a model of which parts may be run by themselves; else None."""
         plain = uncompiled(model)
-        in_a_row = type(plain).forward is nn.Sequential.forward and "forward" not in vars(plain)
+        in_a_row: bool = type(plain).forward is nn.Sequential.forward and "forward" not in vars(
+            plain
+        )
         if model is not plain or not in_a_row or runs_compiled(plain):
             return None
-        return cls(plain)
+        return cls(list(plain.children()))
 
     def first_of(self, layers: Iterable[nn.Module]) -> int:
         """The number of the first child that holds one of some layers."""

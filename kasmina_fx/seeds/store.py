@@ -23,6 +23,7 @@ from kasmina_fx.physical.layout import ChunkLayout
 from kasmina_fx.seeds.extra_state import packed, unpacked
 from kasmina_fx.seeds.folded import Folded
 from kasmina_fx.seeds.off import Off
+from kasmina_fx.seeds.packs import LayerPacks
 from kasmina_fx.seeds.registered import Place, Registered, seal
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.telemetry import Telemetry
@@ -45,6 +46,7 @@ class SeedStore(Float32Module):
         stages, ids: Of the seeds that forwards see, int ``(S,)`` on the CPU.
         folded: What it runs in evaluation while its model is finished.
         off: Seeds that forwards see as DORMANT, for a while.
+        packs: Sets of its seeds that are put away.
         observed: Forwards keep statistics, of the first of ``one_in`` equal parts of a batch and at
             most ``rows_seen`` rows of it (0: all); ``in_eval``: those in evaluation too.
     """
@@ -72,7 +74,7 @@ class SeedStore(Float32Module):
             chunks.num_chunks, device, name=name, embargo_epochs=config.embargo_epochs
         )
         self.telemetry = Telemetry(chunks.num_chunks, device)
-        self.pads, self.off = bool(config.pad), Off()
+        self.pads, self.off, self.packs = bool(config.pad), Off(), LayerPacks()
         self.banks = nn.ModuleDict()
         one = torch.ones((), dtype=torch.float32, device=device)
         idle = torch.zeros(chunks.num_chunks, dtype=torch.int64, device=device)
@@ -244,6 +246,7 @@ class SeedStore(Float32Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedStore:
         super()._apply(fn, recurse)
+        self.packs.apply(fn)
         self.publish()  # .to() replaced tensors
         return self
 
@@ -275,13 +278,15 @@ class SeedStore(Float32Module):
 
     def get_extra_state(self) -> Tensor:
         """What other tensors can't say: the layout, the shared blueprints and the banks."""
-        extra = {
+        extra: dict[str, Any] = {
             "version": LAYOUT_VERSION,
             "layout": str(self.layout),
             "highest_id": self.highest_id,
             "blueprints": dict(self.blueprints),
             "banks": {key: str(bank.spec) for key, bank in self.banks.items()},
         }
+        if self.packs.kept:
+            extra["packs"] = self.packs.described()
         return packed(extra)
 
     def set_extra_state(self, given: Any) -> None:
