@@ -50,10 +50,8 @@ class Trunk:
     def of(cls, model: nn.Module) -> Trunk | None:
         """The trunk of a model of which parts may be run by themselves; else None."""
         plain = uncompiled(model)
-        in_a_row: bool = type(plain).forward is nn.Sequential.forward and "forward" not in vars(
-            plain
-        )
-        if model is not plain or not in_a_row or runs_compiled(plain):
+        in_a_row = type(plain).forward is nn.Sequential.forward
+        if model is not plain or not in_a_row or "forward" in vars(plain) or runs_compiled(plain):
             return None
         return cls(list(plain.children()))
 

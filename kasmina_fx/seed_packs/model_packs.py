@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ from kasmina_fx.arguments import check_instance
 from kasmina_fx.errors import InvalidArgument, InvalidType, LayoutMismatch, shown
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.model import layers_of, threads_of, transaction
+from kasmina_fx.seeds.mixed import MixedPacks, mixed
 from kasmina_fx.seeds.packs import KeptPack
 from kasmina_fx.seeds.switching import keep, put_in
 from kasmina_fx.transactions.threads import ModelThreads, refuse_inside_forward
@@ -79,7 +80,13 @@ class ModelPacks:
                 layer.kasmina.packs.kept[name] = None
                 layer.kasmina.packs.active = name
 
-    def activate(self, name: str | None, *, discard: bool = False) -> None:
+    def activate(
+        self,
+        name: str | None = None,
+        *,
+        per_sample: Sequence[str | None] | None = None,
+        discard: bool = False,
+    ) -> None:
         """Use another pack, in all layers at once; or, with None, no seeds: the plain host.
 
         The pack that was in use is put away as it is: blueprints, stages, alphas, epochs, and what
@@ -90,6 +97,10 @@ class ModelPacks:
 
         Args:
             name: Of a pack, or None: every seed is DORMANT.
+            per_sample: Instead of a name: that of each sample of the batches to come, up to the
+                next ``activate``; None is the host alone. For evaluation: packs take part as they
+                are now and learn nothing, no statistics are kept, and a compiled model runs
+                eagerly. The pack in use stays in use.
             discard: Let go of seeds in use that no pack holds.
 
         Raises:
@@ -98,6 +109,9 @@ class ModelPacks:
             InsideForward: Called from inside a forward, or :func:`kasmina_fx.hold_seeds`.
         """
         check_instance("discard", discard, bool)
+        if per_sample is not None:
+            self._mix(name, per_sample)
+            return
         with self._changing():
             if name is not None:
                 self._require(name)
@@ -105,6 +119,7 @@ class ModelPacks:
                 self._refuse_to_lose(name)
             if name is None or name != self.active:
                 self._switch(name)
+            self._run_mixed({})
 
     def delete(self, name: str) -> None:
         """Let go of a pack that is put away.
@@ -120,6 +135,35 @@ class ModelPacks:
                 )
             for layer in self._layers().values():
                 del layer.kasmina.packs.kept[name]
+
+    def _mix(self, name: str | None, given: Sequence[str | None]) -> None:
+        names = list(given)
+        if name is not None:
+            raise InvalidArgument("give the name of a pack or per_sample, not both")
+        with self._changing():
+            for own in {own for own in names if own is not None}:
+                self._require(own)
+            found = {}
+            for layer in self._layers().values():
+                store = layer.kasmina
+                kept = {
+                    own: keep(store) if pack is None else pack
+                    for own, pack in store.packs.kept.items()
+                    if own in names
+                }
+                found[layer] = mixed(store, kept, names)
+            self._run_mixed(found)
+
+    def _run_mixed(self, found: Mapping[KasminaLayer, MixedPacks]) -> None:
+        """Let layers run these instead of what is in use; nothing: what is in use."""
+        layers = self._layers().values()
+        if not found and all(layer.kasmina.packs.mixed is None for layer in layers):
+            return
+        with ModelThreads.publication(*threads_of(self._model)):
+            for layer in layers:
+                layer.kasmina.packs.mixed = found.get(layer)
+                layer.siblings.mixed = bool(found)
+                layer.siblings.folding.forget()
 
     def _switch(self, name: str | None) -> None:
         layers, before = self._layers().values(), self.active

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kasmina_fx.banks.stack import Follower
@@ -82,6 +83,13 @@ class KeptPack:
         lists = {name: getattr(self, name).tolist() for name in ("seeds", "rows", "alpha")}
         return lists | {"banks": {key: bank.held.tolist() for key, bank in self.banks.items()}}
 
+    def rows_of_all(self, num_seeds: int) -> tuple[Tensor, Tensor]:
+        """Rows int32 ``(S, 4)`` and alphas float32 ``(S,)`` of all seeds of the layer."""
+        rows = torch.zeros(num_seeds, 4, dtype=torch.int32, device="cpu")
+        alpha = torch.zeros(num_seeds, dtype=torch.float32, device="cpu")
+        rows[self.seeds], alpha[self.seeds] = self.rows, self.alpha
+        return rows, alpha
+
     @property
     def nbytes(self) -> int:
         """Bytes of its parameters."""
@@ -96,10 +104,16 @@ class LayerPacks:
         kept: By name, in the order in which they were made: what was put away, or None for the pack
             in use.
         active: Its name; None: what is in use is no pack.
+        mixed: What samples of a batch go through instead, each through its own pack.
     """
 
     kept: dict[str, KeptPack | None] = field(default_factory=dict)
     active: str | None = None
+    mixed: Any = None
+
+    def __reduce__(self) -> tuple[type[LayerPacks], tuple[Any, ...]]:
+        """A copy of a layer runs the pack that is in use."""
+        return LayerPacks, (self.kept, self.active)
 
     def away(self) -> dict[str, KeptPack]:
         """Those that are not in use."""

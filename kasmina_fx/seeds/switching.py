@@ -52,9 +52,7 @@ def put_in(store: SeedStore, pack: KeptPack) -> None:
     stacks, in place, is written at publication.
     """
     state, everywhere = store.state, torch.arange(store.num_seeds, device="cpu")
-    rows = torch.zeros(store.num_seeds, len(COLUMN_NAMES), dtype=torch.int32, device="cpu")
-    alpha = torch.zeros(store.num_seeds, dtype=torch.float32, device="cpu")
-    rows[pack.seeds], alpha[pack.seeds] = pack.rows, pack.alpha
+    rows, alpha = pack.rows_of_all(store.num_seeds)
     store.highest_id = max(store.highest_id, *pack.rows[:, state.BLUEPRINT_ID_IDX].tolist(), 0)
     used = {bank: frozenset(bank.held.nonzero().flatten().tolist()) for bank in store.bank_list()}
     for bank in used:
@@ -94,7 +92,7 @@ def _write(used: dict[Bank, frozenset[int]], pack: KeptPack) -> None:
 
 def _leave_to_backward(bank: Bank) -> None:
     """Put new stacks in the places of those that a backward still to run reads, or hands on."""
-    if bank.awaits_backward:
+    if bank.training_loop.awaits_gradients:
         before = bank.tensors()
         bank.grow(bank.capacity)
         for stack in before:
