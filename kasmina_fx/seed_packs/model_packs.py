@@ -137,6 +137,8 @@ class ModelPacks:
                 del layer.kasmina.packs.kept[name]
 
     def _mix(self, name: str | None, given: Sequence[str | None]) -> None:
+        if not isinstance(given, Sequence):
+            raise InvalidType(f"per_sample={shown(given)}: give a list, a name or None for each")
         names = list(given)
         if name is not None:
             raise InvalidArgument("give the name of a pack or per_sample, not both")
