@@ -84,7 +84,7 @@ def train(model: nn.Module, optimizer: Optimizer, steps: range) -> list[float]:
         x = torch.randn(6, 8, generator=torch.Generator().manual_seed(number))
         optimizer.zero_grad()
         loss: Tensor = (model(x) - 1).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        loss.backward()
         optimizer.step()
         losses.append(loss.item())
     return losses
