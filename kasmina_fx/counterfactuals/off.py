@@ -33,7 +33,7 @@ def seeds_off(model: nn.Module, seeds: SeedGroup | None = None) -> Iterator[None
     Raises:
         NoTargets: The model has no KasminaLayer.
         InvalidArgument, InvalidType, SeedIndexError: No such layer, or no such seeds; or called
-            inside a transaction.
+            inside a transaction, or while each sample goes through a pack of its own.
         InsideForward: Called from inside a forward, or :func:`kasmina_fx.hold_seeds`.
 
     >>> from kasmina_fx.layer import KasminaLayer
@@ -50,6 +50,8 @@ def seeds_off(model: nn.Module, seeds: SeedGroup | None = None) -> Iterator[None
     threads = threads_of(model)
     if any(layer.state.staging for layer in layers_of(model).values()):
         raise InvalidArgument("seeds can't be off inside a transaction: put it inside seeds_off()")
+    if any(store.packs.mixed is not None for store in stores):
+        raise InvalidArgument("each sample goes through its own pack: activate one by its name")
     with ModelThreads.command(*threads), ModelThreads.publication(*threads):
         for store, mask in stores.items():
             store.off.add(mask)

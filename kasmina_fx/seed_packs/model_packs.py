@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from kasmina_fx._torch.dynamo import uncompiled
 from kasmina_fx.arguments import check_instance
 from kasmina_fx.errors import InvalidArgument, InvalidType, LayoutMismatch, shown
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.model import layers_of, threads_of, transaction
 from kasmina_fx.seeds.mixed import MixedPacks, mixed
+from kasmina_fx.seeds.model_call import runs_compiled
 from kasmina_fx.seeds.packs import KeptPack
 from kasmina_fx.seeds.switching import keep, put_in
 from kasmina_fx.transactions.threads import ModelThreads, refuse_inside_forward
@@ -99,8 +101,9 @@ class ModelPacks:
             name: Of a pack, or None: every seed is DORMANT.
             per_sample: Instead of a name: that of each sample of the batches to come, up to the
                 next ``activate``; None is the host alone. For evaluation: packs take part as they
-                are now and learn nothing, no statistics are kept, and a compiled model runs
-                eagerly. The pack in use stays in use.
+                are now and learn nothing, and no statistics are kept. A compiled model compiles
+                once for the packs that there are, whoever names them. Every sample is computed in
+                each pack, and in the host once. The pack in use stays in use.
             discard: Let go of seeds in use that no pack holds.
 
         Raises:
@@ -145,13 +148,18 @@ class ModelPacks:
         with self._changing():
             for own in {own for own in names if own is not None}:
                 self._require(own)
+            if any(layer.kasmina.off for layer in self._layers().values()):
+                raise InvalidArgument("samples can't go through packs while seeds are off")
+            # Which packs there are is compiled in; which sample names which of them is not.
+            plain = uncompiled(self._model)
+            every = plain is not self._model or runs_compiled(plain)
             found = {}
             for layer in self._layers().values():
                 store = layer.kasmina
                 kept = {
                     own: keep(store) if pack is None else pack
                     for own, pack in store.packs.kept.items()
-                    if own in names
+                    if every or own in names
                 }
                 found[layer] = mixed(store, kept, names)
             self._run_mixed(found)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kasmina_fx._torch.dynamo import mark_dynamic
 from kasmina_fx.banks.bank import Bank
 from kasmina_fx.banks.placement import SMALLEST
 from kasmina_fx.errors import InvalidArgument
@@ -27,8 +28,8 @@ class MixedPacks:
     Attributes:
         name: Of the layer.
         samples: In a batch.
-        groups: Samples, int64 ``(n,)`` on the device, and what a blend of theirs reads; those that
-            are in no group are the host's alone.
+        groups: For each pack its samples, a bool tensor ``(samples,)`` on the device, and what a
+            blend reads; those that are in no group are the host's alone.
     """
 
     name: str
@@ -47,9 +48,10 @@ class MixedPacks:
                 "which have to be its first dimension"
             )
         out = y
-        for where, inputs in self.groups:
-            asked = inputs.blend_arguments(y.index_select(0, where), chunks, training)
-            out = out.index_copy(0, where, markers.BLEND(*asked)[0])
+        for samples, inputs in self.groups:
+            # All go through each pack: sizes are the same whoever names it, and nothing recompiles.
+            own = markers.BLEND(*inputs.blend_arguments(y, chunks, training))[0]
+            out = torch.where(samples.view(-1, *[1] * (y.dim() - 1)), own, out)
         return out
 
 
@@ -59,10 +61,11 @@ def mixed(store: SeedStore, packs: Mapping[str, KeptPack], names: list[str | Non
     """Return what samples go through, each of which names its pack, or None for the host alone."""
     device, groups = store.state.alpha.device, []
     for name, pack in packs.items():
-        where = [sample for sample, own in enumerate(names) if own == name]
-        if pack.banks and where:
-            samples = torch.tensor(where, dtype=torch.int64, device="cpu")
-            groups.append((to_device(samples, device), _inputs(store, pack)))
+        if pack.banks:
+            samples = torch.tensor([own == name for own in names], dtype=torch.bool, device="cpu")
+            own = to_device(samples, device)
+            mark_dynamic(own, 0)
+            groups.append((own, _inputs(store, pack)))
     return MixedPacks(store.name, len(names), tuple(groups))
 
 

@@ -49,7 +49,7 @@ class ModelCall:
         folds = False
         try:
             folds = not replaced and finished.begin(self._siblings, self._owner().training)
-            if replaced or self._siblings.mixed:
+            if replaced:
                 # Compiled code holds the tensors that were registered when it was compiled.
                 return _eagerly(self._owner(), *args, **kwargs)
             if self._first and (self._compiled is not None or not dynamo_is_on()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +11,7 @@ from pack_cases import X, first, output, outputs, small, with_packs
 from torch import nn
 
 import kasmina_fx
-from kasmina_fx import InvalidArgument, InvalidType
+from kasmina_fx import InvalidArgument, InvalidType, compiles
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.testing import assert_no_recompiles
 
@@ -25,14 +26,25 @@ def by_sample(found: dict[str | None, torch.Tensor], names: Sequence[str | None]
 def test_samples_go_through_their_packs(compile: bool) -> None:
     model = with_packs(compile=compile)
     mine, found = kasmina_fx.packs(model), outputs(model)
+    mine.activate(per_sample=NAMES)
+    assert mine.active == "c"
+    before = compiles()
+    torch.testing.assert_close(output(model), by_sample(found, NAMES))
+    assert compiles() - before == compile  # once for the packs that there are
     with assert_no_recompiles():
-        mine.activate(per_sample=NAMES)
-        assert mine.active == "c"
-        torch.testing.assert_close(output(model), by_sample(found, NAMES))
-        mine.activate(per_sample=[None] * 6)
-        torch.testing.assert_close(output(model), found[None])
+        for names in ([None] * 6, ["a"] * 6, NAMES[::-1]):
+            mine.activate(per_sample=names)
+            torch.testing.assert_close(output(model), by_sample(found, names))
         mine.activate("c")
         assert output(model).equal(found["c"])
+
+
+def test_only_the_packs_that_are_named_run_where_nothing_is_compiled() -> None:
+    model = with_packs()
+    mine = kasmina_fx.packs(model)
+    mine.activate(per_sample=["b", None])
+    assert len(first(model).kasmina.packs.mixed.groups) == 1
+    output(model, X[:2])
 
 
 def test_it_ends_with_the_next_pack_and_is_not_copied() -> None:
@@ -42,6 +54,7 @@ def test_it_ends_with_the_next_pack_and_is_not_copied() -> None:
     twin = small()
     twin.load_state_dict(model.state_dict())
     assert output(twin).equal(found["c"])
+    assert output(copy.deepcopy(model)).equal(found["c"])
     mine.activate("a")
     assert output(model).equal(found["a"])
 
@@ -70,6 +83,22 @@ def test_finished_packs_are_not_folded_meanwhile() -> None:
     mine.activate(per_sample=["b"] * 6)
     torch.testing.assert_close(output(model), folded)
     assert "each sample" in first(model).get_layer_stats()["folding"]
+
+
+def test_seeds_that_are_off_and_mixed_packs_exclude_each_other() -> None:
+    model = with_packs()
+    mine = kasmina_fx.packs(model)
+    with (
+        kasmina_fx.seeds_off(model),
+        pytest.raises(InvalidArgument, match="while seeds are off"),
+    ):
+        mine.activate(per_sample=NAMES)
+    mine.activate(per_sample=NAMES)
+    with (
+        pytest.raises(InvalidArgument, match="activate one by its name"),
+        kasmina_fx.seeds_off(model),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
