@@ -140,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What switching packs takes.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     device = parser.parse_args().device
+    torch.set_num_threads(1)  # on a shared machine threads wait for each other
     print(", ".join(f"{key} {value}" for key, value in machine(device).items()))
     switches, mixed = [], []
     for layers, width, samples in SIZES:

@@ -11,7 +11,6 @@ from kasmina_fx.banks.bank import Bank
 from kasmina_fx.banks.stack import Follower, StackedParameter
 from kasmina_fx.seeds.packs import KeptBank, KeptPack, KeptStack
 from kasmina_fx.seeds.store import SeedStore
-from kasmina_fx.state_columns import COLUMN_NAMES
 from kasmina_fx.transactions.buffers import to_device
 
 
@@ -60,8 +59,7 @@ def put_in(store: SeedStore, pack: KeptPack) -> None:
     telemetry = store.telemetry
     state.at_publication(lambda: telemetry.forget_blueprints(everywhere))
     state.at_publication(lambda: _write(used, pack))
-    state.set_rows(everywhere, **dict(zip(COLUMN_NAMES, rows.unbind(1), strict=True)))
-    state.set_alpha(everywhere, alpha)
+    state.stage_all(rows, alpha)
 
 
 def _make_room(bank: Bank, kept: KeptBank | None) -> None:

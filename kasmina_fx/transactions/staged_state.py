@@ -128,6 +128,15 @@ class StagedState(Float32Module):
         else:
             self._staged = replace(version, edits=(*version.edits, (ids, values)))
 
+    def stage_all(self, rows: Tensor, alpha: Tensor) -> None:
+        """Put in rows int32 ``(S, 4)`` and alphas float32 ``(S,)``, on the CPU, that are right.
+
+        Call it inside a transaction. Nobody may write to them afterwards.
+        """
+        version = self._staged
+        assert version is not None  # only inside a transaction
+        self._staged = replace(version, rows=rows, alpha=alpha, device_alpha=None, edits=())
+
     def at_publication(self, write: Callable[[], None]) -> None:
         """Call ``write`` when, and if, this transaction is published.
 
