@@ -108,7 +108,7 @@ def test_parameters_that_are_off_learn_nothing() -> None:
     model, rest = grown(), SeedLifecycle.TRAINING
     optimizer = optimizer_of(model, lambda p: AdamW(p, lr=0.1, weight_decay=0.5))
     layer = first(model)
-    layer.request_germination([2], "lora")
+    layer.request_germination([2], "mlp")  # what starts as the identity has nothing to learn here
     layer.advance([2], rest)
     train(model, optimizer, range(3))
     state = [dict(optimizer.state[stack]) for stack in layer.kasmina.stacks()]

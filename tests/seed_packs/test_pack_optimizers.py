@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, NAdam, Optimizer, RAdam
 
 import kasmina_fx
+from kasmina_fx import SeedLifecycle
 from kasmina_fx.optim import ages, state
 
 #: Their state has parts that belong to all slots of a stack, or that depend on its step.
@@ -128,6 +129,23 @@ def test_a_pack_outlives_its_optimizer() -> None:
     stack = first(model).kasmina.stacks()[0]
     assert follower.known_of(stack, [0]) is None
     follower.knew(stack, [0], None)
+
+
+def test_a_seed_that_waits_in_one_pack_and_learns_in_another_keeps_its_momentum() -> None:
+    model, optimizer = grown(lambda p: SGD(p, lr=0.1, momentum=0.9))
+    layer, mine = first(model), kasmina_fx.packs(model)
+    layer.request_germination([2], "mlp")
+    layer.advance([2], SeedLifecycle.TRAINING)
+    train(model, optimizer, range(3))
+    mine.capture("learns")
+    moments = [optimizer.state[s]["momentum_buffer"].clone() for s in layer.kasmina.stacks()]
+    assert all(bool(own[2].any()) for own in moments)
+    mine.capture("waits")
+    layer.advance([2], SeedLifecycle.GRAFTING)
+    layer.advance([2], SeedLifecycle.STABILIZATION)
+    mine.activate("learns")
+    for stack, own in zip(layer.kasmina.stacks(), moments, strict=True):
+        assert optimizer.state[stack]["momentum_buffer"].equal(own)
 
 
 def test_a_slot_of_the_shared_age_needs_no_correction() -> None:
