@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from kasmina_fx.counterfactuals.groups import SeedGroup, masks_of
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.model import layers_of, threads_of
+from kasmina_fx.seeds.store import SeedStore
 from kasmina_fx.transactions.threads import ModelThreads, refuse_inside_forward
 
 
@@ -52,16 +54,21 @@ def seeds_off(model: nn.Module, seeds: SeedGroup | None = None) -> Iterator[None
         raise InvalidArgument("seeds can't be off inside a transaction: put it inside seeds_off()")
     if any(store.packs.mixed is not None for store in stores):
         raise InvalidArgument("each sample goes through its own pack: activate one by its name")
-    with ModelThreads.command(*threads), ModelThreads.publication(*threads):
+    with ModelThreads.command(*threads):
         for store, mask in stores.items():
             store.off.add(mask)
-            store.publish()
+        _publish(stores, threads)
     try:
         yield
     finally:
         with ModelThreads.command(*threads):
             for store, mask in stores.items():
                 store.off.remove(mask)
-            with ModelThreads.publication(*threads):
-                for store in stores:
-                    store.publish()
+            _publish(stores, threads)
+
+
+def _publish(stores: Iterable[SeedStore], threads: tuple[ModelThreads, ...]) -> None:
+    """Let forwards see them as they are now, all between the same two."""
+    with ModelThreads.publication(*threads), torch.inference_mode(False):
+        for store in stores:
+            store.publish()

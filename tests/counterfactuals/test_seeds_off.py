@@ -92,6 +92,14 @@ def test_some_off_is_as_if_these_were_dormant(seeds: Any, off: dict[str, list[in
     assert output(model).equal(host)
 
 
+def test_they_learn_on_after_a_block_under_inference_mode() -> None:
+    model = grown()
+    with torch.inference_mode(), seeds_off(model):
+        assert model(X).equal(plain()(X))
+    model(X).sum().backward()
+    assert all(stack.grad is not None for stack in first(model).blueprint_parameters())
+
+
 def test_blocks_may_be_nested_and_overlap() -> None:
     model = grown()
     with seeds_off(model, {"0": [0]}):
