@@ -17,8 +17,8 @@ import kasmina_fx
 from kasmina_fx import SeedLifecycle
 from kasmina_fx.optim import ages, state
 
-#: Their state has parts that belong to all slots of a stack, or that depend on its step.
-SHARED = {"Adafactor", "Rprop"}
+#: Its steps shrink with the number of those that its stack has made, whoever was in it.
+SHARED = {"Adafactor"}
 CASES = {name: build for name, build in OPTIMIZERS.items() if name not in SHARED} | {
     "NAdam": lambda p: NAdam(p, lr=0.01),
     "RAdam": lambda p: RAdam(p, lr=0.01),
