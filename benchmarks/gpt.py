@@ -1,6 +1,6 @@
 """What seeds cost in a whole GPT-2: the first call, a training step, evaluation and memory.
 
-    python benchmarks/gpt.py [--blocks N ...] [--cases NAME ...] [--json FILE]
+    python benchmarks/gpt.py [--blocks N ...] [--cases NAME ...] [--mode MODE] [--json FILE]
 
 A GPT-2 whose head is tied to its embedding; every linear of its blocks (qkv, out, up, down) has
 seeds. On CUDA it is the small GPT-2 in bfloat16, elsewhere a tiny one in float32. Each number
@@ -152,11 +152,11 @@ def build(case: str, shape: Shape, args: Any) -> nn.Module:
                     setattr(block, name, Lora(linear))
     model = model.to(args.device, DTYPES[args.device])
     if case not in SEEDED:
-        model.compile()
+        model.compile(mode=args.mode)
         return model
     telemetry, one_in = SEEDED[case]
     own = {"reserve": args.reserve, "options": {"lowering": args.lowering}}
-    kasminify(model, num_seeds=shape.num_seeds, telemetry=telemetry, **own)
+    kasminify(model, num_seeds=shape.num_seeds, telemetry=telemetry, mode=args.mode, **own)
     if one_in:
         with transaction(model):
             for layer in kasmina_layers(model).values():
@@ -265,6 +265,7 @@ def arguments() -> tuple[Shape, Any]:
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, metavar="N")
     parser.add_argument("--blueprint", default="mlp", help="of active seeds")
     parser.add_argument("--lowering", default="auto", help="option of the backend")
+    parser.add_argument("--mode", help="of torch.compile, such as reduce-overhead: CUDA graphs")
     parser.add_argument("--reserve", type=int, default=0, help="slots a layer to allocate ahead")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="to take medians of")
@@ -281,7 +282,9 @@ def main() -> int:
     shape, args = arguments()
     about, results = machine(args.device), []
     about |= asdict(shape) | {"blocks": args.blocks, "dtype": str(DTYPES[args.device])}
-    about |= {k: getattr(args, k) for k in ("blueprint", "lowering", "reserve", "warmup", "steps")}
+    about |= {
+        k: getattr(args, k) for k in ("blueprint", "lowering", "mode", "reserve", "warmup", "steps")
+    }
     for blocks in args.blocks:
         for case in sorted(args.cases, key=CASES.index):
             results.append(measure_apart(case, replace(shape, blocks=blocks), args))

@@ -17,6 +17,7 @@ from kasmina_fx.ab.differences import Bounds, Difference
 from kasmina_fx.ab.intervals import Interval, interval_of
 from kasmina_fx.ab.memory import peak_bytes
 from kasmina_fx.arguments import check_count, check_instance, check_number
+from kasmina_fx.backend import kasmina
 from kasmina_fx.bases.outputs import watched
 from kasmina_fx.errors import InvalidArgument, shown
 from kasmina_fx.hybrid_layer import HybridKasminaLayer
@@ -181,7 +182,7 @@ class _Copy:
                 layer.switch.falls_back = False
                 layer.force_implementation = name
         compiled = compile and name == CHUNKED
-        self.call = torch.compile(self.model, backend="kasmina") if compiled else self.model
+        self.call = torch.compile(self.model, backend=kasmina) if compiled else self.model
         self.losses: list[float] = []
         self.seconds: list[float] = []
 

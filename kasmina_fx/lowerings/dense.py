@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 from torch import Tensor
 
 from kasmina_fx._torch.triton import launches_on
 from kasmina_fx.lowerings.base import Lowering, Site, Wanted, Work
-from kasmina_fx.lowerings.fused import Fused, in_tiles, plan_of, plans_of, run_bank, tables_of
-from kasmina_fx.lowerings.plan import KERNELS
-from kasmina_fx.lowerings.rows import BLENDED_ROWS, KEEP_THEIR_INPUT, ROWS
+from kasmina_fx.lowerings.fused import Fused, in_tiles, plan_of, run_bank, tables_of
+from kasmina_fx.lowerings.plan import plans_of
+from kasmina_fx.lowerings.rows import BLENDED_ROWS, ROWS
+from kasmina_fx.lowerings.share import why_no_pass, why_tiles
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BlendArguments, LayerTables
-from kasmina_fx.physical.layout import ChunkLayout, power_of_two
-
-#: From which share of the features on "auto" passes over all of them: where an activation rides
-#: along that keeps its input for backward, the same where chunks fill tiles (of 4, 8, 16, ...
-#: features, loaded several at a time), and where none does. An H100 breaks even there, by
-#: ``kernels.py``: of 4,096 features, half of them active, a step took 460 us where tiles and a
-#: GELU took 940.
-SHARE: Final = 0.25
-FILLED: Final = 0.05
-ALONE: Final = 0.35
+from kasmina_fx.physical.layout import ChunkLayout
 
 
 class Dense(Lowering):
@@ -42,21 +32,11 @@ class Dense(Lowering):
         """See :meth:`Lowering.why_not`: the kernels are of the same kinds, but on CPUs."""
         if not launches_on(site.device):
             return f"no Triton kernel runs on {site.device.type} here"
-        for bank in site.banks:
-            if bank.kind in KERNELS and not KERNELS[bank.kind].rows:
-                return f"blueprint {bank.kind} has no kernel of whole rows"
-        if site.dtype == torch.float32 and any(plan.wide for plan in plans_of(site)):
-            return "float32 products of wide chunks are more than a program's registers hold"
-        return Fused().why_not(site)
+        return why_no_pass(site) or Fused().why_not(site)
 
     def why_rather_not(self, site: Site) -> str | None:
         """See :meth:`Lowering.why_rather_not`."""
-        rides = site.then in KEEP_THEIR_INPUT
-        filled = all(p.size >= 4 and p.size == power_of_two(p.size) for p in plans_of(site))
-        if site.share >= (ALONE if not rides else FILLED if filled else SHARE):
-            return None
-        beside = "" if rides else ", and no activation that keeps its input rides along"
-        return f"{site.share:.0%} of the features run: tiles touch these alone{beside}"
+        return why_tiles(site)
 
     def work(self, site: Site) -> Work:
         """See :meth:`Lowering.work`: tiles are of neighbours, and seeds that run lie anywhere."""

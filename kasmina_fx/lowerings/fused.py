@@ -17,9 +17,11 @@ from kasmina_fx.lowerings.plan import (
     LARGEST_HIDDEN,
     LARGEST_ON_CPU,
     LARGEST_SIZE,
-    NOT_ON_A_GPU,
     Plan,
+    hidden_size,
+    plans_of,
 )
+from kasmina_fx.lowerings.share import why_no_pass, why_tiles
 from kasmina_fx.lowerings.tiles import FUSED
 from kasmina_fx.physical.blend import no_notes
 from kasmina_fx.physical.graph_inputs import BankInputs, BlendArguments, LayerTables
@@ -51,10 +53,11 @@ class Fused(Lowering):
 
     def why_rather_not(self, site: Site) -> str | None:
         """See :meth:`Lowering.why_rather_not`."""
-        untried = sorted({b.kind for b in site.banks} & NOT_ON_A_GPU)
-        if untried and site.device.type == "cuda":
-            return f"the kernels of {' and '.join(untried)} have not run on a GPU yet"
-        if site.training and site.rows >= _MANY_ROWS and not natively(site.device):
+        if natively(site.device):
+            return None
+        if why_no_pass(site) is None and why_tiles(site) is None:
+            return f"{site.share:.0%} of the features run: one pass over all takes less"
+        if site.training and site.rows >= _MANY_ROWS:
             for plan in plans_of(site):
                 if plan.tiling.columns * plan.tiling.hidden > _SPILLS:
                     return f"sums of gradients of {plan.size} features are more than registers hold"
@@ -97,12 +100,6 @@ def _why_not_native(site: Site) -> str | None:
     return why_none()  # asked last: it may have to compile
 
 
-def hidden_size(kind: str, shapes: Sequence[Sequence[int]]) -> int:
-    """Return how wide a blueprint's hidden layer is, by the shapes of a slot in its stacks."""
-    first = KERNELS[kind].first
-    return 0 if first is None else shapes[first][0]
-
-
 def run_bank(
     out: Tensor,
     told: Tensor | None,
@@ -128,17 +125,6 @@ def plan_of(out: Tensor, bank: BankInputs, run: Run) -> Plan:
         count=run.count,
         dot=str(_product_dtype(out, bank.params[0])).removeprefix("torch."),
     )
-
-
-def plans_of(site: Site) -> list[Plan]:
-    """Return what plans of a site's banks would be, of those that have kernels."""
-    name = str(site.dtype).removeprefix("torch.")
-    return [
-        Plan(bank.kind, run.size, hidden_size(bank.kind, shapes), run.offset, 0, run.count, name)
-        for bank, shapes in zip(site.banks, site.sizes, strict=True)
-        for run in [site.chunks.runs[bank.run]]
-        if bank.kind in KERNELS
-    ]
 
 
 def in_tiles(site: Site, work: Work, seeds: Sequence[int]) -> Work:

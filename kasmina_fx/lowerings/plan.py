@@ -11,10 +11,12 @@ Tiling(seeds=4, columns=16, hidden=32)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Final, NamedTuple
 
+from kasmina_fx.lowerings.base import Site
 from kasmina_fx.physical.layout import SMALLEST_TILE, power_of_two, together
 
 #: Beyond, weights and the sums of their gradients do not fit the registers of a GPU's program.
@@ -41,8 +43,6 @@ KERNELS: Final[dict[str, Kernels]] = {
     "affine": Kernels("affine", (), None),
     "bottleneck": Kernels("bottleneck", (2, 1, 1), 2, rows=False),
 }
-#: Those whose Triton kernels were seen in its interpreter alone: "auto" leaves them alone on a GPU.
-NOT_ON_A_GPU: Final = frozenset({"bottleneck"})
 
 
 class Tiling(NamedTuple):
@@ -99,3 +99,20 @@ class Plan:
         seeds = together(self.size)
         columns = power_of_two(max(SMALLEST_TILE, seeds * self.size))
         return Tiling(seeds, columns, power_of_two(max(SMALLEST_TILE, seeds * self.hidden)))
+
+
+def hidden_size(kind: str, shapes: Sequence[Sequence[int]]) -> int:
+    """Return how wide a blueprint's hidden layer is, by the shapes of a slot in its stacks."""
+    first = KERNELS[kind].first
+    return 0 if first is None else shapes[first][0]
+
+
+def plans_of(site: Site) -> list[Plan]:
+    """Return what plans of a site's banks would be, of those that have kernels."""
+    name = str(site.dtype).removeprefix("torch.")
+    return [
+        Plan(bank.kind, run.size, hidden_size(bank.kind, shapes), run.offset, 0, run.count, name)
+        for bank, shapes in zip(site.banks, site.sizes, strict=True)
+        for run in [site.chunks.runs[bank.run]]
+        if bank.kind in KERNELS
+    ]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
 
+import torch
 from torch import Tensor
 
 from kasmina_fx.blueprints.registry import lookup
@@ -92,6 +93,18 @@ class BlendArguments(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """Return all tensors in one row."""
         return [self.y, *(t for name in LISTS for t in getattr(self, name))]
+
+    def share_sizes(self) -> None:
+        """Tell a tracer which sizes are one number: each symbol is an input of a graph, and read.
+
+        Raises:
+            RuntimeError: Tables or stacks of one bank differ in size.
+        """
+        for _, tables, params in self.bank_inputs():
+            for a, b in zip(tables.seeds.shape, tables.modes.shape, strict=True):
+                torch._check(a == b)
+            for stack in params[1:]:
+                torch._check(stack.shape[0] == params[0].shape[0])
 
     def bank_inputs(self) -> list[BankInputs]:
         """Return the specs, tables and parameters of each bank."""

@@ -43,6 +43,7 @@ def _blend(*given: Any) -> tuple[Tensor, Tensor]:
     require_features(y, layout.feature_dim, layout.width)
     if not (asks_for_shapes(y) and y.is_contiguous()):
         return blend.blend(asked)
+    asked.share_sizes()
     # A front end keeps the marker as it is: half of Dynamo's time would go into what is inside.
     out = y.clone()
     for source in (*asked.layer, *asked.params):

@@ -15,9 +15,8 @@ from kernel_cases import OF_ROWS, STAGES, Blend, dense, fused, interpreter
 from torch import Tensor
 
 from kasmina_fx.lowerings import Wanted, lowering_named
-from kasmina_fx.lowerings.fused import hidden_size
 from kasmina_fx.lowerings.native.operators import TILES, TILES_BACKWARD
-from kasmina_fx.lowerings.plan import KERNELS, Plan
+from kasmina_fx.lowerings.plan import KERNELS, Plan, hidden_size
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS
 from kasmina_fx.physical.layout import together
 from kasmina_fx.physical.statistics import ROWS
