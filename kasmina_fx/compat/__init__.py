@@ -1,6 +1,7 @@
 """The calls that older code makes, around real seeds: only its import lines change.
 
-docs/migration.md tells how to move over, and what differs.
+:mod:`kasmina_fx.compat.chunked` has the chunked layers, :mod:`kasmina_fx.compat.ab_tests` the A/B
+tests. docs/migration.md tells how to move over, and what differs.
 """
 
 from kasmina_fx.compat.artifacts import Artifact, ArtifactError, Manifest
@@ -22,12 +23,21 @@ from kasmina_fx.compat.stores import (
     default_store,
     use_store,
 )
+from kasmina_fx.rollout import (
+    FeatureFlag,
+    FeatureFlagManager,
+    MigrationRouter,
+    get_feature_manager,
+    is_feature_enabled,
+)
 
 __all__ = [
     "Artifact",
     "ArtifactError",
     "AsyncKasminaConv2dLayer",
     "BlueprintStore",
+    "FeatureFlag",
+    "FeatureFlagManager",
     "FsspecStore",
     "KasminaAttentionLayer",
     "KasminaBatchNorm1dLayer",
@@ -38,9 +48,12 @@ __all__ = [
     "KasminaStateLayout",
     "LocalStore",
     "Manifest",
+    "MigrationRouter",
     "MorphableModel",
     "SeedLifecycleState",
     "default_store",
+    "get_feature_manager",
+    "is_feature_enabled",
     "unwrap",
     "use_store",
     "wrap",

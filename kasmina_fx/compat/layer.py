@@ -129,7 +129,12 @@ class KasminaLayer(KernelLayer):
         super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's output with the contributions of the seeds in effect."""
+        """The module's output with the contributions of the seeds in effect.
+
+        One input may come as ``x``, the name that older code gives it.
+        """
+        if not args and kwargs.keys() == {"x"}:
+            args, kwargs = (kwargs["x"],), {}
         out = super().forward(*args, **kwargs)
         self._count_call()
         return out

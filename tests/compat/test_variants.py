@@ -368,3 +368,16 @@ def test_around_takes_its_own_kind_alone() -> None:
     assert KasminaLayerNormLayer.around(nn.LayerNorm((3, 8))).output_size == 8
     with pytest.raises(KasminaError, match="give a Conv2d"):
         KasminaConv2dLayer.around(nn.Linear(3, 8))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_reads_a_number_from_the_device(case: str) -> None:
+    """On meta there is none to read: ``.item()``, which layer norms called four times, raises."""
+    build, shape = CASES[case]
+    layer = build()
+    graft(layer, [0, 3], "mlp", 0.6)
+    layer.to("meta").train()
+    out = first(layer(torch.empty(shape, device="meta")))
+    out.sum().backward()
+    assert out.device.type == "meta"
+    assert layer.total_kernel_executions == 2
