@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from counterfactual_cases import BATCHES, Noisy, loss_fn
 from pack_cases import first, grow, output, plain, small
 from torch import Tensor, nn
 
@@ -27,17 +28,7 @@ from kasmina_fx import (
     kasmina_layers,
     kasminify,
 )
-from kasmina_fx.counterfactuals.trunk import Trunk
 from kasmina_fx.testing import assert_no_recompiles
-
-BATCHES = [
-    (torch.randn(6, 8, generator=torch.Generator().manual_seed(n)), torch.full((6, 8), float(n)))
-    for n in range(4)
-]
-
-
-def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
 def grown(**settings: Any) -> nn.Sequential:
@@ -118,18 +109,6 @@ def test_one_batch_has_no_standard_error() -> None:
     assert "1 batch;" in str(report)
 
 
-class Noisy(nn.Module):
-    """A layer between two calls for random numbers, even in evaluation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(self.fc(x + torch.rand_like(x)))
-        return out * torch.rand_like(out)
-
-
 def test_all_is_as_before_afterwards() -> None:
     torch.manual_seed(1)
     model = kasminify(Noisy(), num_seeds=4, compile=False, telemetry=TelemetryPolicy(in_eval=True))
@@ -173,102 +152,6 @@ def test_an_error_leaves_all_as_before() -> None:
     assert model.training
     assert "forward" not in vars(model)
     assert output(model).equal(on)
-
-
-# The trunk.
-
-
-def counted(model: nn.Sequential) -> list[str]:
-    """Names of the children that are called, as they are."""
-    calls: list[str] = []
-    for name, child in model.named_children():
-        child.register_forward_hook(lambda *_, name=name: calls.append(name))
-    return calls
-
-
-def deep() -> nn.Sequential:
-    torch.manual_seed(0)
-    made = nn.Sequential(
-        nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Sequential(nn.Linear(8, 8), nn.Tanh()),
-        nn.Linear(8, 8),
-    )  # fmt: skip
-    model = kasminify(made, num_seeds=4, compile=False)
-    grow(model, [0, 1], "mlp")
-    return model
-
-
-def test_what_comes_before_a_group_is_run_once() -> None:
-    model = deep()
-    calls = counted(model)
-    report = counterfactual(model, BATCHES[0], loss_fn, {"last": "3", "middle": "2.0"})
-    # All on; then from child 3, from child 2, and, with all off, from child 0.
-    assert calls == ["0", "1", "2", "3", "3", "2", "3", "0", "1", "2", "3"]
-    model = deep()
-    for name, layer in (("last", "3"), ("middle", "2.0")):
-        with kasmina_fx.seeds_off(model, layer), torch.no_grad():
-            assert report[name].loss == float(loss_fn(model, BATCHES[0]))
-
-
-def test_an_input_that_was_written_to_is_not_used_again() -> None:
-    model = deep()
-    trunk = Trunk.of(model)
-    assert trunk is not None
-    x = torch.randn(2, 8)
-    with torch.no_grad():
-        wanted = trunk.forward(x)
-        trunk.start_at(1)  # ReLU wrote to its own input
-        assert trunk.forward(x).equal(wanted)
-        assert trunk.skipped == 0
-        trunk.start_at(3)
-        assert trunk.forward(x).equal(wanted)
-        assert trunk.skipped == 3
-        trunk.start_at(3)
-        other = torch.randn(2, 8)
-        assert trunk.forward(other).equal(model(other))  # another input
-        assert trunk.forward(x).equal(wanted)  # more calls than were kept
-        assert trunk.skipped == 3
-
-
-class Pair(nn.Module):
-    """Hands a tuple on."""
-
-    def forward(self, x: Any) -> tuple[Tensor, Tensor]:
-        return (x, x) if isinstance(x, Tensor) else (x[0], x[1])
-
-
-class Sum(nn.Module):
-    """Takes a tuple."""
-
-    def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
-        return x[0] + x[1]
-
-
-def test_inputs_that_are_no_tensors_are_made_again() -> None:
-    model = nn.Sequential(Pair(), Sum(), nn.Linear(8, 8))
-    trunk = Trunk.of(model)
-    assert trunk is not None
-    x = torch.randn(2, 8)
-    with torch.no_grad():
-        wanted = trunk.forward((x, x))  # and nothing is kept of it
-        trunk.start_at(2)
-        assert trunk.forward((x, x)).equal(wanted)
-        assert trunk.skipped == 0
-        trunk.keep()
-        trunk.forward(x)
-        trunk.start_at(1)
-        assert trunk.forward(x).equal(wanted)
-        assert trunk.skipped == 0
-
-
-def test_only_plain_rows_of_modules_have_a_trunk() -> None:
-    model = small()
-    assert Trunk.of(model) is not None
-    assert Trunk.of(Noisy()) is None
-    assert Trunk.of(torch.compile(model)) is None  # type: ignore[arg-type]  # what it returns
-    assert Trunk.of(small(compile=True)) is None
-    assert Trunk.of(nn.Sequential(nn.Linear(2, 2))).first_of([]) == 0  # type: ignore[union-attr]  # there is one
-    model.__dict__["forward"] = model.forward
-    assert Trunk.of(model) is None
 
 
 # What is refused.
