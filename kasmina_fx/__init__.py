@@ -21,6 +21,13 @@ from kasmina_fx.backend import kasmina
 from kasmina_fx.chunk_manager import ChunkManager
 from kasmina_fx.chunked_layer import ChunkedKasminaLayer
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
+from kasmina_fx.counterfactuals import (
+    CounterfactualReport,
+    counterfactual,
+    groups_by_layer,
+    groups_by_seed,
+    seeds_off,
+)
 from kasmina_fx.errors import (
     CheckpointError,
     GraphMismatch,
@@ -63,6 +70,7 @@ from kasmina_fx.passes import DEFAULT_PASSES, find_matches, rewrite
 from kasmina_fx.reports.explain import Explanation, explain
 from kasmina_fx.reports.health_report import HealthReport, health_report
 from kasmina_fx.rollout import FeatureFlagManager, MigrationRouter
+from kasmina_fx.seed_packs import ModelPacks, packs
 from kasmina_fx.seeds.snapshots import Snapshot
 from kasmina_fx.state_tensor import StateTensor
 from kasmina_fx.testing import compiles
@@ -74,6 +82,7 @@ __all__ = [
     "CheckpointError",
     "ChunkManager",
     "ChunkedKasminaLayer",
+    "CounterfactualReport",
     "Explanation",
     "FeatureFlagManager",
     "GraftingConfig",
@@ -94,6 +103,7 @@ __all__ = [
     "LayoutMismatch",
     "LogicalSeed",
     "MigrationRouter",
+    "ModelPacks",
     "NoTargets",
     "RanksDiffer",
     "RewriteError",
@@ -112,11 +122,14 @@ __all__ = [
     "checkpoint",
     "compiles",
     "controllers",
+    "counterfactual",
     "explain",
     "find_matches",
     "follow_scaler",
     "graph_diff",
     "graph_text",
+    "groups_by_layer",
+    "groups_by_seed",
     "health_report",
     "hold_seeds",
     "host_parameters",
@@ -127,9 +140,11 @@ __all__ = [
     "kasminify",
     "op_counts",
     "optim",
+    "packs",
     "reference",
     "register_strategy",
     "rewrite",
+    "seeds_off",
     "step_epoch",
     "testing",
     "transaction",

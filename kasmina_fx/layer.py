@@ -106,6 +106,8 @@ class SeededModule(SeedCommands, nn.Module):
         """What blended seeds make of the base's output; the statistics see it."""
         store: SeedStore = self._modules["kasmina"]  # type: ignore[assignment]  # not by __getattr__
         y = watched(out)
+        if store.packs.mixed is not None:
+            return replaced(out, store.packs.mixed.blend(y, store.layout_text, self.training))
         asked = self._read(store).blend_arguments(y, store.layout_text, self.training)
         if not torch.compiler.is_dynamo_compiling() and in_functorch():
             # vmap knows no operator of ours; statistics are of the batch that it takes apart.

@@ -32,16 +32,13 @@ def column_of(name: str, where: str) -> int:
 
 def in_range(value: SeedLifecycle | int | Tensor, column: int, ids: Tensor, where: str) -> Tensor:
     """The values of a column as int32, one or one for each id."""
-    name, refused = (
-        COLUMN_NAMES[column],
-        InvalidType(f"{where}: {COLUMN_NAMES[column]}={shown(value)}; give ints"),
-    )
+    name = COLUMN_NAMES[column]
     try:
         values = torch.as_tensor(value, device="cpu")
+        if values.dtype == torch.bool or values.dtype.is_floating_point or values.dtype.is_complex:
+            raise TypeError
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise refused from None
-    if values.dtype == torch.bool or values.dtype.is_floating_point or values.dtype.is_complex:
-        raise refused
+        raise InvalidType(f"{where}: {name}={shown(value)}; give ints") from None
     if values.shape not in ((), (1,), (len(ids),)):
         raise InvalidArgument(
             f"{where}: {name} of shape {tuple(values.shape)} for {len(ids)} seeds"

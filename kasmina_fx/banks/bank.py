@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kasmina_fx._torch.dynamo import mark_dynamic
 from kasmina_fx.banks.accumulation import watch
-from kasmina_fx.banks.placement import SMALLEST, Placement, derive, slots_of
+from kasmina_fx.banks.placement import SMALLEST, Placement, derive, slots_of, with_some_off
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.blueprints import Blueprint, lookup
 from kasmina_fx.blueprints.base import own_random_numbers
@@ -181,16 +181,21 @@ class Bank(nn.Module):
         return slots_of(blueprint_ids, self.held)
 
     @torch.inference_mode(False)
-    def publish(self, blueprint_ids: Tensor, stages: Tensor, pad: bool = False) -> None:
+    def publish(
+        self, blueprint_ids: Tensor, stages: Tensor, pad: bool = False, shown: Tensor | None = None
+    ) -> None:
         """Show what the run's seeds, ``(n,)``, are now; slots that they let go of are free.
 
-        ``pad``: as of :class:`~kasmina_fx.SeedConfig`.
+        ``pad``: as of :class:`~kasmina_fx.SeedConfig`. ``shown``: the stages that forwards are to
+        see, if they are others.
         """
         now = self.placement(blueprint_ids, stages, self.held, pad)
+        if shown is not None:
+            now = with_some_off(now, self.placement(blueprint_ids, shown, now.held, pad))
         self.held, self.left = now.held, self.left | now.left
         if len(now.starts):  # momentum and weight decay went on while it waited to train
             self.restart(now.starts)
-        self._froze = self.held[now.frozen]
+        self._froze = now.froze
         self.trained = ((self.held > 0) & ~now.frozen).nonzero().flatten()  # slots, on the CPU
         device = self.slots.device
         self.slots = to_device(self.held, device)

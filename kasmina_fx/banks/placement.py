@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -28,6 +28,7 @@ class Placement:
         tables: What the graph reads.
         frozen: Bool ``(capacity,)``: slots whose parameters nothing may change.
         starts: int64 ``(n,)``: slots that reconstruct now and were frozen before.
+        froze: int64 ``(n,)``: ids of blueprints that nothing may change, by their seeds' stages.
     """
 
     held: Tensor
@@ -35,6 +36,7 @@ class Placement:
     tables: BankTables
     frozen: Tensor
     starts: Tensor
+    froze: Tensor
 
 
 def slots_of(blueprint_ids: Tensor, held: Tensor) -> Tensor:
@@ -83,7 +85,18 @@ def derive(
     frozen[: len(does)] &= (does == Mode.FROZEN).all(1)
     starts = (does == Mode.RECONSTRUCTS).any(1) & torch.isin(held[: len(does)], froze)
     tables = BankTables(seeds, positions, does, trainees, order)
-    return Placement(held, left, tables, frozen, starts.nonzero().flatten())
+    return Placement(held, left, tables, frozen, starts.nonzero().flatten(), held[frozen])
+
+
+def with_some_off(now: Placement, shown: Placement) -> Placement:
+    """The placement where some seeds are off for a while: they keep their slots, untouched.
+
+    Args:
+        now: Of the seeds' own stages.
+        shown: Of the stages that forwards are shown, with those seeds DORMANT.
+    """
+    learns = (shown.held > 0) & ~shown.frozen
+    return replace(now, tables=shown.tables, frozen=(now.held > 0) & ~learns)
 
 
 def _padded(places: Tensor, round_up: Callable[[int], int], multiple: int = 1) -> Tensor:

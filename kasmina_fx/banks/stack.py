@@ -23,6 +23,12 @@ class Follower(Protocol):
     def restarted(self, stack: StackedParameter, slots: frozenset[int]) -> None:
         """Slots start anew: forget what is known of them."""
 
+    def known_of(self, stack: StackedParameter, slots: list[int]) -> Any:
+        """Return a copy of what is known of some slots."""
+
+    def knew(self, stack: StackedParameter, slots: list[int], known: Any) -> None:
+        """What was known of some slots holds again."""
+
 
 class StackedParameter(nn.Parameter):
     """One tensor of every slot's blueprint, ``(capacity, ...)``.
@@ -40,6 +46,7 @@ class StackedParameter(nn.Parameter):
             :mod:`kasmina_fx.banks.accumulation`.
         averaging: The handle of that hook, while it is there.
         late: Rows (slots, values) written while another thread's optimizer was stepping it.
+        swapped: Its successor holds another pack: gradients still to come are nobody's.
     """
 
     exists: ClassVar[bool] = False  # one was ever made in this process
@@ -52,6 +59,7 @@ class StackedParameter(nn.Parameter):
     stale: frozenset[int] = frozenset()
     passes: Any = None
     averaging: Any = None
+    swapped: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make one, and let optimizers know that there are any."""
@@ -69,6 +77,13 @@ class StackedParameter(nn.Parameter):
         while stack.successor is not None:
             stack = stack.successor
         return stack
+
+    def is_of_another_pack(self) -> bool:
+        """Say whether its slots hold another pack by now."""
+        stack = self
+        while stack.successor is not None and not stack.swapped:
+            stack = stack.successor
+        return stack.swapped
 
     def stepped_elsewhere(self) -> bool:
         """Say whether an optimizer of another thread is in the middle of stepping it."""
@@ -128,6 +143,9 @@ class StackedParameter(nn.Parameter):
 @torch.no_grad()
 def _pass_on(old: Tensor) -> None:
     if old.grad is None or not isinstance(old, StackedParameter):
+        return
+    if old.is_of_another_pack():
+        old.grad = None
         return
     new = old.newest()
     more = resized(old.grad, len(new))

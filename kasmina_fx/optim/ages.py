@@ -93,6 +93,24 @@ def born(optimizer: Optimizer, state: dict[str, Any], slots: Collection[int]) ->
         state[BIRTHS] = {"steps": known["steps"], "slots": births}
 
 
+def ages_of(optimizer: Optimizer, state: dict[str, Any], slots: list[int]) -> list[int] | None:
+    """Steps that each slot has been in, in an optimizer's state; None where they don't matter."""
+    if "step" not in state or _formula_of(optimizer) is None:
+        return None
+    births = state.get(BIRTHS, {"steps": 0, "slots": {}})
+    shared = int(state["step"])
+    return [births["steps"] - births["slots"].get(s, births["steps"] - shared) for s in slots]
+
+
+def go_on(state: dict[str, Any], ages: dict[int, int]) -> None:
+    """Slots are of such ages, which :func:`ages_of` returned for the same optimizer."""
+    births = state.get(BIRTHS, {"steps": 0, "slots": {}})
+    steps, shared = births["steps"], int(state["step"])
+    young = {slot: steps - age for slot, age in ages.items() if age != shared}
+    others = {slot: birth for slot, birth in births["slots"].items() if slot not in ages}
+    state[BIRTHS] = {"steps": steps, "slots": others | young}
+
+
 def _formula_of(optimizer: Optimizer) -> Formula | None:
     return next((formula for kind, formula in _FORMULAS if isinstance(optimizer, kind)), None)
 

@@ -160,6 +160,17 @@ class OptimizerFollower:
         if optimizer is not None:
             state.clear(optimizer, stack, slots)
 
+    def known_of(self, stack: StackedParameter, slots: list[int]) -> state.Rows | None:
+        """What its state says of slots."""
+        optimizer = self._optimizer()
+        return None if optimizer is None else state.rows_of(optimizer, stack, slots)
+
+    def knew(self, stack: StackedParameter, slots: list[int], known: state.Rows | None) -> None:
+        """Slots go on with that state."""
+        optimizer = self._optimizer()
+        if optimizer is not None and known is not None:
+            state.put_rows(optimizer, stack, slots, known)
+
     # As hooks and ``sync`` see it.
 
     def held(self) -> Held:

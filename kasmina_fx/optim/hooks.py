@@ -146,7 +146,7 @@ def _settle(follower: OptimizerFollower) -> None:
     for bank, _ in held.banks():
         bank.left = set()
     for siblings in held.siblings:
-        siblings.training.awaits_backward = False
+        siblings.training.awaits_backward = siblings.training.awaits_gradients = False
         siblings.folding.stepped = True
 
 

@@ -8,6 +8,7 @@ factors over all slots) belongs to the stack as a whole and is left alone.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -66,6 +67,45 @@ def clear(optimizer: Optimizer, stack: Tensor, slots: Collection[int]) -> None:
             rows = value.new_zeros(len(slots), *value.shape[1:]) + _start(name, group)
             value.data.index_copy_(0, where, rows)
     ages.born(optimizer, state, slots)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What an optimizer holds of some slots, by itself.
+
+    Attributes:
+        values: By the name of the state, ``(n, ...)``.
+        ages: Steps that each slot was in; None where an optimizer does not ask.
+    """
+
+    values: dict[str, Tensor]
+    ages: list[int] | None
+
+
+def rows_of(optimizer: Optimizer, stack: Tensor, slots: list[int]) -> Rows | None:
+    """Return a copy of what an optimizer holds of slots; None: nothing.
+
+    On CUDA it waits for the device where the count of steps is there (``fused``, ``capturable``).
+    """
+    state = optimizer.state.get(stack)
+    if not state:
+        return None
+    where = to_device(torch.tensor(slots, dtype=torch.int64, device="cpu"), stack.device)
+    values = {n: v.index_select(0, where) for n, v in state.items() if has_rows(n, v, stack)}
+    return Rows(values, ages.ages_of(optimizer, state, slots))
+
+
+def put_rows(optimizer: Optimizer, stack: Tensor, slots: list[int], rows: Rows) -> None:
+    """Put what :func:`rows_of` returned back, of slots that were cleared."""
+    state = optimizer.state.get(stack)
+    if not state:
+        return
+    where = to_device(torch.tensor(slots, dtype=torch.int64, device="cpu"), stack.device)
+    for name, values in rows.values.items():
+        if has_rows(name, state.get(name), stack):
+            state[name].data.index_copy_(0, where, values.to(state[name]))
+    if rows.ages is not None:
+        ages.go_on(state, dict(zip(slots, rows.ages, strict=True)))
 
 
 def start(optimizer: Optimizer, stack: Tensor, group: Mapping[str, Any]) -> None:

@@ -203,7 +203,9 @@ class GraphInputs:
 #: models of one class share no compiled code: layers elsewhere are not here.
 SHOWN: Final[dict[str, GraphInputs]] = {}
 
-_TABLE_SOURCE: Final = re.compile(rf"(\.shown|\bSHOWN\[[^\]]+\])\.({'|'.join(TABLES)})\[")
+_TABLE_SOURCE: Final = re.compile(
+    rf"(\.shown|\bSHOWN\[[^\]]+\]|\.groups\[\d+\]\[1\])\.({'|'.join(TABLES)})\["
+)
 
 
 def is_table_source(source: str) -> bool:

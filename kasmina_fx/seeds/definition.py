@@ -16,6 +16,7 @@ from torch.func import functional_call
 from kasmina_fx.bases.features import require_features
 from kasmina_fx.blueprints.base import aside
 from kasmina_fx.blueprints.builtin import PerFeature
+from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.lifecycle import LEARNS_TASK, RECONSTRUCTS, RUNS, SeedLifecycle
 from kasmina_fx.seeds.store import SeedStore
 
@@ -23,8 +24,12 @@ from kasmina_fx.seeds.store import SeedStore
 def process_chunk(store: SeedStore, seed_id: int, chunk: Tensor) -> Tensor:
     """What a seed makes of its chunk; see :meth:`kasmina_fx.LogicalSeed.process_chunk`."""
     require_features(chunk, store.chunks.feature_dim, store.chunks.sizes[seed_id])
+    if store.packs.mixed is not None:
+        raise InvalidArgument(
+            f"{store.name}: seed by seed, all samples go through one pack: activate one by its name"
+        )
     stage = SeedLifecycle(int(store.state.stages[seed_id]))
-    if store.bank_of(seed_id) is None or stage not in RUNS:
+    if store.bank_of(seed_id) is None or stage not in RUNS or seed_id in store.off:
         return chunk
     tensors = _parameters(store, seed_id, trains=stage in LEARNS_TASK | RECONSTRUCTS)
     if not all(bool(t.isfinite().all()) for t in tensors.values()):

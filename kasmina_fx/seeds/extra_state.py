@@ -15,7 +15,7 @@ from torch import Tensor
 def packed(extra: dict[str, Any]) -> Tensor:
     """Return plain data as JSON, the bytes of its UTF-8 text as a uint8 tensor on the CPU."""
     text = json.dumps(extra, sort_keys=True).encode()
-    return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def unpacked(value: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def unpacked(value: Any) -> dict[str, Any]:
             raise ValueError(
                 f"_extra_state is {value.dtype} {tuple(value.shape)}, no text in uint8"
             )
-        value = json.loads(bytes(value.tolist()))
+        value = json.loads(value.cpu().numpy().tobytes())
         if isinstance(value, dict) and isinstance(value.get("blueprints"), dict):
             value["blueprints"] = {
                 int(number): kind for number, kind in value["blueprints"].items()

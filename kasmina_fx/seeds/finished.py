@@ -70,6 +70,10 @@ def plan_of(siblings: Siblings[SeedStore]) -> Plan:
     if moving:
         names = ", ".join(moving[:4]) + ", ..." * (len(moving) > 4)
         return Plan(f"seeds that are not FOSSILIZED run in {names}", {})
+    if any(store.off for store in stores):
+        return Plan("seeds are off for a while", {})
+    if siblings.mixed:
+        return Plan("each sample goes through a pack of its own", {})
     grown = {store: _why_left(store) for store in stores if bool(_fossils(store).any())}
     fold = tuple(weakref.ref(store) for store, why in grown.items() if why is None)
     return Plan(

@@ -126,6 +126,12 @@ def _eagerly(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model._call_impl(*args, **kwargs)
 
 
+def runs_compiled(model: nn.Module) -> bool:
+    """Say whether calling a model runs what was compiled of it as a whole."""
+    call = model.__dict__.get("_compiled_call_impl")
+    return call is not None and not (isinstance(call, ModelCall) and call._compiled is None)
+
+
 def remove(model: nn.Module) -> None:
     """Let a model be called as any other."""
     model.__dict__.pop(KEPT, None)

@@ -67,14 +67,15 @@ def inputs_now(store: SeedStore) -> GraphInputs:
             "layer in one state; give functional_call all of them, or none"
         )
     device, banks = store.state.alpha.device, store.bank_list()
+    all_stages = store.off.shown(rows[:, 0])
     tables = [
-        bank.placement(ids, stages, slots[bank.key], store.pads).tables
+        bank.placement(rows[seeds, 1], all_stages[seeds], slots[bank.key], store.pads).tables
         for bank in banks
-        for stages, ids, *_ in [rows[bank.run.seeds].unbind(1)]
+        for seeds in [bank.run.seeds]
     ]
     layer = LayerTables(
         store.state.alpha,
-        to_device(roles(rows[:, 0]), device),
+        to_device(roles(all_stages), device),
         store.telemetry.probe(),
         store.scale(),
     )

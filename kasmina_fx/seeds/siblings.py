@@ -38,6 +38,7 @@ class Siblings(Generic[M]):
         threads: The locks that they share.
         loss_scale: What multiplies the gradients of their reconstruction losses.
         folding: Whether they run folded.
+        mixed: Each sample of a batch goes through a pack of its own.
         number: Of the model, in the order in which this process made them.
         compares_ranks: Forwards compare the seeds with those of other ranks, see
             :mod:`kasmina_fx.seeds.ranks`; what they ``told`` last, in how many ``tellings``, and
@@ -54,6 +55,7 @@ class Siblings(Generic[M]):
         self.threads = ModelThreads()
         self.loss_scale = LossScale()
         self.folding = Folding()
+        self.mixed = False
 
     def add(self, layer: M) -> None:
         """Take a layer in."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from kasmina_fx.physical.layout import parse_banks
+from kasmina_fx.seeds import pack_entries
 from kasmina_fx.seeds.allocation import allocate
 from kasmina_fx.seeds.entry_names import BASE, OWN
 from kasmina_fx.seeds.extra_state import unpacked
@@ -21,6 +22,7 @@ from kasmina_fx.seeds.store import SeedStore
 def attach(store: SeedStore) -> None:
     """The store of a layer prepares itself for a state dict, checked before, that is loaded."""
     module: nn.Module = store
+    module.register_state_dict_post_hook(_add_packs)
     module.register_load_state_dict_pre_hook(_prepare)
     module.register_load_state_dict_post_hook(_after_load)
 
@@ -43,6 +45,11 @@ def _insert_base(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *res
             state_dict[prefix + BASE + name] = state_dict.pop(key)
 
 
+def _add_packs(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    store: SeedStore = module  # type: ignore[assignment]  # what the hook was registered on
+    state_dict.update((prefix + name, values) for name, values in pack_entries.tensors_of(store))
+
+
 def _prepare(module: nn.Module, state_dict: dict[str, Any], own: str, *rest: Any) -> None:
     """Allocate the banks of a state dict, and keep what it lacks; ``own`` ends in ``kasmina.``."""
     store: SeedStore = module  # type: ignore[assignment]  # what the hook was registered on
@@ -58,11 +65,17 @@ def _prepare(module: nn.Module, state_dict: dict[str, Any], own: str, *rest: Any
         if key not in store.banks:
             (spec,) = parse_banks(text)
             allocate(store, spec.kind, shared=spec.shared)
+    packed = [name for name in state_dict if name.startswith(own + "packs.")]
+    packs = {name.removeprefix(own): state_dict.pop(name) for name in packed}
+    if extra is not None:
+        store.packs = pack_entries.loaded(store, unpacked(extra).get("packs", {}), packs)
     # A plain checkpoint has none of these: they stay. One that has lacks the banks that only this
     # layer has: their slots are free from now on.
     if extra is None and store.misses_entries:
         return  # other layers of the model have theirs: torch says what is missing
     for name, value in store.state_dict().items():
+        if name.startswith("packs."):
+            continue
         gone = extra is not None and name.endswith(".slots")
         state_dict.setdefault(own + name, torch.zeros_like(value) if gone else value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +13,24 @@ from kasmina_fx.banks.placement import SMALLEST
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.blueprints.trial import why_unfit
 from kasmina_fx.errors import LayoutMismatch, UnknownBlueprint
-from kasmina_fx.lifecycle import SeedLifecycle, holds_blueprint
 from kasmina_fx.physical.layout import ChunkLayout, parse_banks
-from kasmina_fx.seeds.entry_names import ALPHA, BANKS, EXTRA, OWN, REFERENCE, SEAL, STATE, TELEMETRY
+from kasmina_fx.seeds.entry_names import (
+    ALPHA,
+    BANKS,
+    EXTRA,
+    OWN,
+    PACKS,
+    REFERENCE,
+    SEAL,
+    STATE,
+    TELEMETRY,
+)
 from kasmina_fx.seeds.extra_state import unpacked
+from kasmina_fx.seeds.pack_entries import check_packs
 from kasmina_fx.seeds.registered import seal
+from kasmina_fx.seeds.slot_checks import LAST_ID, check_rows, check_slots
 from kasmina_fx.seeds.store import LAYOUT_VERSION, SeedStore
 from kasmina_fx.seeds.telemetry import check_statistics
-from kasmina_fx.state_tensor import StateTensor
-
-#: Ids are int32 in the state tensor.
-_LAST_ID: Final = torch.iinfo(torch.int32).max
 
 
 def check(store: SeedStore, state_dict: dict[str, Any], prefix: str) -> None:
@@ -43,9 +50,10 @@ def check(store: SeedStore, state_dict: dict[str, Any], prefix: str) -> None:
     entries = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(own)}
     if not entries:
         return
+    packed = {key: entries.pop(key) for key in list(entries) if key.startswith(PACKS)}
     try:
         extra = _checked_extra(store, entries)
-        for key, value in entries.items():
+        for key, value in (entries | packed).items():
             if key != EXTRA and not isinstance(value, Tensor):
                 raise TypeError(f"{key} is a {type(value).__name__}; this layer takes a tensor")
         banks = [_bank_of(store, key, text, entries) for key, text in extra["banks"].items()]
@@ -54,9 +62,10 @@ def check(store: SeedStore, state_dict: dict[str, Any], prefix: str) -> None:
         check_statistics(
             *(entries[TELEMETRY + n] for n in ("accumulated", "faults", "previous_loss"))
         )
-        _check_slots(extra["blueprints"], banks, entries)
-        _check_rows(banks, entries)
+        check_slots(extra["blueprints"], banks, entries)
+        check_rows(banks, entries)
         _check_seal(banks, entries)
+        check_packs(store, extra, banks, packed)
     except UnknownBlueprint as error:
         raise LayoutMismatch(
             f"{name}: the state dict needs a blueprint that is not registered here: {error}"
@@ -82,11 +91,11 @@ def _checked_extra(store: SeedStore, entries: Mapping[str, Any]) -> dict[str, An
             f"layer has [{store.layout}]. Give kasminify the same num_seeds"
         )
     highest = extra["highest_id"]
-    if type(highest) is not int or not 0 <= highest <= _LAST_ID:
-        raise ValueError(f"{EXTRA}: highest_id {highest!r}; allowed are 0 to {_LAST_ID}")
+    if type(highest) is not int or not 0 <= highest <= LAST_ID:
+        raise ValueError(f"{EXTRA}: highest_id {highest!r}; allowed are 0 to {LAST_ID}")
     for number, kind in extra["blueprints"].items():
-        if type(number) is not int or not 0 < number <= _LAST_ID:
-            raise ValueError(f"{EXTRA}: blueprint id {number!r}; allowed are 1 to {_LAST_ID}")
+        if type(number) is not int or not 0 < number <= LAST_ID:
+            raise ValueError(f"{EXTRA}: blueprint id {number!r}; allowed are 1 to {LAST_ID}")
         lookup(kind)
     return extra
 
@@ -143,7 +152,7 @@ def _check_bank(
 def _check_tensors(store: SeedStore, banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
     """Names, shapes and dtypes; what follows the host's dtype may have any floating one."""
     own = store.state_dict(prefix=OWN)
-    wanted = {k: v for k, v in own.items() if k != EXTRA and not k.startswith(BANKS)}
+    wanted = {k: v for k, v in own.items() if k != EXTRA and not k.startswith((BANKS, PACKS))}
     for bank in banks:
         wanted |= bank.state_dict(prefix=f"{BANKS}{bank.key}.")
     wanted.pop(REFERENCE, None)
@@ -164,57 +173,6 @@ def _check_tensors(store: SeedStore, banks: Sequence[Bank], entries: Mapping[str
                 f"{name} is {given.dtype} {tuple(given.shape)}; this layer takes {like.dtype} "
                 f"{tuple(like.shape)}"
             )
-
-
-def _check_slots(
-    blueprints: Mapping[int, str], banks: Sequence[Bank], entries: Mapping[str, Any]
-) -> None:
-    """Every id is in a bank of its blueprint, once; a private one in one bank alone."""
-    private = set(blueprints)
-    for bank in banks:
-        name = f"{BANKS}{bank.key}.slots"
-        slots = entries[name].tolist()
-        held = [number for number in slots if number]
-        if any(not 0 <= number <= _LAST_ID for number in slots) or len(set(held)) < len(held):
-            raise ValueError(f"{name} holds {slots[:8]}; ids are 1 to {_LAST_ID}, each once, or 0")
-        if bank.spec.shared:
-            strange = {n for n in held if blueprints.get(n) != bank.spec.kind}
-        else:
-            strange = private.intersection(held)
-            private.update(held)
-        if strange:
-            raise ValueError(f"{name} holds ids {sorted(strange)[:8]} of another blueprint")
-
-
-def _check_rows(banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:
-    """Every seed that holds a blueprint has a slot, private ones for itself; dormant ones none.
-
-    A seed advanced by hand has none: its id is 0.
-    """
-    state = entries[STATE].cpu().long()
-    stages = state[:, StateTensor.LIFECYCLE_STATE_IDX]
-    ids = state[:, StateTensor.BLUEPRINT_ID_IDX]
-    holding, found = holds_blueprint(stages), torch.zeros_like(ids, dtype=torch.bool)
-    unclaimed: set[int] = set()
-    for bank in banks:
-        seeds = slice(bank.run.first_seed, bank.run.first_seed + bank.run.count)
-        slots = entries[f"{BANKS}{bank.key}.slots"].cpu()
-        mine = holding[seeds] & (ids[seeds] > 0) & torch.isin(ids[seeds], slots)
-        found[seeds] |= mine
-        used = ids[seeds][mine].tolist()
-        if bank.spec.shared:
-            continue
-        if len(set(used)) < len(used):
-            raise ValueError(f"{STATE}: several seeds have one slot of {BANKS}{bank.key}")
-        unclaimed |= set(slots[slots > 0].tolist()).difference(used)
-    lost = (holding & (ids > 0) & ~found).nonzero().flatten().tolist()
-    if lost:
-        raise ValueError(f"{STATE}: seeds {lost[:8]} hold blueprints that are in no bank of theirs")
-    idle = ((stages == SeedLifecycle.DORMANT) & (ids != 0)).nonzero().flatten().tolist()
-    if idle:
-        raise ValueError(f"{STATE}: seeds {idle[:8]} are DORMANT and name a blueprint")
-    if unclaimed:
-        raise ValueError(f"{STATE}: no seed has the ids {sorted(unclaimed)[:8]} that slots hold")
 
 
 def _check_seal(banks: Sequence[Bank], entries: Mapping[str, Any]) -> None:

@@ -22,6 +22,8 @@ from kasmina_fx.physical.graph_inputs import SHOWN, GraphInputs, LayerTables
 from kasmina_fx.physical.layout import ChunkLayout
 from kasmina_fx.seeds.extra_state import packed, unpacked
 from kasmina_fx.seeds.folded import Folded
+from kasmina_fx.seeds.off import Off
+from kasmina_fx.seeds.packs import LayerPacks
 from kasmina_fx.seeds.registered import Place, Registered, seal
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.telemetry import Telemetry
@@ -43,6 +45,8 @@ class SeedStore(Float32Module):
             the same number.
         stages, ids: Of the seeds that forwards see, int ``(S,)`` on the CPU.
         folded: What it runs in evaluation while its model is finished.
+        off: Seeds that forwards see as DORMANT, for a while.
+        packs: Sets of its seeds that are put away.
         observed: Forwards keep statistics, of the first of ``one_in`` equal parts of a batch and at
             most ``rows_seen`` rows of it (0: all); ``in_eval``: those in evaluation too.
     """
@@ -70,7 +74,7 @@ class SeedStore(Float32Module):
             chunks.num_chunks, device, name=name, embargo_epochs=config.embargo_epochs
         )
         self.telemetry = Telemetry(chunks.num_chunks, device)
-        self.pads = bool(config.pad)
+        self.pads, self.off, self.packs = bool(config.pad), Off(), LayerPacks()
         self.banks = nn.ModuleDict()
         one = torch.ones((), dtype=torch.float32, device=device)
         idle = torch.zeros(chunks.num_chunks, dtype=torch.int64, device=device)
@@ -242,6 +246,7 @@ class SeedStore(Float32Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SeedStore:
         super()._apply(fn, recurse)
+        self.packs.apply(fn)
         self.publish()  # .to() replaced tensors
         return self
 
@@ -249,13 +254,14 @@ class SeedStore(Float32Module):
     def _derive(self) -> None:
         """Derive the layer's and every bank's tables from the state."""
         device = self.state.alpha.device
-        self.roles = to_device(roles(self.state.stages), device)
+        self.stages = stages = self.off.shown(self.state.stages)
+        self.roles = to_device(roles(stages), device)
         if self.loss_scale.device != device:
             self.loss_scale = torch.ones((), dtype=torch.float32, device=device)
-        self.stages, self.ids = stages, ids = self.state.stages, self.state.blueprint_ids
+        self.ids = ids = self.state.blueprint_ids
         for bank in self.bank_list():
-            seeds = bank.run.seeds
-            bank.publish(ids[seeds], stages[seeds], self.pads)
+            seeds, shown = bank.run.seeds, stages[bank.run.seeds] if self.off else None
+            bank.publish(ids[seeds], self.state.stages[seeds], self.pads, shown)
         self.sealed = self.own_seal()
         self.seal = to_device(torch.tensor(self.sealed, device="cpu"), device)
 
@@ -272,13 +278,15 @@ class SeedStore(Float32Module):
 
     def get_extra_state(self) -> Tensor:
         """What other tensors can't say: the layout, the shared blueprints and the banks."""
-        extra = {
+        extra: dict[str, Any] = {
             "version": LAYOUT_VERSION,
             "layout": str(self.layout),
             "highest_id": self.highest_id,
             "blueprints": dict(self.blueprints),
             "banks": {key: str(bank.spec) for key, bank in self.banks.items()},
         }
+        if self.packs.kept:
+            extra["packs"] = self.packs.described()
         return packed(extra)
 
     def set_extra_state(self, given: Any) -> None:

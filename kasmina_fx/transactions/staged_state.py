@@ -68,6 +68,11 @@ class StagedState(Float32Module):
         return self._committed
 
     @property
+    def staging(self) -> bool:
+        """Whether this thread is inside a transaction."""
+        return self._staged is not None and self._owner == threading.get_ident()
+
+    @property
     def rows(self) -> Tensor:
         """The seeds' states, int32 ``(S, 4)`` on the CPU, not to be written to."""
         return self._seen.rows
@@ -122,6 +127,15 @@ class StagedState(Float32Module):
             self._staged = replace(version, alpha=version.alpha.index_put((ids,), values))
         else:
             self._staged = replace(version, edits=(*version.edits, (ids, values)))
+
+    def stage_all(self, rows: Tensor, alpha: Tensor) -> None:
+        """Put in rows int32 ``(S, 4)`` and alphas float32 ``(S,)``, on the CPU, that are right.
+
+        Call it inside a transaction. Nobody may write to them afterwards.
+        """
+        version = self._staged
+        assert version is not None  # only inside a transaction
+        self._staged = replace(version, rows=rows, alpha=alpha, device_alpha=None, edits=())
 
     def at_publication(self, write: Callable[[], None]) -> None:
         """Call ``write`` when, and if, this transaction is published.

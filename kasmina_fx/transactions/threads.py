@@ -155,16 +155,17 @@ class Training:
         thread: The thread of the last forward with gradients, or optimizer step: gradients are for
             it alone to touch.
         awaits_backward: A compiled forward was run since an optimizer's last step.
+        awaits_gradients: Any forward with gradients was, however it was run.
     """
 
     def __init__(self) -> None:
         self.thread: int | None = None
-        self.awaits_backward = False
+        self.awaits_backward = self.awaits_gradients = False
 
     def seen(self) -> None:
         """Note that this thread runs a forward; one without gradients does not count."""
         if torch.is_grad_enabled():
-            self.thread = threading.get_ident()
+            self.thread, self.awaits_gradients = threading.get_ident(), True
 
     def elsewhere(self) -> bool:
         """Say whether another thread trains the model."""

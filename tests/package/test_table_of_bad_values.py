@@ -25,6 +25,10 @@ def _sgd() -> torch.optim.Optimizer:
     return torch.optim.SGD([nn.Parameter(torch.ones(1))])
 
 
+def _loss(model: nn.Module, batch: Any) -> float:
+    return 0.0
+
+
 OF_MODELS: dict[str, Callable[[Any], Any]] = {
     "kasminify": k.kasminify,
     "unkasminify": k.unkasminify,
@@ -37,6 +41,11 @@ OF_MODELS: dict[str, Callable[[Any], Any]] = {
     "transaction": lambda m: k.transaction(m).__enter__(),
     "hold_seeds": lambda m: k.hold_seeds(m).__enter__(),
     "unobserved": lambda m: k.unobserved(m).__enter__(),
+    "packs": k.packs,
+    "seeds_off": lambda m: k.seeds_off(m).__enter__(),
+    "counterfactual": lambda m: k.counterfactual(m, X, _loss),
+    "groups_by_layer": k.groups_by_layer,
+    "groups_by_seed": k.groups_by_seed,
     "explain": lambda m: k.explain(m, X),
     "capture": lambda m: k.capture(m, X),
     "rewrite": k.rewrite,
@@ -168,6 +177,19 @@ CALLS: dict[str, tuple[Call, set[str]]] = {
         lambda layer, v: k.FeatureFlagManager(watch=v), _taken("None", "5", "2.5")
     ),
     "MigrationRouter": (lambda layer, v: k.MigrationRouter(v), _taken("None")),
+    "seeds_off, seeds": (lambda layer, v: k.seeds_off(layer, v).__enter__(), _NONE),
+    "packs, capture": (lambda layer, v: k.packs(layer).capture(v), _taken("text")),
+    "packs, activate": (lambda layer, v: k.packs(layer).activate(v), set()),  # seeds would be lost
+    "packs, per_sample": (lambda layer, v: k.packs(layer).activate(per_sample=v), _taken("[]")),
+    "packs, delete": (lambda layer, v: k.packs(layer).delete(v), set()),
+    "counterfactual, batches": (
+        lambda layer, v: k.counterfactual(layer, v, _loss),
+        _taken("text", "tensor", "meta", "dict", "bytes"),
+    ),
+    "counterfactual, loss_fn": (lambda layer, v: k.counterfactual(layer, X, v), set()),
+    "counterfactual, groups": (
+        lambda layer, v: k.counterfactual(layer, X, _loss, v), _taken("None", "dict")
+    ),
     "ab.compare": (lambda layer, v: k.ab.compare(_net(), v), set()),
     "ab.ShadowMode": (lambda layer, v: k.ab.ShadowMode(layer, v), set()),
 }  # fmt: skip
@@ -202,6 +224,7 @@ def test_no_public_call_is_forgotten() -> None:
         *("KasminaTracer", "register_strategy", "compiles", "kasmina"),  # tests of their own
         *("SeedLifecycle", "GraftingStrategy", "DEFAULT_PASSES"),  # no calls
         *("Explanation", "GraphDiff", "HealthReport", "LogicalSeed", "SeedState", "Snapshot"),
+        *("CounterfactualReport", "ModelPacks"),
     }
     for public in k.__all__:
         value = getattr(k, public)
