@@ -25,6 +25,15 @@ from torch.utils._python_dispatch import (
 Operator = torch._ops.OpOverload
 
 
+def same_size(a: int, b: int) -> None:
+    """Tell a tracer that two sizes are one number: a graph then has one symbol for both.
+
+    Raises:
+        RuntimeError: They are not.
+    """
+    torch._check(a == b)
+
+
 def in_backward() -> bool:
     """Say whether this thread is inside ``backward()``, as a recomputed forward is."""
     # -1 outside the autograd engine; there is no public way to ask.

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, NamedTuple
 
-import torch
 from torch import Tensor
 
+from kasmina_fx._torch.tracing import same_size
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.physical.layout import BankSpec, Run, format_banks, parse_banks
 
@@ -102,9 +102,9 @@ class BlendArguments(NamedTuple):
         """
         for _, tables, params in self.bank_inputs():
             for a, b in zip(tables.seeds.shape, tables.modes.shape, strict=True):
-                torch._check(a == b)
+                same_size(a, b)
             for stack in params[1:]:
-                torch._check(stack.shape[0] == params[0].shape[0])
+                same_size(stack.shape[0], params[0].shape[0])
 
     def bank_inputs(self) -> list[BankInputs]:
         """Return the specs, tables and parameters of each bank."""

@@ -103,8 +103,12 @@ def assert_as_reference(model: nn.Module, x: Tensor, tolerance: float = 2e-6) ->
     )
 
 
-def magnitudes(layer: KasminaLayer, x: Tensor) -> Tensor:
-    """``|A| (|W| |x| + |b|) + alpha |t|`` of a linear layer: what rounding errors are parts of."""
+def magnitudes(layer: KasminaLayer, x: Tensor, *, blended: bool = False) -> Tensor:
+    """``|A| (|W| |x| + |b|) + alpha |t|`` of a linear layer: what rounding errors are parts of.
+
+    ``blended``: those of the definition, which adds ``alpha`` times a change to the output: where
+    the two nearly cancel, ``|A|`` is less than what it rounds.
+    """
     base: Any = layer
     width = layer.chunks.layer_dim
     mixing, added = torch.eye(width).double(), torch.zeros(width).double()
@@ -119,7 +123,7 @@ def magnitudes(layer: KasminaLayer, x: Tensor) -> Tensor:
             if found[0].spec.kind == "affine"
             else own["up.weight"] @ own["down.weight"]
         )
-        mixing[chunk, chunk] = eye + alpha * change
+        mixing[chunk, chunk] = eye + alpha * (change.abs() if blended else change)
         if "shift" in own:
             added[chunk] = alpha * own["shift"].abs()
     host = x.double().abs() @ base.weight.detach().double().abs().mT
