@@ -23,9 +23,10 @@ from kasmina_fx.controllers.judging import (
     by_metric,
     by_worth,
     check_judge,
+    measured,
     still_waiting,
 )
-from kasmina_fx.controllers.places import by_health, by_layer, check_shares, free_in
+from kasmina_fx.controllers.places import by_health, by_layer, check_places, free_in
 from kasmina_fx.errors import InvalidArgument, NoTargets, shown
 from kasmina_fx.grafting.registry import strategy_number
 from kasmina_fx.layer import KasminaLayer
@@ -140,12 +141,10 @@ class HealthController(Controller):
         check_judge(judge)
         check_number("most_culled", most_culled, least=0, most=1)
         check_number("tolerance", tolerance, least=0)
-        if choose not in ("layers", "health"):
-            raise InvalidArgument(f"choose={shown(choose)}: give 'layers' or 'health'")
         layers = kasmina_layers(model)
         if not layers:
             raise NoTargets(f"{type(model).__name__} has no KasminaLayer: call kasminify first")
-        check_shares(shares, layers)
+        check_places(choose, shares, layers)
         lookup(DEFAULT if blueprint is None else blueprint)
         strategy_number(strategy, type(self).__name__)
         self.model, self.budget, self.pace = model, budget, pace
@@ -168,7 +167,7 @@ class HealthController(Controller):
             InvalidArgument: Without a judge: ``metrics`` lacks the metric, or it is no number.
             Exception: What a judge raises; the epoch has passed then, and nothing was decided.
         """
-        loss = self._measured(metrics) if self.judge is None else math.nan
+        loss = measured(metrics, self.metric) if self.judge is None else math.nan
         check_instance("advance_epoch", advance_epoch, bool)
         if advance_epoch:
             step_epoch(self.model)
@@ -218,18 +217,6 @@ class HealthController(Controller):
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidArgument(f"no state of a controller: {shown(error)}") from error
         self._waiting, self._steps, self._judged_at = waiting, steps, judged_at
-
-    def _measured(self, metrics: Mapping[str, float]) -> float:
-        try:
-            loss = float(metrics.get(self.metric, math.nan))
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            loss = math.nan
-        if math.isnan(loss):
-            raise InvalidArgument(
-                f"metrics are {shown(metrics)}; the controller judges by {shown(self.metric)}, a "
-                "number that is not NaN"
-            )
-        return loss
 
     def _verdicts(self, waiting: Mapping[Seed, Waiting], loss: float) -> dict[Seed, Verdict]:
         if self.judge is None:

@@ -61,8 +61,8 @@ class Waiting:
         return Waiting(at, known.loss if now > at else self.loss, now - at)
 
     def again(self) -> Waiting:
-        """Behind all that were not judged yet."""
-        return replace(self, settled_at=self.settled_at + self.epochs, epochs=0)
+        """From the next epoch on: behind all that have settled and were not judged yet."""
+        return replace(self, settled_at=self.settled_at + self.epochs + 1, epochs=-1)
 
     def entry(self, seed: Seed) -> list[Any]:
         """Plain values for a file, that :meth:`of_entry` reads."""
@@ -124,6 +124,24 @@ def still_waiting(
     undecided = {seed for seed, verdict in verdicts.items() if verdict.keep is None}
     left = {seed: known for seed, known in waiting.items() if seed not in verdicts}
     return left | {seed: waiting[seed].again() for seed in undecided}
+
+
+def measured(metrics: Mapping[str, float], metric: str) -> float:
+    """The metric that seeds are judged by.
+
+    Raises:
+        InvalidArgument: It is missing, no number, or NaN.
+    """
+    try:
+        loss = float(metrics.get(metric, math.nan))
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        loss = math.nan
+    if math.isnan(loss):
+        raise InvalidArgument(
+            f"metrics are {shown(metrics)}; the controller judges by {shown(metric)}, a number "
+            "that is not NaN"
+        )
+    return loss
 
 
 def by_metric(

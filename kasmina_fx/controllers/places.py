@@ -15,12 +15,14 @@ from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.lifecycle import SeedLifecycle
 
 
-def check_shares(shares: Mapping[str, float] | None, layers: Iterable[str]) -> None:
-    """Refuse shares of layers that are none; None is allowed.
+def check_places(choose: object, shares: Mapping[str, float] | None, layers: Iterable[str]) -> None:
+    """Refuse a way to choose that is none, and shares of layers that are none.
 
     Raises:
         InvalidArgument, InvalidType: Says which, and what is allowed.
     """
+    if choose not in ("layers", "health"):
+        raise InvalidArgument(f"choose={shown(choose)}: give 'layers' or 'health'")
     if shares is None:
         return
     check_instance("shares", shares, Mapping)
