@@ -238,7 +238,8 @@ class HealthController(Controller):
         trained = _ids((stage == S.TRAINING) & (epochs >= self.train_epochs))
         yield from self._advance(name, trained, S.GRAFTING, "it has trained")
         germinated, own = stage == S.GERMINATED, identities(layer.kasmina)
-        yield from self._advance(name, _ids(germinated & own), S.GRAFTING, "the identity yet")
+        skips = _ids(germinated & own)
+        yield from self._advance(name, skips, S.GRAFTING, "it starts as the identity")
         yield from self._advance(name, _ids(germinated & ~own), S.TRAINING, "it has a blueprint")
 
     def _judged(
@@ -277,7 +278,8 @@ class HealthController(Controller):
             places, reason = by_health(free, report), "the lowest health"
         else:
             chance = Random(f"{self.random_seed}/{self._steps}")
-            places, reason = by_layer(free, holding, self.shares, chance), "its layer has room"
+            places = by_layer(free, holding, self.shares, chance)
+            reason = "the layer has fewest for its share"
         chosen = list(islice(places, room))
         for name in dict.fromkeys(name for name, _ in chosen):
             seeds = [seed for owner, seed in chosen if owner == name]
