@@ -104,7 +104,7 @@ def _run(bank: BankInputs, rows: Tensor, stacks: list[Tensor], dim: int) -> Tens
     # Seeds that share parameters may be in different stages: what a frozen one sends back must not
     # train them. The two products are one in forward, after common subexpressions are merged.
     frozen = blueprint.stacked([p.detach() for p in stacks], rows, dim)
-    return torch.where(beside(modes != Mode.FROZEN, outcome), outcome, frozen)
+    return torch.where(beside(modes != int(Mode.FROZEN), outcome), outcome, frozen)
 
 
 def no_notes(y: Tensor, count: int) -> Tensor:
