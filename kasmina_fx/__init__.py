@@ -40,6 +40,7 @@ from kasmina_fx.errors import (
     UnknownBlueprint,
     UnknownOption,
 )
+from kasmina_fx.export.finalizing import finalize
 from kasmina_fx.grafting import GraftingConfig, register_strategy
 from kasmina_fx.graphs.capture import KasminaTracer, capture
 from kasmina_fx.graphs.diff import GraphDiff, graph_diff
@@ -113,6 +114,7 @@ __all__ = [
     "compiles",
     "controllers",
     "explain",
+    "finalize",
     "find_matches",
     "follow_scaler",
     "graph_diff",

@@ -217,6 +217,11 @@ class SymbolicSizes:
             yield
 
 
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """Return the tensors of nested tuples, lists and dicts, in order."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
 def fake_call(
     target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], like: Any
 ) -> Any:

@@ -57,11 +57,12 @@ class ModuleBlueprint(Blueprint):
             def call(chunk: Tensor) -> Tensor:
                 # A module that writes to its input writes to nobody else's.
                 given, own = chunk.clone(), dict(zip(names, tensors, strict=True))
+                out: Tensor
                 if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch's
-                    out: Tensor = _holding(own, skeleton)(given)
-                    return out  # functional_call refuses
-                with _Batchable():
-                    out = functional_call(skeleton, own, given)
+                    out = _holding(own, skeleton)(given)  # functional_call refuses
+                else:
+                    with _Batchable():
+                        out = functional_call(skeleton, own, given)
                 return out
 
             if being_recorded():

@@ -138,7 +138,8 @@ def as_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def wide_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     """Return a dtype that holds both, float32 or more."""
-    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    # torch.promote_types would be a node of an exported graph.
+    return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
 
 
 def overflows(made: Tensor, host: Tensor) -> bool:

@@ -9,8 +9,10 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from kasmina_fx._torch.tracing import size_of
 from kasmina_fx.lifecycle import Mode
 from kasmina_fx.physical.gradients import in_use, of_slots
+from kasmina_fx.physical.graph_inputs import NOTES as NOTE_ROWS
 from kasmina_fx.physical.moves import gathered, pulled, unchecked
 from kasmina_fx.physical.outcomes import mixed_outcomes, noted
 from kasmina_fx.physical.programs import plain_operators
@@ -77,7 +79,8 @@ _PLAIN: Final = Moves(
     _plain_guard,
     _no_reconstruction,
     partial(mixed_outcomes, by_mask=True),
-    noted,
+    # Nobody asks for notes where these are run.
+    lambda made, rows, ran, positions, alpha, roles: alpha.new_zeros(NOTE_ROWS, size_of(alpha, 0)),
 )
 
 

@@ -9,7 +9,7 @@ exported graphs asks for markers.
     >>> from kasmina_fx.testing import graft
     >>> layer, x = KasminaLayer(nn.Linear(4, 6), 3), torch.zeros(2, 4)
     >>> graft(layer, 1, "affine")
-    >>> "kasmina" in str(torch.export.export(layer, (x,)).graph)
+    >>> "kasmina.blend" in str(torch.export.export(layer, (x,)).graph)
     False
     >>> with recording_markers():
     ...     "kasmina.blend" in str(torch.export.export(layer, (x,)).graph)
