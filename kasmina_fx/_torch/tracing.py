@@ -59,11 +59,11 @@ def size_of(t: torch.Tensor, dim: int) -> int:
     if not torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch's
         return t.shape[dim]
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # of no stub
     try:
         return t.shape[dim]
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def known_same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:

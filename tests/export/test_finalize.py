@@ -165,6 +165,7 @@ def test_a_compiled_model_and_one_inside_of_another_lose_their_calls() -> None:
     inner = kasminify(nn.Sequential(nn.Linear(6, 8)), num_seeds=4)
     graft(kasmina_layers(inner)["0"], [0], "mlp", 1.0, S.FOSSILIZED)
     whole = nn.Sequential(inner, nn.Tanh())
+    model: Any
     for model in (inner, torch.compile(inner), whole):
         plain = finalize(model)
         assert_plain(plain)

@@ -160,7 +160,8 @@ def test_layers_made_by_hand() -> None:
     whole = nn.Sequential(layer, nn.Tanh()).eval()
     final = finalize(whole, example_inputs=(X,))
     assert type(final[0]) is nn.Linear
-    assert type(finalize(layer)) is nn.Linear
+    alone: nn.Module = finalize(layer)
+    assert type(alone) is nn.Linear
     torch.testing.assert_close(final(X), whole(X))
     layer.register_forward_hook(lambda module, args, out: out)
     with pytest.raises(InvalidArgument, match="0: hooks of a layer made by hand"):

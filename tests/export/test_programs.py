@@ -77,7 +77,7 @@ def onnx(model: nn.Module, folder: Path) -> None:
 
 
 def aot(model: nn.Module, folder: Path) -> None:
-    torch._inductor.aoti_compile_and_package(  # type: ignore[attr-defined]
+    torch._inductor.aoti_compile_and_package(
         program_of(model), package_path=str(folder / "model.pt2")
     )
 
@@ -86,18 +86,14 @@ def grown(stage: SeedLifecycle) -> Any:
     """Several kinds, shared and private ones, and a module of a user's."""
     torch.manual_seed(0)
     kind = register(lambda size: nn.Sequential(nn.LayerNorm(size), nn.Linear(size, size)))
-    plain = Root(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 10), nn.Linear(10, 4))
-    model = kasminify(plain, num_seeds=4, compile=False)
-    first, second, third = kasmina_layers(model).values()
-    fossils(first, [0, 2], "mlp", 1.0)
-    graft(first, 3, "affine", 0.4, stage)
-    graft(second, [0, 1], second.register_blueprint("bottleneck"), 0.6, stage)
-    graft(second, 3, kind, 0.7, stage)
-    graft(third, [1, 2], "residual_mlp", 0.3, stage)
+    model = kasminify(Root(nn.Linear(6, 12), nn.GELU()), num_seeds=4, compile=False)
+    layer = kasmina_layers(model)["0"]
+    fossils(layer, 2, "mlp", 1.0)
+    graft(layer, [0, 1], layer.register_blueprint("bottleneck"), 0.6, stage)
+    graft(layer, 3, kind, 0.7, stage)
     with torch.no_grad():
-        for layer in (second, third):
-            for stack in layer.blueprint_parameters(False):
-                stack.normal_(std=0.5)
+        for stack in layer.blueprint_parameters(False):
+            stack.normal_(std=0.5)
     return model.eval()
 
 
