@@ -27,7 +27,7 @@ from kasmina_fx.banks.bank import Bank
 from kasmina_fx.bases.outputs import replaced, watched
 from kasmina_fx.blueprints import Blueprint, lookup
 from kasmina_fx.blueprints.base import aside
-from kasmina_fx.blueprints.builtin import BUILTINS, PerFeature
+from kasmina_fx.blueprints.builtin import BUILTINS
 from kasmina_fx.errors import InvalidArgument
 from kasmina_fx.seeds.folding import blended_by
 from kasmina_fx.seeds.store import SeedStore
@@ -189,7 +189,7 @@ class _OneByOne(nn.Module):
         self.full = bool((members.alpha == 1).all())
         self.register_buffer("alpha", members.alpha)
         slots = [[p[slot] for p in members.params] for slot in range(_length(members))]
-        self.blueprints = nn.ModuleList(_module_of(members, own, dim) for own in slots)
+        self.blueprints = nn.ModuleList(_module_of(members, own) for own in slots)
 
     def forward(self, y: Tensor) -> Tensor:
         parts = []
@@ -206,12 +206,10 @@ def _length(members: _Members) -> int:
     return 1 if members.bank.spec.shared else len(members.starts)
 
 
-def _module_of(members: _Members, values: Sequence[Tensor], dim: int) -> nn.Module:
+def _module_of(members: _Members, values: Sequence[Tensor]) -> nn.Module:
     """Make a blueprint's plain module with such values."""
     with aside():  # its own don't matter
         module = members.blueprint.module(members.bank.run.size)
-    if isinstance(module, PerFeature):
-        module.dim = dim
     named = chain(module.named_parameters(), module.named_buffers())
     with torch.no_grad():
         for (_, own), value in zip(list(named), values, strict=True):

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from kasmina_fx import KasminaLayer, SeedLifecycle, finalize, kasmina_layers, kasminify, reference
+from kasmina_fx.blueprints import register
+from kasmina_fx.blueprints.builtin import MlpBlueprint
 from kasmina_fx.testing import graft
 
 S = SeedLifecycle
@@ -110,6 +112,23 @@ def test_seeds_that_share_a_blueprint_share_its_numbers() -> None:
     (up,) = (p for name, p in plain.named_parameters() if name.endswith("up_weight"))
     assert up.shape == (1, 6, 3)
     torch.testing.assert_close(plain(X).double(), exact(model, X), atol=2e-6, rtol=2e-6)
+
+
+class OwnMlp(MlpBlueprint):
+    kind = "own_mlp"
+
+
+def test_a_blueprint_class_of_a_users_runs_as_its_module() -> None:
+    case = CASES["linear, does not divide"]
+    kind = register(OwnMlp())
+    layer = grown(case, lambda layer: graft(layer, [0, 4], kind, 0.6), torch.float64).eval()
+    inputs = case.inputs()
+    torch.testing.assert_close(
+        finalize(layer, growing="freeze")(*inputs),
+        reference.forward(layer, *inputs),
+        atol=1e-12,
+        rtol=1e-12,
+    )
 
 
 def test_a_model_of_many_seeds_is_as_many_nodes_as_one_of_few() -> None:
