@@ -37,7 +37,7 @@ def finalize(
     model: M,
     *,
     growing: Literal["error", "freeze", "drop"] = "error",
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
 ) -> M:
     """Make a plain model of one that has grown: the same outputs, and no seeds.
 
@@ -57,8 +57,8 @@ def finalize(
         growing: Of seeds in GERMINATED to FINE_TUNING: ``"error"`` refuses them; ``"freeze"`` keeps
             those that are blended, at their present alpha, and drops the others, so that the output
             is the model's; ``"drop"`` drops them all, so that it is that of FOSSILIZED seeds alone.
-        example_inputs: Positional arguments of the model's forward: its output before and after
-            must then agree.
+        example_inputs: A tuple of positional arguments of the model's forward: its output before
+            and after must then agree.
 
     Returns:
         A copy in evaluation mode, uncompiled; of a model that is a KasminaLayer made by hand, a
@@ -105,9 +105,9 @@ def finalize(
 
 
 def _check_arguments(model: nn.Module, growing: Any, example_inputs: Any) -> None:
-    if growing not in _CHOICES:
+    if not isinstance(growing, str) or growing not in _CHOICES:
         raise InvalidArgument(f"growing={shown(growing)}: there are {', '.join(_CHOICES)}")
-    if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+    if example_inputs is not None and not isinstance(example_inputs, tuple):
         raise InvalidType(
             f"example_inputs={shown(example_inputs)}: give a tuple of positional arguments"
         )
@@ -184,10 +184,10 @@ def _compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         bound = _BOUNDS.get(old.dtype, 0.05) * max(1.0, _largest(old))
         apart = _largest(old.double() - new.double())
-        if not apart <= bound:
+        if apart > bound or not torch.equal(old.isfinite(), new.isfinite()):
             raise GraphMismatch(
                 f"output {index} of the finalised model is {apart:.3g} from the model's, more than "
-                f"{bound:.3g}: a layer computes what its base and its seeds do not say"
+                f"{bound:.3g}, or one is not finite: a layer computes what its base and its seeds do not say"
             )
 
 

@@ -120,6 +120,26 @@ def test_a_weight_that_is_read_elsewhere_is_found_by_example_inputs() -> None:
         finalize(model, example_inputs=(X,))
 
 
+class KnowsWeight(nn.Module):
+    """A model that is NaN where its layer's weight is another."""
+
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.register_buffer("weight", self.fc.weight.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(self.fc.weight == self.weight, 1.0, torch.nan)
+
+
+def test_numbers_that_are_not_finite_are_compared_too() -> None:
+    model = finished(KnowsWeight(), lambda layer: fossils(layer, 0, "affine"))
+    with pytest.raises(GraphMismatch, match="or one is not finite"):
+        finalize(model, example_inputs=(X,))
+
+
 def test_a_tied_weight_is_not_folded() -> None:
     plain = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     plain[1].weight = plain[0].weight
