@@ -187,7 +187,8 @@ def _compare(before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         if apart > bound or not torch.equal(old.isfinite(), new.isfinite()):
             raise GraphMismatch(
                 f"output {index} of the finalised model is {apart:.3g} from the model's, more than "
-                f"{bound:.3g}, or one is not finite: a layer computes what its base and its seeds do not say"
+                f"{bound:.3g}, or one is not finite: a layer computes what its base and its seeds "
+                "do not say"
             )
 
 
