@@ -158,7 +158,7 @@ CALLS: dict[str, tuple[Call, set[str]]] = {
         lambda layer, v: KasminaLayer(nn.Linear(4, 6), 3, layer_id=v), _taken("None", "text")
     ),
     "kasminify, num_seeds": (
-        lambda layer, v: k.kasminify(_net(), num_seeds=v, compile=False), _taken("5")
+        lambda layer, v: k.kasminify(_net(), num_seeds=v, compile=False), _taken("None", "5")
     ),
     "kasminify, options": (
         lambda layer, v: k.kasminify(_net(), options=v, compile=False), _taken("None", "dict")
