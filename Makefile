@@ -18,7 +18,7 @@ install: $(STAMP) ## make the environment, or bring it up to date
 $(STAMP): pyproject.toml constraints.txt
 	@echo "== install into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,reports]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,export,reports]'
 	@touch $@
 
 lint: ruff format-check types layers ## ruff check, ruff format --check, mypy, import-linter

@@ -47,6 +47,7 @@ from kasmina_fx.errors import (
     UnknownBlueprint,
     UnknownOption,
 )
+from kasmina_fx.export.finalizing import finalize
 from kasmina_fx.grafting import GraftingConfig, register_strategy
 from kasmina_fx.graphs.capture import KasminaTracer, capture
 from kasmina_fx.graphs.diff import GraphDiff, graph_diff
@@ -124,6 +125,7 @@ __all__ = [
     "controllers",
     "counterfactual",
     "explain",
+    "finalize",
     "find_matches",
     "follow_scaler",
     "graph_diff",

@@ -79,11 +79,11 @@ class RewriteError(KasminaError, RuntimeError):
 
 
 class StillGrowing(KasminaError, RuntimeError):
-    """A call of ``unkasminify`` would lose what blended seeds contribute."""
+    """``unkasminify`` would lose what blended seeds contribute, or ``finalize`` who still grows."""
 
 
 class GraphMismatch(KasminaError, AssertionError):
-    """A golden file or a recompile check does not hold."""
+    """A golden file, a recompile check or a comparison of outputs does not hold."""
 
 
 def shown(given: object) -> str:

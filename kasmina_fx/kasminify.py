@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal, TypeVar, overload
@@ -21,7 +20,7 @@ from kasmina_fx.class_swap import SwappedLayer, swap_in, swap_out
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
 from kasmina_fx.errors import InvalidType, NoTargets, StillGrowing, shown
 from kasmina_fx.layer import KasminaLayer
-from kasmina_fx.model import kasmina_layers, seed_buffers
+from kasmina_fx.model import kasmina_layers, parameter_uses, seed_buffers
 from kasmina_fx.seeds import model_call
 from kasmina_fx.seeds.folding import fold_seeds, why_not_folded
 from kasmina_fx.seeds.siblings import Siblings
@@ -207,12 +206,12 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
         The same model, uncompiled (the base, if the model itself is a KasminaLayer made by hand).
 
     Raises:
-        StillGrowing: A blended seed that can't be folded; nothing has changed.
+        StillGrowing: A blended seed that can't be folded; nothing has changed. For those there is
+            :func:`kasmina_fx.finalize`.
     """
     plain: M = uncompiled(model)
     layers = kasmina_layers(plain)
-    uses = Counter(id(p) for owner in plain.modules() for p in owner._parameters.values())
-    uses.update(id(p) for layer in layers.values() for p in layer.kasmina.host.parameters())
+    uses = parameter_uses(plain)
     for name, layer in layers.items():
         for seed_id in layer.state.blended.nonzero().flatten().tolist():
             why = (
@@ -221,10 +220,19 @@ def unkasminify(model: M, *, fold: bool = False) -> M:
                 else "pass fold=True if it is affine or lora"
             )
             if why is not None:
-                raise StillGrowing(f"{name or 'model'}: seed {seed_id} is blended: {why}")
-    by_hand: dict[nn.Module, nn.Module] = {}
+                raise StillGrowing(
+                    f"{name or 'model'}: seed {seed_id} is blended: {why}; finalize(model) makes a "
+                    "plain copy that keeps what any blueprint adds"
+                )
     for layer in layers.values():
-        fold_seeds(layer.kasmina)
+        fold_seeds(layer.kasmina, layer.state.blended)
+    return take_seeds_off(plain)
+
+
+def take_seeds_off(plain: M) -> M:
+    """Make plain layers of all with seeds, in place, whatever these do; return the model."""
+    by_hand: dict[nn.Module, nn.Module] = {}
+    for layer in kasmina_layers(plain).values():
         layer.siblings.discard(layer.kasmina)
         if isinstance(layer, SwappedLayer):
             swap_out(layer)

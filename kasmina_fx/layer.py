@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from kasmina_fx._torch.dynamo import being_recorded
-from kasmina_fx._torch.tracing import in_functorch
 from kasmina_fx.arguments import check_count, check_instance
 from kasmina_fx.banks.placement import SMALLEST
 from kasmina_fx.bases.features import find_features
@@ -30,6 +29,7 @@ from kasmina_fx.logical_seed import LogicalSeed, SeedSequence
 from kasmina_fx.physical import markers
 from kasmina_fx.physical.blend import blend
 from kasmina_fx.physical.graph_inputs import SHOWN, GraphInputs
+from kasmina_fx.physical.programs import plain_operators
 from kasmina_fx.seeds import outside, state_dict
 from kasmina_fx.seeds.allocation import allocate
 from kasmina_fx.seeds.commands import SeedCommands
@@ -109,9 +109,10 @@ class SeededModule(SeedCommands, nn.Module):
         if store.packs.mixed is not None:
             return replaced(out, store.packs.mixed.blend(y, store.layout_text, self.training))
         asked = self._read(store).blend_arguments(y, store.layout_text, self.training)
-        if not torch.compiler.is_dynamo_compiling() and in_functorch():
-            # vmap knows no operator of ours; statistics are of the batch that it takes apart.
-            return replaced(out, blend(asked)[0])
+        if plain_operators():
+            # vmap knows no operator of ours, and a program is run by others; neither keeps
+            # statistics.
+            return replaced(out, blend(asked)[0]) if asked.banks else out
         y, notes = markers.BLEND(*asked)
         if store.observed and (self.training or store.in_eval) and not being_recorded():
             accumulated: Any = store._modules["telemetry"]._buffers["accumulated"]  # type: ignore[union-attr]  # never None

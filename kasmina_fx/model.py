@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -150,6 +151,14 @@ def host_state_dict(model: nn.Module) -> dict[str, Any]:
     names = {name for name, m in model.named_modules(remove_duplicate=False) if _is_layer(m)}
     own = tuple(f"{name}.{OWN}" if name else OWN for name in names)
     return {key: value for key, value in model.state_dict().items() if not key.startswith(own)}
+
+
+def parameter_uses(plain: nn.Module) -> Counter[int]:
+    """Count how many modules hold a parameter and how many layers watch it, by its ``id``."""
+    uses = Counter(id(p) for owner in plain.modules() for p in owner._parameters.values())
+    layers = kasmina_layers(plain).values()
+    uses.update(id(p) for layer in layers for p in layer.kasmina.host.parameters())
+    return uses
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -80,7 +80,7 @@ def check_counts(num_seeds: object) -> None:
         return
     if is_int(num_seeds):
         check_count("num_seeds", num_seeds, least=1)
-    elif not isinstance(num_seeds, Sequence) or isinstance(num_seeds, str):
+    elif not isinstance(num_seeds, Sequence) or isinstance(num_seeds, str | bytes):
         raise InvalidType(
             f"num_seeds={shown(num_seeds)}: give an int, one for each layer, or a function "
             "(fqn, module) -> int"

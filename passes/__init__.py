@@ -105,7 +105,8 @@ def rewrite(
     """Rewrite a copy of a captured graph; parameters and buffers are shared with it.
 
     Args:
-        gm: From :func:`kasmina_fx.capture`, Dynamo, ``torch.fx`` or ``torch.export(...).module()``.
+        gm: From :func:`kasmina_fx.capture`, Dynamo, ``torch.fx`` or ``torch.export(...).module()``
+            (exported inside :func:`kasmina_fx.physical.programs.recording_markers`).
         example_inputs: Needed where the graph holds no shapes (``torch.fx.symbolic_trace`` leaves
             none).
         passes: The pipeline.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,23 @@ def is_exporting() -> bool:
 def being_recorded() -> bool:
     """Say whether ``torch.export`` or ``torch.jit.trace`` makes a program of what runs."""
     return is_exporting() or (not torch.compiler.is_dynamo_compiling() and torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]  # torch's
+
+
+T = TypeVar("T")
+
+
+def cached(fn: Callable[[str], T]) -> Callable[[str], T]:
+    """Keep what a function of a text returned; Dynamo sees the function alone.
+
+    Of an ``lru_cache`` it warns: a strict ``torch.export`` would.
+    """
+    kept = functools.lru_cache(maxsize=4096)(fn)
+
+    @functools.wraps(fn)
+    def call(text: str) -> T:
+        return fn(text) if torch.compiler.is_dynamo_compiling() else kept(text)
+
+    return call
 
 
 def mark_dynamic(t: torch.Tensor, dim: int) -> None:

@@ -47,22 +47,43 @@ def asks_for_shapes(t: torch.Tensor) -> bool:
 
 def known_empty(t: torch.Tensor) -> bool:
     """Say whether a tensor has no elements; False where only a symbol says how many it has."""
-    return statically_known_true(t.numel() == 0)
+    return _known(t.numel() == 0)
 
 
 def known_at_most(size: int | torch.SymInt, most: int) -> bool:
     """Say whether a size is known to be no more than ``most``; asking adds no guard."""
-    return statically_known_true(size <= most)
+    return _known(size <= most)
 
 
 def known_one(size: int | torch.SymInt) -> bool:
     """Say whether a size is 1; False where only a symbol says."""
-    return statically_known_true(size == 1)
+    return _known(size == 1)
+
+
+def size_of(t: torch.Tensor, dim: int) -> int:
+    """Return a size that every run of a program has in common, such as a chunk's.
+
+    While ``torch.jit`` traces, ``t.shape`` holds tensors, which nothing but an operator takes.
+    """
+    if not torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch's
+        return t.shape[dim]
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # of no stub
+    try:
+        return t.shape[dim]
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def known_same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Say whether two sizes are the same; False where only symbols say."""
-    return statically_known_true(a == b)
+    return _known(a == b)
+
+
+def _known(condition: Any) -> bool:
+    """Say whether a condition on sizes holds whatever symbols stand for."""
+    # While torch.jit traces, sizes are tensors, and to ask one would be warned of.
+    return not isinstance(condition, torch.Tensor) and statically_known_true(condition)
 
 
 class StorageOf:
@@ -203,6 +224,11 @@ class SymbolicSizes:
         # Without the dispatcher: "SymIntArrayRef expected to contain only concrete integers".
         with self.mode, enable_python_dispatcher():
             yield
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """Return the tensors of nested tuples, lists and dicts, in order."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 def fake_call(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from kasmina_fx.blueprints.base import Blueprint, as_rows, from_rows
@@ -236,6 +237,8 @@ BUILTINS = (
 
 
 def _matmul_dtype(rows: Tensor, weight: Tensor) -> torch.dtype:
+    if isinstance(rows, Proxy):  # torch.fx traces: where autocast is on, it casts products itself
+        return weight.dtype
     return rows.dtype if torch.is_autocast_enabled(rows.device.type) else weight.dtype
 
 

@@ -12,7 +12,8 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from kasmina_fx._torch.tracing import outside_of_tracing
+from kasmina_fx._torch.dynamo import being_recorded
+from kasmina_fx._torch.tracing import outside_of_tracing, size_of
 from kasmina_fx.blueprints.base import Blueprint, TensorSpec, aside
 
 
@@ -23,7 +24,8 @@ class ModuleBlueprint(Blueprint):
     forward only reads. The module sees its chunk as the host lays its output out,
     ``(batch, ..., size)`` or ``(batch, size, height, width)``. Its stacked form is
     ``vmap(functional_call)``: ``vmap`` may bake the batch size into a graph (LayerNorm before
-    Linear does), which costs a recompile at each new batch size. The built-ins don't.
+    Linear does), which costs a recompile at each new batch size. The built-ins don't. In a program
+    (of ``torch.export``, ``torch.jit.trace``) it runs once a place instead.
     """
 
     def __init__(self, kind: str, factory: Callable[[int], nn.Module] | nn.Module) -> None:
@@ -48,22 +50,33 @@ class ModuleBlueprint(Blueprint):
 
     def stacked(self, params: Sequence[Tensor], chunks: Tensor, dim: int) -> Tensor:
         """See :meth:`Blueprint.stacked`."""
-        specs, skeleton = self._prepared(chunks.shape[dim])
+        specs, skeleton = self._prepared(size_of(chunks, dim))
         names = [spec.name for spec in specs]
 
         def one(tensors: Sequence[Tensor], members: Tensor) -> Tensor:
             def call(chunk: Tensor) -> Tensor:
                 # A module that writes to its input writes to nobody else's.
                 given, own = chunk.clone(), dict(zip(names, tensors, strict=True))
-                with _Batchable():
-                    out: Tensor = functional_call(skeleton, own, given)
+                out: Tensor
+                if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]  # torch's
+                    out = _holding(own, skeleton)(given)  # functional_call refuses
+                else:
+                    with _Batchable():
+                        out = functional_call(skeleton, own, given)
                 return out
 
+            if being_recorded():
+                return torch.stack([call(chunk) for chunk in members.unbind()])
             # One member is the common case: a private copy. vmap over a single chunk buys nothing.
             if members.shape[0] == 1:
                 return call(members[0]).unsqueeze(0)
             return vmap(call, randomness="different")(members)
 
+        if being_recorded():  # no batch size may stay in a program, nor may it be retraced
+            slots = zip(*(p.unbind() for p in params), strict=True)
+            return torch.stack(
+                [one(own, mine) for own, mine in zip(slots, chunks.unbind(), strict=True)]
+            )
         if chunks.shape[0] == 1:
             return one([p[0] for p in params], chunks[0]).unsqueeze(0)
         return vmap(one, randomness="different")(list(params), chunks)
@@ -81,6 +94,16 @@ class ModuleBlueprint(Blueprint):
             with outside_of_tracing(), aside():
                 self._known[size] = (super().specs(size), self.module(size).train().to("meta"))
         return self._known[size]
+
+
+def _holding(tensors: Mapping[str, Tensor], skeleton: nn.Module) -> nn.Module:
+    """Return a copy of a module that holds such tensors in the place of its own."""
+    module = copy.deepcopy(skeleton)
+    for name, tensor in tensors.items():
+        path, _, own = name.rpartition(".")
+        owner: Any = module.get_submodule(path)
+        (owner._parameters if own in owner._parameters else owner._buffers)[own] = tensor
+    return module
 
 
 class _Evaluating(ModuleBlueprint):

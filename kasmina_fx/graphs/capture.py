@@ -22,6 +22,7 @@ from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.model import kasmina_layers
 from kasmina_fx.passes.infra.metadata import propagate_if_missing, set_role
 from kasmina_fx.physical.graph_inputs import SHOWN
+from kasmina_fx.physical.programs import recording_markers
 from kasmina_fx.seeds.entry_names import OWN
 
 FRONTENDS: Final = ("dynamo", "fx", "export")
@@ -181,7 +182,8 @@ def _fx(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> GraphM
 
 
 def _export(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> GraphModule:
-    program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
+    with recording_markers():
+        program = torch.export.export(model, tuple(args), dict(kwargs), strict=False)
     signature = program.graph_signature
     roles = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     tables = signature.inputs_to_lifted_tensor_constants

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kasmina_fx._torch.tracing import known_empty
+from kasmina_fx._torch.tracing import known_empty, size_of
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.lifecycle import Mode
 from kasmina_fx.physical import operators
@@ -54,7 +54,7 @@ def _blend_run(
     y: Tensor, run: Run, banks: Sequence[BankInputs], layer: LayerTables, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Return a run's features after the blend, and the notes on its seeds."""
-    own = y if run.width == y.shape[dim] else y.narrow(dim, run.offset, run.width)
+    own = y if run.width == size_of(y, dim) else y.narrow(dim, run.offset, run.width)
     if not banks:
         return own, no_notes(y, run.count)
     host = own.unflatten(dim, (run.count, run.size))
@@ -104,7 +104,7 @@ def _run(bank: BankInputs, rows: Tensor, stacks: list[Tensor], dim: int) -> Tens
     # Seeds that share parameters may be in different stages: what a frozen one sends back must not
     # train them. The two products are one in forward, after common subexpressions are merged.
     frozen = blueprint.stacked([p.detach() for p in stacks], rows, dim)
-    return torch.where(beside(modes != Mode.FROZEN, outcome), outcome, frozen)
+    return torch.where(beside(modes != int(Mode.FROZEN), outcome), outcome, frozen)
 
 
 def no_notes(y: Tensor, count: int) -> Tensor:

@@ -62,7 +62,7 @@ def in_use(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def of_slots(tensors: Sequence[Tensor], modes: Tensor) -> tuple[Tensor, Tensor]:
     """Return guard's last outputs: ``alone`` and ``sane``."""
-    alone = all_places(modes != Mode.LEARNS).to(torch.float32)
+    alone = all_places(modes != int(Mode.LEARNS)).to(torch.float32)
     return alone, sane_slots(in_use(tensors)[1:], modes)
 
 
@@ -85,12 +85,12 @@ def _guard_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]
         by = 1 + less
         params = [g if g is None else g * beside(by, g).to(g.dtype) for g in params]
     sane = sane_slots([g for g in params if g is not None], modes)
-    idle = all_places(modes == Mode.FROZEN)  # nobody asked for the gradients of its parameters
+    idle = all_places(modes == int(Mode.FROZEN))  # nobody asked for the gradients of its parameters
     taken, fine = sane & ~idle, sane | idle
     passed: list[Any] = [None]
     if rows is not None:
         finite = rows.abs() < torch.inf
-        passed = [kept(rows, finite & beside(modes != Mode.RECONSTRUCTS, rows))]
+        passed = [kept(rows, finite & beside(modes != int(Mode.RECONSTRUCTS), rows))]
         fine = fine & finite_rows(rows)
     for g, capacity in zip(params, ctx.capacities, strict=True):
         passed.append(g if g is None else _padded(kept(g, beside(taken, g)), capacity))
@@ -138,7 +138,8 @@ def as_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 def wide_dtype(a: Tensor, b: Tensor) -> torch.dtype:
     """Return a dtype that holds both, float32 or more."""
-    return torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    # torch.promote_types would be a node of an exported graph.
+    return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
 
 
 def overflows(made: Tensor, host: Tensor) -> bool:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
-from kasmina_fx._torch.tracing import same_size
+from kasmina_fx._torch.tracing import same_size, size_of
 from kasmina_fx.blueprints.registry import lookup
 from kasmina_fx.physical.layout import BankSpec, Run, format_banks, parse_banks
 
@@ -34,7 +34,7 @@ class LayerTables(NamedTuple):
 
     def of(self, run: Run) -> LayerTables:
         """Return the tables of a run's seeds."""
-        if run.count == len(self.alpha):
+        if run.count == size_of(self.alpha, 0):
             return self
         first, count = run.first_seed, run.count
         alpha, roles, faults = (t.narrow(0, first, count) for t in self[:3])

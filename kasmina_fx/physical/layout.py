@@ -22,9 +22,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import groupby
 from typing import Final
+
+from kasmina_fx._torch.dynamo import cached
 
 _RUN = re.compile(r"(\d+)x(\d+)")
 _BANK = re.compile(
@@ -71,7 +73,7 @@ class ChunkLayout:
         return cls(feature_dim, tuple(runs))
 
     @staticmethod
-    @lru_cache(maxsize=4096)
+    @cached
     def parse(text: str) -> ChunkLayout:
         """Read what ``str(layout)`` wrote."""
         head, _, tail = text.partition(" runs=")
@@ -117,7 +119,7 @@ def format_banks(banks: Sequence[BankSpec]) -> str:
     return " ".join(map(str, banks))
 
 
-@lru_cache(maxsize=4096)
+@cached
 def parse_banks(text: str) -> tuple[BankSpec, ...]:
     """Read what :func:`format_banks` wrote."""
     banks = []

@@ -9,11 +9,13 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from kasmina_fx._torch.tracing import in_functorch
+from kasmina_fx._torch.tracing import size_of
 from kasmina_fx.lifecycle import Mode
 from kasmina_fx.physical.gradients import in_use, of_slots
+from kasmina_fx.physical.graph_inputs import NOTES as NOTE_ROWS
 from kasmina_fx.physical.moves import gathered, pulled, unchecked
 from kasmina_fx.physical.outcomes import mixed_outcomes, noted
+from kasmina_fx.physical.programs import plain_operators
 from kasmina_fx.physical.rows import beside
 
 PULL: Final = torch.ops.kasmina.pull.default
@@ -55,8 +57,8 @@ def _plain_guard(
     tensors: list[Tensor], modes: Tensor, positions: Tensor, faults: Tensor, blames: Tensor
 ) -> list[Tensor]:
     rows, *params = in_use(tensors)
-    learns = (modes != Mode.FROZEN).any(1)
-    trains = beside(modes == Mode.RECONSTRUCTS, rows)
+    learns = (modes != int(Mode.FROZEN)).any(1)
+    trains = beside(modes == int(Mode.RECONSTRUCTS), rows)
     return [
         torch.where(trains, rows.detach(), rows),
         *(torch.where(beside(learns, p), p, p.detach()) for p in params),
@@ -77,12 +79,11 @@ _PLAIN: Final = Moves(
     _plain_guard,
     _no_reconstruction,
     partial(mixed_outcomes, by_mask=True),
-    noted,
+    # Nobody asks for notes where these are run.
+    lambda made, rows, ran, positions, alpha, roles: alpha.new_zeros(NOTE_ROWS, size_of(alpha, 0)),
 )
 
 
 def current() -> Moves:
-    """Return the operators; under ``torch.func`` transforms, plain code with the same values."""
-    # torch.func does not take operators with a registered backward (torch 2.13). Plain code has the
-    # same gradients too, but for the guard against NaN and the reconstruction loss.
-    return _PLAIN if in_functorch() else _OPERATORS
+    """Return the operators, or plain code with the same values where none may be recorded."""
+    return _PLAIN if plain_operators() else _OPERATORS

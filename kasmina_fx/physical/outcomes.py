@@ -43,7 +43,7 @@ def mixed_outcomes(
 ) -> tuple[Tensor, Tensor]:
     """Compute ``mix``; ``by_mask`` so that autograd may look inside, where 0 times NaN is NaN."""
     f, runs = _of_seeds(made, ran, positions, dim, lookup)
-    blends = runs & (roles == Role.BLENDS)
+    blends = runs & (roles == int(Role.BLENDS))
     # One number a seed to look up for each of its rows. NaN: its blend is not finite, and refused.
     weight = alpha if by_mask else alpha.masked_fill(~blends, torch.nan)
     # float32 for half types: the difference of two close values has few correct bits in them.
@@ -155,7 +155,7 @@ def noted(
         before = mine.new_full((), NO_LOSS) if said is None else said
         said = torch.where(index >= 0, mine, before)
     assert said is not None  # a run without a bank has nothing to note
-    added = kept(alpha * alpha * said, (roles == Role.BLENDS) & (said >= 0))
+    added = kept(alpha * alpha * said, (roles == int(Role.BLENDS)) & (said >= 0))
     return torch.stack([(said == _FAULTY).float(), said.clamp_min(NO_LOSS), added])
 
 

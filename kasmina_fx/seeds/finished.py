@@ -204,7 +204,7 @@ def _wait_for_copies(made: list[Made]) -> None:
 def _made(store: SeedStore) -> Folded | None:
     """Return what a layer runs in the place of a blend; None: nothing can take its place."""
     fossils = _fossils(store)
-    if why_no_host(store) is not None or _why_not_now(store.host) is not None:
+    if why_no_host(store) is not None or why_not_now(store.host) is not None:
         return None if bool(fossils.any()) else Folded()
     own, stacks = _places(store)
     made = Folded(own, stacks)
@@ -229,13 +229,13 @@ def _would_be_made_of(plan: Plan) -> list[Source]:
     return [
         source(*place)
         for store in plan.stores()
-        if why_no_host(store) is None and _why_not_now(store.host) is None
+        if why_no_host(store) is None and why_not_now(store.host) is None
         for places in _places(store)
         for place in places
     ]
 
 
-def _why_not_now(host: Host) -> str | None:
+def why_not_now(host: Host) -> str | None:
     """Say why nothing folds into what a host holds now, for a while; None: something may."""
     why = why_no_weight(host)
     for name in ("weight", "bias"):
@@ -274,4 +274,4 @@ def _why_not_folded(store: SeedStore) -> str | None:
         return str(plan.why_none)
     if store.observed and store.in_eval:
         return "statistics are kept there, of what blueprints do too"
-    return _why_not_now(store.host)
+    return why_not_now(store.host)

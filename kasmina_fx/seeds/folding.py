@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from kasmina_fx.banks.bank import Bank
 from kasmina_fx.bases.host import Host
 from kasmina_fx.bases.linear import spans_groups, why_not_linear
-from kasmina_fx.lifecycle import SeedLifecycle, is_blended
+from kasmina_fx.lifecycle import SeedLifecycle
 from kasmina_fx.physical.rows import finite_rows
 from kasmina_fx.seeds.store import SeedStore
 from kasmina_fx.transactions.buffers import to_device
@@ -81,9 +81,11 @@ def why_no_chunks(bank: Bank, host: Host, seeds: Tensor) -> str | None:
 
 
 @torch.no_grad()
-def fold_seeds(store: SeedStore) -> None:
-    """Rows of the host's weight, and its bias, become what blended seeds make of them."""
-    blended = is_blended(store.stages)
+def fold_seeds(store: SeedStore, blended: Tensor) -> None:
+    """Rows of the host's weight, and its bias, become what some seeds make of them.
+
+    ``blended``, bool ``(S,)`` on the CPU, says which: such as :func:`why_not_folded` lets through.
+    """
     if not bool(blended.any()):
         return
     host: Any = store.host.base  # linear in its weight: why_not_folded lets no other through

@@ -133,6 +133,8 @@ def runs_compiled(model: nn.Module) -> bool:
 
 
 def remove(model: nn.Module) -> None:
-    """Let a model be called as any other."""
-    model.__dict__.pop(KEPT, None)
+    """Let a model, and what was kasminified inside of it, be called as any other."""
     model.__dict__.pop("_compiled_call_impl", None)
+    for part in model.modules():
+        if part.__dict__.pop(KEPT, None) is not None:
+            part.__dict__.pop("_compiled_call_impl", None)

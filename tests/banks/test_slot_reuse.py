@@ -22,7 +22,7 @@ def test_a_new_seed_does_not_learn_from_its_predecessors_gradient() -> None:
     optimizer = SGD(model.parameters(), lr=1.0)
     loss_of(model, 0).mul(100).backward()
     layer.reset(0)
-    graft(layer, 3, stage=S.TRAINING)
+    graft(layer, 3, "mlp", stage=S.TRAINING)
     assert int(bank_of(model).slot_of(layer.state.blueprint_ids[3:4])) == 0
     before = rows(model, 0), rows(model, 1)
     optimizer.step()
@@ -56,7 +56,7 @@ def test_a_seed_that_waited_to_train_starts_clean() -> None:
     model = growing(reserve=4)
     layer = layer_of(model)
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.5)
-    assert layer.request_germination(2)
+    assert layer.request_germination(2, "mlp")
     train(model, optimizer, 30)
     state = [optimizer.state[stack]["momentum_buffer"] for stack in stacks(model)]
     assert any(bool(buffer[2].any()) for buffer in state)  # weight decay went on
@@ -108,11 +108,11 @@ def test_slots_are_used_again_once_no_backward_may_read_them() -> None:
     held = stacks(model)
     layer.siblings.training.awaits_backward = True  # as a compiled forward leaves it
     layer.reset(0)
-    graft(layer, 2)
+    graft(layer, 2, "mlp")
     assert int(bank.slot_of(layer.state.blueprint_ids[2:3])) == 2  # not 0
-    graft(layer, 3)
+    graft(layer, 3, "mlp")
     assert all(a is b for a, b in zip(stacks(model), held, strict=True))
-    graft(layer, 4)  # there is no other: new stacks, as large
+    graft(layer, 4, "mlp")  # there is no other: new stacks, as large
     assert bank.capacity == 4
     assert not any(a is b for a, b in zip(stacks(model), held, strict=True))
     assert int(bank.slot_of(layer.state.blueprint_ids[4:5])) == 0
@@ -120,7 +120,7 @@ def test_slots_are_used_again_once_no_backward_may_read_them() -> None:
     train(model, optimizer, 1)  # a step: no backward of before is to come
     assert not layer.siblings.training.awaits_backward
     held = stacks(model)
-    graft(layer, 5)
+    graft(layer, 5, "mlp")
     assert all(a is b for a, b in zip(stacks(model), held, strict=True))
     assert int(bank.slot_of(layer.state.blueprint_ids[5:6])) == 1
 
@@ -129,5 +129,5 @@ def test_growth_keeps_what_the_user_froze() -> None:
     model = growing()
     for stack in stacks(model):
         stack.requires_grad_(False)
-    graft(layer_of(model), [2])
+    graft(layer_of(model), [2], "mlp")
     assert not any(stack.requires_grad for stack in stacks(model))

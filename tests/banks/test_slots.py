@@ -29,7 +29,7 @@ def test_cancel() -> None:
     assert layer.cancel_germination([0, 1]) is True
     assert layer.cancel_germination(0) is False
     assert layer.state.get_state_distribution() == {"DORMANT": 1, "GERMINATED": 1, "CANCELLED": 2}
-    assert layer.get_layer_stats()["banks"]["mlp_run0"]["used"] == 1
+    assert layer.get_layer_stats()["banks"]["residual_mlp_run0"]["used"] == 1
     layer.advance([0, 1], SeedLifecycle.DORMANT)
     assert layer.state.blueprint_ids.tolist()[:2] == [0, 0]
     assert layer.request_germination([0, 1]) is True
@@ -116,7 +116,7 @@ def test_an_optimizer_trains_blended_blueprints() -> None:
 
 def test_a_training_seed_does_not_touch_the_host() -> None:
     layer = KasminaLayer(nn.Linear(4, 12), 4)
-    layer.request_germination([0, 1])
+    layer.request_germination([0, 1], "mlp")
     layer.advance([0, 1], SeedLifecycle.TRAINING)
     layer.set_alpha([0, 1], 1.0)
     x = torch.randn(3, 4)

@@ -26,12 +26,12 @@ def mixed() -> nn.Module:
     torch.manual_seed(0)
     model = wrapped(TwoLayers(), seeds=5, telemetry=True)
     up, down = layer_of(model, "up"), layer_of(model, "down")
-    graft(up, [0, 3], alpha=0.7)
+    graft(up, [0, 3], "mlp", alpha=0.7)
     graft(up, [1], "lora", alpha=1.0)
     graft(up, [2], up.register_blueprint("affine"), alpha=0.2)
     graft(down, [0, 1], "bottleneck", alpha=0.4)
-    down.request_germination([3])
-    down.request_germination([4])
+    down.request_germination([3], "mlp")
+    down.request_germination([4], "mlp")
     down.advance([4], SeedLifecycle.TRAINING)
     for layer in (up, down):
         for parameter in layer.blueprint_parameters():
@@ -44,12 +44,12 @@ def pair() -> nn.Module:
     torch.manual_seed(0)
     model = wrapped(TwoLayers(), seeds=3, telemetry=True)
     up, down = layer_of(model, "up"), layer_of(model, "down")
-    graft(up, [0], alpha=0.7)
+    graft(up, [0], "mlp", alpha=0.7)
     shared = up.register_blueprint("affine")
     graft(up, [1], shared, alpha=0.2)
     up.request_germination([2], shared)
     up.advance([2], SeedLifecycle.TRAINING)
-    graft(down, [0, 2], alpha=0.4)
+    graft(down, [0, 2], "mlp", alpha=0.4)
     for layer in (up, down):
         for parameter in layer.blueprint_parameters():
             nn.init.normal_(parameter, std=0.4)

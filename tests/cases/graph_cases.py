@@ -106,7 +106,7 @@ def layer_of(model: nn.Module, name: str = "fc") -> KasminaLayer:
 
 def one_class() -> nn.Module:
     model = wrapped(OneLayer())
-    graft(layer_of(model), [0, 2])
+    graft(layer_of(model), [0, 2], "mlp")
     return model
 
 
@@ -125,7 +125,7 @@ def shared_blueprint() -> nn.Module:
 
 def non_divisible() -> nn.Module:
     model = wrapped(OneLayer(), seeds=5)
-    graft(layer_of(model), [0, 1, 4])
+    graft(layer_of(model), [0, 1, 4], "mlp")
     return model
 
 
@@ -134,25 +134,25 @@ def caller_sizes() -> nn.Module:
     model.fc = ChunkedKasminaLayer(  # type: ignore[assignment]  # it stands for the Linear
         model.fc, 5, "fc", False, chunk_sizes=[1, 1, 6, 2, 2]
     )
-    graft(layer_of(model), [1, 2, 3])
+    graft(layer_of(model), [1, 2, 3], "mlp")
     return model
 
 
 def telemetry_on() -> nn.Module:
     model = wrapped(OneLayer(), telemetry=True)
-    graft(layer_of(model), [0, 2])
+    graft(layer_of(model), [0, 2], "mlp")
     return model
 
 
 def two_layers() -> nn.Module:
     model = wrapped(TwoLayers(), seeds=3)
-    graft(layer_of(model, "up"), [0, 1])
+    graft(layer_of(model, "up"), [0, 1], "mlp")
     return model
 
 
 def convolution() -> nn.Module:
     model = wrapped(Convolution(), targets=(nn.Conv2d,))
-    graft(layer_of(model, "conv"), [0, 3])
+    graft(layer_of(model, "conv"), [0, 3], "mlp")
     return model
 
 
@@ -181,7 +181,7 @@ def each_case_of(name: str) -> pytest.MarkDecorator:
 def growing_graph(telemetry: bool = True) -> GraphModule:
     """A captured graph that no pass has seen."""
     model = wrapped(OneLayer(), telemetry=telemetry)
-    graft(layer_of(model), [0, 2])
+    graft(layer_of(model), [0, 2], "mlp")
     return capture(model, torch.randn(3, 8))
 
 

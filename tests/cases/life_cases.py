@@ -60,7 +60,7 @@ def bring(layer: KasminaLayer, seeds: Sequence[int], stage: SeedLifecycle) -> No
     """Dormant seeds to a stage, by legal steps."""
     for step in PATHS[stage]:
         if step is S.GERMINATED:
-            assert layer.request_germination(seeds, "affine", 1)
+            assert layer.request_germination(seeds, "mlp", 1)
         else:
             layer.advance(seeds, step)
     layer.set_alpha(seeds, 0.0 if stage in (S.DORMANT, S.CULLED, S.CANCELLED) else 0.5)

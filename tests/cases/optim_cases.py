@@ -17,8 +17,10 @@ from kasmina_fx.testing import graft
 def growing(reserve: int = 0, seeds: int = 6) -> nn.Module:
     """Two seeds in GRAFTING: a bank of two slots, both in use, unless more are reserved."""
     torch.manual_seed(0)
-    model = wrapped(OneLayer(), seeds=seeds, reserve=reserve)
-    graft(layer_of(model), [0, 1])
+    model = wrapped(OneLayer(), seeds=seeds)
+    if reserve:
+        layer_of(model).reserve(reserve, "mlp")
+    graft(layer_of(model), [0, 1], "mlp")
     return model
 
 

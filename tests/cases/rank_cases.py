@@ -32,7 +32,7 @@ def run(scenario: str, rank: int) -> str:
     if scenario == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
         wrapped(X).sum().backward()
-        graft(layer, [0])
+        graft(layer, [0], "mlp")
         wrapped(X)
     elif scenario == "ddp, reserved":
         layer.reserve(2)
@@ -40,21 +40,21 @@ def run(scenario: str, rank: int) -> str:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for step in range(4):
             if step == 1:
-                graft(layer, [0, 1])
+                graft(layer, [0, 1], "mlp")
             optimizer.zero_grad()
             wrapped(torch.randn(2, 4)).square().sum().backward()
             optimizer.step()
         return f"{sum(float(p.double().sum()) for p in model.parameters()):.9f}"
     elif scenario == "other seeds":
-        graft(layer, [rank])
+        graft(layer, [rank], "mlp")
         model(X)
     elif scenario in ("rank 0 alone", "rank 1 alone"):
         ranks.WAITS = 3.0  # type: ignore[misc]
         if scenario == f"rank {rank} alone":
-            graft(layer, [0])
+            graft(layer, [0], "mlp")
         model(X)
     else:
-        graft(layer, [0])
+        graft(layer, [0], "mlp")
         values = model(X)
         return f"{float(values.double().sum()):.9f}"
     return "no error"

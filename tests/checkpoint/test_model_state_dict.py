@@ -36,7 +36,7 @@ def network() -> nn.Sequential:
 def grown() -> nn.Sequential:
     net = network()
     for layer in kasmina_layers(net).values():
-        graft(layer, [1, 2])
+        graft(layer, [1, 2], "mlp")
     return net
 
 
@@ -120,7 +120,7 @@ def test_behind_a_wrapper_of_torch_a_model_takes_its_own_state_dict(path: Path) 
 
     source, target = wrapped(), wrapped()
     for layer in kasmina_layers(source).values():
-        graft(layer, [1, 2])
+        graft(layer, [1, 2], "mlp")
     target.load_state_dict(contents(source))
     fresh = wrapped()
     checkpoint.save(source, path)
@@ -139,7 +139,7 @@ def test_behind_a_wrapper_of_torch_a_model_takes_its_own_state_dict(path: Path) 
 def test_a_model_that_is_itself_a_layer_goes_back_to_before_its_first_germination() -> None:
     layer = kasminify(nn.Linear(4, 8), num_seeds=4, compile=False)
     saved = contents(layer)
-    graft(kasmina_layers(layer)[""], [1, 2])
+    graft(kasmina_layers(layer)[""], [1, 2], "mlp")
     layer.load_state_dict(saved)
     assert kasmina_layers(layer)[""].state.get_state_distribution() == {"DORMANT": 4}
 

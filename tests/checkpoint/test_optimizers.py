@@ -258,7 +258,7 @@ def test_a_save_while_another_threads_step_is_under_way_says_so(path: Path) -> N
     said: list[BaseException] = []
 
     def control() -> None:
-        layer.reserve(16)
+        layer.reserve(16, "mlp")
         try:
             checkpoint.save(model, path, optimizer=optimizer)
         except CheckpointError as error:

@@ -92,7 +92,7 @@ def test_debug_dir_gets_the_graph_before_and_after(tmp_path: Path) -> None:
 
 def test_strict_fails_when_a_layer_was_not_rewritten() -> None:
     model, x = wrapped(OneLayer()), torch.randn(3, 8)
-    graft(layer_of(model), [0])
+    graft(layer_of(model), [0], "mlp")
     lenient = RecordingBackend("eager", disabled_passes=["lower_blend", "eliminate_dormant"])
     torch.testing.assert_close(torch.compile(model, backend=lenient)(x), model(x))
     strict = RecordingBackend("eager", strict=True, disabled_passes=["lower_blend"])
@@ -102,7 +102,7 @@ def test_strict_fails_when_a_layer_was_not_rewritten() -> None:
 
 def test_a_marker_that_nobody_rewrites_computes_the_same() -> None:
     model, x = wrapped(OneLayer(), telemetry=True), torch.randn(3, 8)
-    graft(layer_of(model), [0, 1])
+    graft(layer_of(model), [0, 1], "mlp")
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(x), model(x))
 
@@ -118,7 +118,7 @@ def test_strict_raises_a_rewrite_error() -> None:
 
 def _growing() -> nn.Module:
     model = wrapped(OneLayer())
-    graft(layer_of(model), [0])
+    graft(layer_of(model), [0], "mlp")
     return model
 
 

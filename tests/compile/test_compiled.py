@@ -50,13 +50,13 @@ def test_life_through_inductor() -> None:
     torch.testing.assert_close(dormant["out"], outcome(plain, plain, x)["out"])
     layers = list(kasmina_layers(model).values())
     for layer in layers:
-        graft(layer, [0, 2])
+        graft(layer, [0, 2], "mlp")
     outcome(model, model, x)
     before = [layer.kasmina.telemetry.accumulated.clone() for layer in layers]
     with assert_no_recompiles():
         for seeds in ([1], [3, 4]):
             for layer in layers:
-                graft(layer, seeds, alpha=0.3)
+                graft(layer, seeds, "mlp", alpha=0.3)
             got, expected = outcome(model, model, x), judged(model, x)
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     for layer, earlier in zip(layers, before, strict=True):
@@ -68,7 +68,7 @@ def test_life_through_inductor() -> None:
 @pytest.mark.parametrize("compiler", [*COMPILERS[:2], pytest.param("inductor", marks=SLOW)])
 def test_telemetry_is_the_same_however_it_is_compiled(compiler: str) -> None:
     model = wrapped(OneLayer(), seeds=5, telemetry=True)
-    graft(layer_of(model), [1, 4])
+    graft(layer_of(model), [1, 4], "mlp")
     eager, run = copy.deepcopy(model), compiled(model, compiler)
     for _ in range(3):
         x = 5 + torch.randn(6, 8)
@@ -102,7 +102,7 @@ def test_a_rejected_blueprint_does_not_reach_the_host(compiler: str) -> None:
     torch.manual_seed(0)
     model = wrapped(OneLayer(), seeds=4, telemetry=True)
     layer = layer_of(model)
-    graft(layer, [0, 1])
+    graft(layer, [0, 1], "mlp")
     run, x = compiled(model, compiler), torch.randn(5, 8)
     first = next(iter(layer.blueprint_parameters()))
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_without_gradients(mode: Any) -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_convolution_in_both_memory_formats(channels_last: bool) -> None:
     model = wrapped(Convolution(), seeds=3, telemetry=True, targets=(nn.Conv2d,))
-    graft(layer_of(model, "conv"), [0, 2])
+    graft(layer_of(model, "conv"), [0, 2], "mlp")
     x = torch.randn(2, 3, 5, 5)
     if channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in the stubs
@@ -212,7 +212,7 @@ def test_telemetry_keeps_nothing_for_backward(shape: tuple[int, ...], approximat
 
 def test_an_empty_batch() -> None:
     model = wrapped(OneLayer(), seeds=4, telemetry=True)
-    graft(layer_of(model), [0, 2])
+    graft(layer_of(model), [0, 2], "mlp")
     run = compiled(model, "aot_eager")
     assert run(torch.randn(0, 8)).shape == (0, 12)
     assert layer_of(model).get_health_report()["count"].tolist() == [0.0] * 4

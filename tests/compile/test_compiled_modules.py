@@ -26,11 +26,11 @@ pytestmark = pytest.mark.untraced
 
 def test_deepcopies_live_apart() -> None:
     model, x = kasminify(OneLayer(), num_seeds=4, compile=False), torch.randn(3, 8)
-    graft(layer_of(model), [0])
+    graft(layer_of(model), [0], "mlp")
     twin = copy.deepcopy(model)
     run, run_twin = (compiled(m, "eager") for m in (model, twin))
     torch.testing.assert_close(run(x), run_twin(x))
-    graft(layer_of(twin), [1, 2, 3])
+    graft(layer_of(twin), [1, 2, 3], "mlp")
     torch.testing.assert_close(run(x), model(x))
     torch.testing.assert_close(run_twin(x), twin(x))
     assert not torch.equal(run(x), run_twin(x))
@@ -43,10 +43,10 @@ def test_a_deepcopy_of_a_compiled_model_can_be_compiled_again() -> None:
     with assert_no_recompiles():  # as torch does, a copy is not compiled
         torch.testing.assert_close(twin(x), nn.functional.gelu(layer_of(model).base(x)))
     run = compiled(twin, "eager")
-    graft(layer_of(twin), [0])
+    graft(layer_of(twin), [0], "mlp")
     run(x)
     with assert_no_recompiles():  # copied stacks are still marked dynamic
-        graft(layer_of(twin), [1, 2, 3])
+        graft(layer_of(twin), [1, 2, 3], "mlp")
         run(x)
 
 
@@ -99,9 +99,9 @@ def test_two_layers_share_a_base_and_one_is_never_called() -> None:
             return out
 
     model, x = Odd(), torch.randn(5, 8)
-    graft(model.a, [0, 1])
+    graft(model.a, [0, 1], "mlp")
     graft(model.b, [1], "affine")
-    graft(model.unused, [0])
+    graft(model.unused, [0], "mlp")
     got = outcome(model, compiled(model, "aot_eager"), x)
     torch.testing.assert_close(got, judged(model, x), atol=1e-5, rtol=1e-5)
 
@@ -130,7 +130,7 @@ def test_one_layer_called_twice_in_one_graph() -> None:
             return out
 
     model, x = Twice(), torch.randn(5, 8)
-    graft(model.layer, [0, 3])
+    graft(model.layer, [0, 3], "mlp")
     got = outcome(model, compiled(model, "aot_eager"), x)
     assert model.layer.get_health_report()["count"].tolist() == [20.0] * 4
     torch.testing.assert_close(got, judged(model, x), atol=1e-5, rtol=1e-5)

@@ -115,7 +115,7 @@ def test_cuda_as_the_default_device() -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     state = torch.cuda.get_rng_state()
     graft(layer, [1, 2], layer.register_blueprint(Mine))
-    graft(layer, [3, 4], stage=S.TRAINING)
+    graft(layer, [3, 4], "mlp", stage=S.TRAINING)
     assert torch.equal(torch.cuda.get_rng_state(), state)
     kasmina_fx.optim.sync(optimizer, model)
     model(x).sum().backward()

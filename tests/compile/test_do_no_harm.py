@@ -51,8 +51,8 @@ def compiled(model: nn.Module, compiler: str) -> Any:
 def test_the_host_is_the_same_to_the_bit_with_and_without_seeds_in_training(compiler: str) -> None:
     model = wrapped(OneLayer(), seeds=5, telemetry=True)
     layer, x = layer_of(model), torch.randn(6, 8)
-    graft(layer, [4], alpha=0.5)
-    layer.request_germination([0, 1, 2])
+    graft(layer, [4], "mlp", alpha=0.5)
+    layer.request_germination([0, 1, 2], "mlp")
     run = compiled(model, compiler)
     without = step(run, layer.base, x)
     layer.advance([0, 1, 2], S.TRAINING)
@@ -71,7 +71,7 @@ def test_training_beside_dormant_seeds_leaves_the_dormant_graphs_numbers(compile
     layer, x = layer_of(model), torch.randn(6, 8)
     run = compiled(model, compiler)
     dormant = step(run, layer.base, x)  # the plain host's own graph
-    layer.request_germination([0, 1, 2, 3])
+    layer.request_germination([0, 1, 2, 3], "mlp")
     layer.advance([0, 1, 2, 3], S.TRAINING)
     training = step(run, layer.base, x)
     if compiler == "aot_eager":
@@ -89,7 +89,7 @@ def train(
     layer = layer_of(model)
     # Made before the seeds train, as in most scripts; a power of two scales float32 exactly.
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
-    layer.request_germination([0, 2])
+    layer.request_germination([0, 2], "mlp")
     layer.advance([0, 2], S.TRAINING)
     if stage is S.GRAFTING:
         layer.advance([0, 2], stage)
@@ -133,7 +133,7 @@ def test_reconstruction_converges_while_the_host_stands_still() -> None:
     torch.manual_seed(0)
     model = wrapped(OneLayer(), seeds=4, telemetry=True)
     layer, x = layer_of(model), torch.randn(32, 8)
-    layer.request_germination([1])
+    layer.request_germination([1], "mlp")
     layer.advance([1], S.TRAINING)
     before = copy.deepcopy(layer.base.state_dict())
     optimizer = torch.optim.Adam(layer.blueprint_parameters(), lr=0.03)
@@ -194,8 +194,8 @@ def test_one_bad_weight_of_a_thousand_seeds_does_not_reach_the_host(
     torch.manual_seed(0)
     model = wrapped(Thousand(), seeds=THOUSAND, telemetry=True, filter_fn=lambda m, n: n == "fc")
     layer, bad = layer_of(model), 617
-    graft(layer, [s for s in range(THOUSAND) if s != bad], alpha=0.5)
-    layer.request_germination(bad)
+    graft(layer, [s for s in range(THOUSAND) if s != bad], "mlp", alpha=0.5)
+    layer.request_germination(bad, "mlp")
     run, x = compiled(model, compiler), torch.randn(6, 8)
     host = nn.ModuleList([layer.base, model.get_submodule("out")])
     twin = step(run, host, x)  # the seed holds a blueprint that does not run

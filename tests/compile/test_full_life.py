@@ -30,7 +30,13 @@ class Training:
     """A training loop that knows nothing of seeds."""
 
     def __init__(
-        self, compiler: str, device: str = "cpu", *, pad: bool | None = None, **kwargs: Any
+        self,
+        compiler: str,
+        device: str = "cpu",
+        *,
+        pad: bool | None = None,
+        reserve: int = 0,
+        **kwargs: Any,
     ) -> None:
         torch.manual_seed(0)
         host = nn.Sequential(nn.Linear(8, SEEDS), nn.GELU(), nn.Linear(SEEDS, 4)).to(device)
@@ -40,6 +46,8 @@ class Training:
             compile=compiler == "kasmina", **kwargs,
         )  # fmt: skip
         self.layer: KasminaLayer = kasmina_layers(self.model)["0"]
+        if reserve:
+            self.layer.reserve(reserve, "mlp")
         self.backend = RecordingBackend(compiler) if compiler != "kasmina" else None
         self.run: Any = self.model
         if self.backend is not None:
@@ -63,7 +71,7 @@ def live(training: Training, *, reports: contextlib.AbstractContextManager[Any])
     layer, model = training.layer, training.model
     for wave in WAVES:
         seeds = list(wave)
-        assert layer.request_germination(seeds)
+        assert layer.request_germination(seeds, "mlp")
         training.step()
         yield S.GERMINATED
         half = len(seeds) // 2

@@ -151,7 +151,7 @@ def test_what_is_wrong_with_the_host_is_not_the_blueprints_fault(
 def test_a_stage_without_a_blueprint_is_no_fault(compiler: str) -> None:
     model = wrapped(OneLayer(), seeds=4, telemetry=True)
     layer = layer_of(model)
-    graft(layer, 0)
+    graft(layer, 0, "mlp")
     layer.advance(1, S.GERMINATED)
     layer.advance(1, S.TRAINING)
     run = compiled(model, compiler)

@@ -23,7 +23,10 @@ def layer(pad: bool | None, reserve: int = 0) -> KasminaLayer:
     torch.manual_seed(0)
     base = nn.Linear(4, 2 * SEEDS).double()
     config = SeedConfig(pad=pad)
-    return KasminaLayer(base, SEEDS, config=config, reserve=reserve, layer_id="fc")
+    made = KasminaLayer(base, SEEDS, config=config, layer_id="fc")
+    if reserve:
+        made.reserve(reserve, "mlp")
+    return made
 
 
 def bank_of(layer: KasminaLayer, key: str = "mlp_run0") -> Bank:
@@ -122,7 +125,7 @@ def test_an_option_of_inductor_asks_for_it_too() -> None:
 
 def test_explain_says_so() -> None:
     net = nn.Sequential(layer(True, reserve=16))
-    graft(kasmina_layers(net)["0"], range(5))
+    graft(kasmina_layers(net)["0"], range(5), "mlp")
     x: Tensor = torch.randn(3, 4, dtype=torch.float64)
     assert explain(net, x).layers[0].slots == {"mlp_run0": "5/16 (padded to 8)"}
 
@@ -139,10 +142,10 @@ def test_cuda_graphs_are_recorded_for_few_shapes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(CUDAGraphNode, "__init__", counted)
     net = nn.Sequential(nn.Linear(8, 2 * SEEDS), nn.GELU(), nn.Linear(2 * SEEDS, 4)).cuda()
     net = kasminify(
-        net, num_seeds=SEEDS, reserve=SEEDS, mode="reduce-overhead",
-        filter_fn=lambda module, name: name == "0",
-    )  # fmt: skip
+        net, num_seeds=SEEDS, mode="reduce-overhead", filter_fn=lambda module, name: name == "0"
+    )
     found = kasmina_layers(net)["0"]
+    found.reserve(SEEDS, "mlp")
 
     def train() -> None:
         for _ in range(3):  # a shape is run, recorded, then replayed
@@ -153,7 +156,7 @@ def test_cuda_graphs_are_recorded_for_few_shapes(monkeypatch: pytest.MonkeyPatch
     train()
     shapes = {sizes(bank_of(found))}
     for seed in range(SEEDS):
-        graft(found, seed, stage=S.TRAINING)
+        graft(found, seed, "mlp", stage=S.TRAINING)
         train()
         shapes.add(sizes(bank_of(found)))
     assert len(shapes) == 6

@@ -51,7 +51,7 @@ class Life:
         self.commands += 1
         if stage is SeedLifecycle.DORMANT:
             if growing:
-                assert layer.request_germination(same)
+                assert layer.request_germination(same, "mlp")
         elif stage is SeedLifecycle.GERMINATED:
             if growing:
                 layer.advance(same, SeedLifecycle.TRAINING)
@@ -118,7 +118,7 @@ def test_a_whole_life_compiles_three_graphs_and_equals_the_reference() -> None:
 
 def test_growing_batches_of_many_sizes_recompile_once() -> None:
     model = wrapped(OneLayer())
-    graft(layer_of(model), [0, 2])
+    graft(layer_of(model), [0, 2], "mlp")
     backend = RecordingBackend("eager")
     run = torch.compile(model, backend=backend, fullgraph=True)
     for batch in (5, 16, 33, 64, 2, 100):
@@ -132,7 +132,7 @@ def test_a_first_germination_allocates_for_the_whole_model_at_once() -> None:
     run = torch.compile(model, backend=backend, fullgraph=True)
     run(torch.randn(4, 6))
     for layer in kasmina_layers(model).values():
-        graft(layer, [0])
+        graft(layer, [0], "mlp")
         run(torch.randn(4, 6))
     assert backend.compiles == 2
 
@@ -180,7 +180,7 @@ def test_node_count_does_not_depend_on_the_number_of_seeds(lowering: str, fewest
     def nodes(seeds: int) -> int:
         torch._dynamo.reset()  # it would call sizes dynamic that two models of a class differ in
         model = wrapped(OneLayer(8192), seeds, telemetry=True)
-        graft(layer_of(model), range(0, seeds, 2))
+        graft(layer_of(model), range(0, seeds, 2), "mlp")
         captured = capture(model, torch.randn(2, 8))
         rewritten = rewrite(captured, passes=passes_for(lowering)).graph_module
         return len(rewritten.graph.nodes)
@@ -203,7 +203,7 @@ def test_first_call_takes_the_same_time_for_16_and_4096_seeds() -> None:
         torch._dynamo.reset()
         # Chunks of 4 in both: Inductor writes other loops for other chunk sizes.
         model = kasminify(OneLayer(4 * seeds), num_seeds=seeds)
-        graft(layer_of(model), range(0, seeds, 2))
+        graft(layer_of(model), range(0, seeds, 2), "mlp")
         x = torch.randn(2, 8)
         with fresh_cache(), config.patch(compile_threads=1):
             start = spent()
@@ -229,6 +229,6 @@ def test_assert_no_recompiles_gives_dynamos_reason() -> None:
     reason = r"(?s)1 compiles.*size mismatch.*3.*4"
     with pytest.raises(GraphMismatch, match=reason), assert_no_recompiles():
         run(torch.randn(4, 8))
-    kasmina_fx.kasmina_layers(model)["fc"].request_germination(0)
+    kasmina_fx.kasmina_layers(model)["fc"].request_germination(0, "mlp")
     with pytest.raises(GraphMismatch, match="1 compiles"), assert_no_recompiles():
         run(torch.randn(4, 8))

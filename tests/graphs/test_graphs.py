@@ -132,7 +132,7 @@ def test_explain_says_what_becomes_of_each_layer() -> None:
     assert dormant["up"].why == "no blueprint slot is allocated"
     assert dormant["unused"].reason == "the model does not call it on these inputs"
     assert "never calls it" in dormant["attention.out_proj"].why
-    graft(layer_of(model, "up"), [0, 4])
+    graft(layer_of(model, "up"), [0, 4], "mlp")
     report = explain(model, x)
     up = next(r for r in report.layers if r.layer == "up")
     assert (up.lowering, up.seeds, up.blended) == ("fused", 5, 2)

@@ -524,5 +524,5 @@ def test_bad_calls_are_refused_and_change_nothing() -> None:
     with pytest.raises(InvalidArgument, match="force_implementation"):
         layer.force_implementation = "both"
     with pytest.raises(ValueError, match="seed -1"):
-        layer.request_germination(-1)
+        layer.request_germination(-1, "mlp")
     assert layer.force_implementation == "legacy"

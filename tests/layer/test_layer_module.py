@@ -88,7 +88,7 @@ def test_the_layers_of_a_copied_model_start_growing_together(pickled: bool) -> N
     assert twin[0].siblings is not first.siblings
     assert set(twin[0].siblings) == {twin[0].kasmina, twin[1].kasmina}
     twin[0].request_germination(0)
-    assert list(twin[1].kasmina.banks) == ["mlp_run0"]
+    assert list(twin[1].kasmina.banks) == ["residual_mlp_run0"]
     assert len(first.kasmina.banks) == len(second.kasmina.banks) == 0
 
 

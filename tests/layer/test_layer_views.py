@@ -45,7 +45,7 @@ def test_a_transaction_shows_all_or_nothing() -> None:
     assert after["stages"] == before["stages"]
     assert after["alpha"] == before["alpha"]
     used = {name: bank["used"] for name, bank in after["stats"]["banks"].items()}
-    assert used == {"mlp_run0": 1}
+    assert used == {"residual_mlp_run0": 1}
     assert torch.equal(layer(x), out)
 
 
@@ -127,8 +127,8 @@ def test_layer_stats() -> None:
         "stages": {"DORMANT": 1, "GERMINATED": 2, "GRAFTING": 1},
         "blended": 1,
         "banks": {
-            "mlp_run0": {"slots": 2, "used": 2},
-            "mlp_run1": {"slots": 2, "used": 1},
+            "residual_mlp_run0": {"slots": 2, "used": 2},
+            "residual_mlp_run1": {"slots": 2, "used": 1},
         },
         "folding": "",
         "telemetry_enabled": False,

@@ -16,7 +16,7 @@ from kasmina_fx.testing import graft
 
 def test_a_stack_is_not_parametrized() -> None:
     model = net()
-    graft(layer_of(model), [0])
+    graft(layer_of(model), [0], "mlp")
     (bank,) = layer_of(model).kasmina.bank_list()
     parametrize.register_parametrization(bank, "up/weight", nn.Identity())
     with pytest.raises(InvalidArgument, match=r"mlp_run0 lacks its parameters \['up/weight'\]"):

@@ -22,7 +22,7 @@ def net(grown: bool, start: int = 0) -> nn.Module:
     kasminify(model, num_seeds=2, compile=False)
     for layer in kasmina_layers(model).values():
         if grown:
-            graft(layer, [0])
+            graft(layer, [0], "mlp")
     return model
 
 
@@ -51,7 +51,7 @@ def test_an_ensemble(grown: bool) -> None:
 
 def test_an_ensemble_in_several_states_is_refused() -> None:
     models = [net(True), net(True)]
-    graft(kasmina_layers(models[1])["0"], [1])
+    graft(kasmina_layers(models[1])["0"], [1], "mlp")
     parameters, buffers = stack_module_state(models)
     with pytest.raises(ValueError, match="seeds are in different states"):
         vmap(lambda p, b: functional_call(models[0], (p, b), (X,)))(parameters, buffers)

@@ -117,7 +117,7 @@ def test_an_option_that_is_given_wins(given: bool | None) -> None:
         num_seeds=4,
         options=options if given is None else options | {"cpp.enable_loop_tail_vec": given},
     )
-    graft(layer_of(model), [0, 2])
+    graft(layer_of(model), [0, 2], "mlp")
     with torch.no_grad():
         model(torch.randn(3, 8))
     assert seen == [bool(given)]

@@ -30,7 +30,7 @@ def test_attention_may_be_a_target_itself() -> None:
     wrapped_twin(model, targets=[nn.MultiheadAttention, nn.Linear])
     layers = kasmina_layers(model)
     assert list(layers) == ["attend"]
-    graft(layers["attend"], [0, 2])
+    graft(layers["attend"], [0, 2], "mlp")
     for mode in (True, False):
         model.train(mode)
         x = torch.randn(3, 4, 8, dtype=torch.float64)
@@ -131,5 +131,5 @@ def test_decoder_layers_may_be_wrapped() -> None:
     wrapped_twin(model)
     torch.testing.assert_close(model(x, memory), plain)
     for layer in kasmina_layers(model).values():
-        graft(layer, 0)
+        graft(layer, 0, "mlp")
     torch.testing.assert_close(model(x, memory), by_reference(model, x, memory))

@@ -64,7 +64,7 @@ def model_of(kind: str, grown: bool = False) -> Any:
     model = kasminify(ZOO[kind]().eval(), num_seeds=4, compile=False)
     if grown:
         for layer in kasmina_layers(model).values():
-            graft(layer, [0, 2])
+            graft(layer, [0, 2], "mlp")
     return model
 
 
@@ -121,8 +121,8 @@ def test_safetensors_and_back(tmp_path: Path) -> None:
         return kasminify(nn.Sequential(nn.Linear(4, 6)), num_seeds=3, compile=False)
 
     model, fresh, x = net(), net(), torch.randn(2, 4)
-    graft(kasmina_layers(model)["0"], [0])
-    graft(kasmina_layers(fresh)["0"], [1])
+    graft(kasmina_layers(model)["0"], [0], "mlp")
+    graft(kasmina_layers(fresh)["0"], [1], "mlp")
     safetensors.save_model(model, tmp_path / "model.safetensors")
     safetensors.load_model(fresh, tmp_path / "model.safetensors")
     assert torch.equal(fresh(x), model(x))
@@ -131,7 +131,7 @@ def test_safetensors_and_back(tmp_path: Path) -> None:
 def test_accelerate_and_back(tmp_path: Path) -> None:
     accelerator = accelerate.Accelerator(cpu=True)
     net = kasminify(nn.Sequential(nn.Linear(4, 6)), num_seeds=3, compile=False)
-    graft(kasmina_layers(net)["0"], [0])
+    graft(kasmina_layers(net)["0"], [0], "mlp")
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     net, optimizer = accelerator.prepare(net, optimizer)
     x = torch.randn(2, 4)
@@ -145,7 +145,7 @@ def test_accelerate_and_back(tmp_path: Path) -> None:
     accelerator.save_state(tmp_path)
     step()
     expected = net(x)
-    graft(kasmina_layers(net)["0"], [1])
+    graft(kasmina_layers(net)["0"], [1], "mlp")
     accelerator.load_state(tmp_path)
     step()
     torch.testing.assert_close(net(x), expected)

@@ -54,7 +54,7 @@ def test_a_fresh_model_gives_the_output_of_the_plain_one_bit_for_bit() -> None:
 def test_seeds_are_capped_at_a_layers_features() -> None:
     layers = kasmina_layers(wrapped_twin(network(), 10))
     assert [layer.num_seeds for layer in layers.values()] == [10, 6]
-    layers = kasmina_layers(kasmina_fx.kasminify(network(), compile=False))
+    layers = kasmina_layers(kasmina_fx.kasminify(network(), num_seeds=1000, compile=False))
     assert [layer.num_seeds for layer in layers.values()] == [14, 6]
 
 

@@ -26,16 +26,16 @@ def test_a_transaction_over_a_model_shows_all_or_nothing() -> None:
 
     def fail() -> None:
         with kasmina_fx.transaction(model):
-            graft(up, [0])
-            graft(down, [1])
+            graft(up, [0], "mlp")
+            graft(down, [1], "mlp")
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         fail()
     assert not bool(up.state.stages.any() | down.state.stages.any())
     with kasmina_fx.transaction(model):
-        graft(up, [0])
-        graft(down, [1])
+        graft(up, [0], "mlp")
+        graft(down, [1], "mlp")
         assert not bool(up.state.state_tensor.any())
     assert int(up.state.state_tensor[0, 0]) == int(down.state.state_tensor[1, 0]) == S.GRAFTING
 
@@ -59,7 +59,7 @@ def test_a_report_as_a_table(library: str) -> None:
     pytest.importorskip(library)
     model = _model()
     model(torch.randn(5, 8))
-    graft(layer_of(model, "down"), [3])
+    graft(layer_of(model, "down"), [3], "mlp")
     report = kasmina_fx.health_report(model)
     table = report.to_pandas() if library == "pandas" else report.to_arrow()
     columns = {name: list(table[name]) for name in ("layer", "seed", "stage", "mean")}
@@ -75,11 +75,11 @@ def test_a_report_as_a_table(library: str) -> None:
 def test_host_parameters_are_the_plain_models() -> None:
     model = _model()
     plain = list(model.parameters())
-    graft(layer_of(model, "down"), [3])
+    graft(layer_of(model, "down"), [3], "mlp")
     found = list(kasmina_fx.host_parameters(model))
     assert all(a is b for a, b in zip(found, plain, strict=True))
     assert len(list(model.parameters())) > len(plain)
-    graft(layer_of(model, "up"), [1], stage=S.TRAINING)
+    graft(layer_of(model, "up"), [1], "mlp", stage=S.TRAINING)
     norms = []
     for scale in (1.0, 100.0):
         with torch.no_grad():
@@ -153,7 +153,7 @@ def test_a_scaler_that_is_named_is_followed() -> None:
 
 def test_a_rollback_returns_bits_and_marks() -> None:
     layer = layer_of(_model(), "up")
-    graft(layer, [0, 1], alpha=0.25)
+    graft(layer, [0, 1], "mlp", alpha=0.25)
     held = layer.bank_of(0)
     assert held is not None
     before = {name: t.detach().clone() for name, t in held[0].slot_tensors(held[1]).items()}
@@ -174,10 +174,10 @@ def test_a_rollback_returns_bits_and_marks() -> None:
 
 def test_a_rollback_brings_back_what_was_culled() -> None:
     layer = layer_of(_model(), "up")
-    graft(layer, [0])
+    graft(layer, [0], "mlp")
     snapshot = layer.seeds[0].snapshot()
     layer.advance(0, S.CULLED)
-    graft(layer, [1])  # takes the slot
+    graft(layer, [1], "mlp")  # takes the slot
     layer.rollback(snapshot, mark=False)
     assert layer.state.rows[0].tolist() == snapshot.rows[0].tolist()
     assert layer.bank_of(0) != layer.bank_of(1)
@@ -192,10 +192,10 @@ def test_a_rollback_brings_back_what_was_culled() -> None:
 def test_a_snapshot_from_before_an_older_state_was_loaded_takes_nobodys_blueprint() -> None:
     layer = layer_of(_model(), "up")
     old = layer.state_dict()
-    graft(layer, [0])
+    graft(layer, [0], "mlp")
     snapshot = layer.snapshot()
     layer.load_state_dict(old, strict=False)
-    graft(layer, [1])  # gets the id that seed 0 had
+    graft(layer, [1], "mlp")  # gets the id that seed 0 had
     before = layer.state.rows.clone()
     with pytest.raises(InvalidArgument, match=r"now is that of seed 1: an older state was loaded"):
         layer.rollback(snapshot, [0], mark=False)
@@ -207,7 +207,7 @@ def test_a_snapshot_from_before_an_older_state_was_loaded_takes_nobodys_blueprin
 
 def test_a_rollback_that_is_undone_leaves_parameters_alone() -> None:
     layer = layer_of(_model(), "up")
-    graft(layer, [0])
+    graft(layer, [0], "mlp")
     snapshot = layer.snapshot()
     with torch.no_grad():
         for parameter in layer.blueprint_parameters():
@@ -229,7 +229,7 @@ def test_a_rollback_that_is_undone_leaves_parameters_alone() -> None:
 
 def test_a_rollback_before_a_cull_in_one_transaction_writes_to_no_slot() -> None:
     layer = layer_of(_model(), "up")
-    graft(layer, [0])
+    graft(layer, [0], "mlp")
     snapshot = layer.snapshot()
     with layer.transaction():
         layer.rollback(snapshot)
@@ -239,7 +239,7 @@ def test_a_rollback_before_a_cull_in_one_transaction_writes_to_no_slot() -> None
 
 def test_a_rollback_forgets_what_went_wrong_since() -> None:
     layer = layer_of(_model(), "up")
-    graft(layer, [0], alpha=0.5)
+    graft(layer, [0], "mlp", alpha=0.5)
     snapshot = layer.snapshot([0])
     for parameter in layer.blueprint_parameters():
         nn.init.constant_(parameter, torch.nan)

@@ -44,7 +44,7 @@ def grown(start: int = 0, compile: bool = False, **settings: Any) -> nn.Module:
     model = Net(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6))
     kasminify(model, num_seeds=3, compile=compile, **settings)
     for layer in kasmina_layers(model).values():
-        graft(layer, [0, 2])
+        graft(layer, [0, 2], "mlp")
     return model
 
 
@@ -76,7 +76,7 @@ def test_stacks_given_to_functional_call_are_read_and_get_gradients(how: str) ->
 
 def test_another_models_parameters_and_buffers() -> None:
     model, other = grown(), grown(1)
-    graft(layer_of(other), [1], alpha=0.9)
+    graft(layer_of(other), [1], "mlp", alpha=0.9)
     layer_of(other).set_alpha(0, 0.1)
     given = dict(other.named_parameters()) | dict(other.named_buffers())
     torch.testing.assert_close(functional_call(model, given, (X,)), other(X), rtol=0, atol=0)
@@ -84,7 +84,7 @@ def test_another_models_parameters_and_buffers() -> None:
 
 def test_half_of_another_models_state_is_refused() -> None:
     model, other = grown(), grown(1)
-    graft(layer_of(other), [1])
+    graft(layer_of(other), [1], "mlp")
     state = {n: b for n, b in other.named_buffers() if n.endswith("state_tensor")}
     before = model(X)
     with pytest.raises(LayoutMismatch, match="0: the buffers that stand in"):
@@ -113,7 +113,7 @@ def test_an_averaged_model_follows_the_seeds_of_its_model(compile: bool) -> None
             for parameter in model.parameters():
                 parameter.add_(0.01)
         if step == 1:
-            graft(layer_of(model), [1], alpha=0.3)
+            graft(layer_of(model), [1], "mlp", alpha=0.3)
         if step == 2:
             layer_of(model).advance([0], SeedLifecycle.CULLED)
             layer_of(model).set_alpha(2, 0.9)
@@ -150,7 +150,7 @@ def test_an_average_of_two_states_is_refused_and_taken_back() -> None:
     model = grown()
     averaged = AveragedModel(model, use_buffers=True)
     averaged.update_parameters(model)
-    graft(layer_of(model), [1])
+    graft(layer_of(model), [1], "mlp")
     before = averaged(X)
     averaged.update_parameters(model)
     for _ in range(2):
@@ -174,7 +174,7 @@ def test_a_saved_state_of_two_moments_is_refused() -> None:
 
 def test_a_write_to_alpha_is_taken_over() -> None:
     layer = KasminaLayer(nn.Linear(4, 6), 2)
-    graft(layer, [0, 1])
+    graft(layer, [0, 1], "mlp")
     with torch.no_grad():
         layer.state.alpha.fill_(0.25)
     twin = copy.deepcopy(layer)
@@ -220,7 +220,7 @@ def test_ddp_broadcasts_no_buffer_of_seeds() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     model._ddp_params_and_buffers_to_ignore = ["1.running_var"]  # type: ignore[assignment]
     model = copy.deepcopy(kasminify(model, num_seeds=2, compile=False))
-    graft(layer_of(model), [0])
+    graft(layer_of(model), [0], "mlp")
     broadcast = nn.parallel.DistributedDataParallel(model).modules_buffers
     assert {id(b) for b in broadcast} == {
         id(model.get_buffer("1.running_mean")),

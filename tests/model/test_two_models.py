@@ -36,7 +36,8 @@ entered, ended = threading.Event(), threading.Event()
 
 
 def model(plain: nn.Module | None = None) -> Any:
-    return kasminify(nn.Sequential(nn.Linear(4, 6)) if plain is None else plain, compile=False)
+    plain = nn.Sequential(nn.Linear(4, 6)) if plain is None else plain
+    return kasminify(plain, num_seeds=6, compile=False)
 
 
 @contextmanager
@@ -85,7 +86,7 @@ def test_a_germination_does_not_wait_for_the_forward_of_another_model() -> None:
 def test_nor_for_a_publication_that_waits_for_that_forward() -> None:
     slow, other = model(Slow()), model()
     with forward_of(slow):
-        waiting = threading.Thread(target=lambda: graft(slow.fc, [0]), daemon=True)
+        waiting = threading.Thread(target=lambda: graft(slow.fc, [0], "mlp"), daemon=True)
         waiting.start()
         waiting.join(SHORT)
         assert waiting.is_alive()  # of the same model: it waits
@@ -155,13 +156,13 @@ def test_forwards_that_call_each_other_cross_publications_of_both() -> None:
 @pytest.mark.parametrize("way", ["sync", "step"])
 def test_an_optimizer_of_two_models_holds_the_locks_of_both(way: str) -> None:
     a, b = model(), model()
-    graft(a[0], [0])
-    graft(b[0], [0])
+    graft(a[0], [0], "mlp")
+    graft(b[0], [0], "mlp")
     optimizer = torch.optim.SGD([*b.parameters(), *a.parameters()], lr=0.1)
     for _ in range(3):
         (a(torch.randn(2, 4)).sum() + b(torch.randn(2, 4)).sum()).backward()
         optimizer.step()
-        graft(a[0], [int((a[0].state.stages == 0).nonzero()[0])])
+        graft(a[0], [int((a[0].state.stages == 0).nonzero()[0])], "mlp")
         if way == "sync":
             assert kasmina_fx.optim.sync(optimizer, a) is not None
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -48,7 +48,7 @@ def test_unkasminify_of_a_plain_model_changes_nothing() -> None:
 def test_seeds_that_are_not_blended_do_not_hinder_unkasminify() -> None:
     model = wrapped_twin(network())
     layer = kasmina_layers(model)["0"]
-    layer.request_germination([0, 1])
+    layer.request_germination([0, 1], "mlp")
     layer.advance(1, SeedLifecycle.TRAINING)
     unkasminify(model)
     assert isinstance(model[0], nn.Linear)
@@ -185,7 +185,7 @@ def test_folding_two_layers_that_share_a_base_is_refused() -> None:
 def test_a_pickled_model_works_and_may_be_unwrapped() -> None:
     model = wrapped_twin(network())
     first = kasmina_layers(model)["0"]
-    graft(first, [0, 1])
+    graft(first, [0, 1], "mlp")
     x = torch.randn(3, 5)
     expected = model(x)
     file = io.BytesIO()

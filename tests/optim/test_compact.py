@@ -53,7 +53,7 @@ def muon(parameters: Any, lr: float) -> Optimizer:
 def steps(build: Callable[..., Optimizer], reserve: int, frozen: bool = False) -> Tensor:
     model = growing(reserve)
     if frozen:
-        graft(layer_of(model), [2, 3], stage=S.FOSSILIZED)
+        graft(layer_of(model), [2, 3], "mlp", stage=S.FOSSILIZED)
     optimizer = build(model.parameters(), lr=0.05)
     before = [*rows(model, 0), *rows(model, 1)]
     train(model, optimizer, 2)
@@ -163,7 +163,7 @@ def test_what_was_written_after_a_step_that_raised_stays() -> None:
     layer = layer_of(model)
     optimizer = raised(model)
     layer.reset(0)
-    graft(layer, 3, stage=S.STABILIZATION)
+    graft(layer, 3, "mlp", stage=S.STABILIZATION)
     assert int(bank_of(model).slot_of(layer.state.blueprint_ids[3:4])) == 0
     fresh = rows(model, 0)
     train(model, optimizer, 1)
@@ -183,7 +183,7 @@ def test_in_the_middle_of_a_step(tmp_path: object) -> None:
         with pytest.raises(CheckpointError, match="in the middle of a step"):
             checkpoint.save(model, f"{tmp_path}/c", optimizer=optimizer)
         assert str(optim.sync(optimizer, model)) == "nothing to carry or add"
-        graft(layer_of(model), [2, 3, 4])  # grows
+        graft(layer_of(model), [2, 3, 4], "mlp")  # grows
         done.append("all")
 
     def beside() -> None:

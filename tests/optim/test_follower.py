@@ -43,7 +43,7 @@ def two_runs(
         mine = train(run, optimizer, 4, scaler)
         for seeds in ([2], [3, 4, 5]):
             torch.manual_seed(1)
-            graft(layer_of(model), seeds)
+            graft(layer_of(model), seeds, "mlp")
             if explicit:
                 assert bool(optim.sync(optimizer, run).carried) == (not reserve)
             mine += train(run, optimizer, 4, scaler)
@@ -81,7 +81,7 @@ def test_a_grad_scaler_finds_the_gradients_of_an_optimizer_of_stacks_alone() -> 
     optimizer = AdamW(layer_of(model).blueprint_parameters())
     scaler = torch.amp.GradScaler("cpu")
     train(model, optimizer, 2, scaler)
-    graft(layer_of(model), [2])
+    graft(layer_of(model), [2], "mlp")
     before = rows(model, 2)
     train(model, optimizer, 2, scaler)
     assert not same(rows(model, 2), before)
@@ -94,7 +94,7 @@ def test_hooks_and_growth_recompile_nothing() -> None:
     loss_of(run, 0).backward()
     with assert_no_recompiles():
         train(run, optimizer, 2)
-        graft(layer_of(model), [2, 3])
+        graft(layer_of(model), [2, 3], "mlp")
         train(run, optimizer, 2)
 
 
@@ -108,10 +108,10 @@ def test_gradients_from_before_the_growth_arrive(stepped: bool) -> None:
         optimizer.zero_grad()
         loss_of(model, 0).backward()  # in the old stack
         late = loss_of(model, 1)  # its backward is still to run
-        graft(layer_of(model), [2])
+        graft(layer_of(model), [2], "mlp")
         late.backward()
         loss_of(model, 2).backward()
-        graft(layer_of(model), [3, 4])
+        graft(layer_of(model), [3, 4], "mlp")
         optimizer.step()
         return [stack.grad.clone() for stack in stacks(model) if stack.grad is not None]
 
@@ -122,7 +122,7 @@ def test_no_gradient_is_passed_on_between_stacks_that_have_none() -> None:
     model = growing()
     for stack in stacks(model):
         stack.requires_grad_(False)
-    graft(layer_of(model), [2])
+    graft(layer_of(model), [2], "mlp")
     assert all(stack.grad is None for stack in stacks(model))
 
 
@@ -131,7 +131,7 @@ def test_adafactor_survives_growth() -> None:
     optimizer = Adafactor(model.parameters(), lr=0.05)
     train(model, optimizer, 3)
     kept = [copy.deepcopy(optimizer.state[stack]) for stack in stacks(model)]
-    graft(layer_of(model), [2, 3, 4])
+    graft(layer_of(model), [2, 3, 4], "mlp")
     for stack, before in zip(stacks(model), kept, strict=True):
         now = optimizer.state[stack]
         for name, value in before.items():
@@ -169,7 +169,7 @@ def test_sgd_without_momentum_and_an_optimizer_that_never_stepped() -> None:
     model = growing()
     optimizers = [SGD(model.parameters(), lr=0.1), AdamW(model.parameters())]
     train(model, optimizers[0], 1)
-    graft(layer_of(model), [2])
+    graft(layer_of(model), [2], "mlp")
     for optimizer in optimizers:
         optim.sync(optimizer, model)
         held = optimizer.param_groups[0]["params"]
@@ -215,7 +215,7 @@ def test_a_stack_that_its_owner_has_put_in_is_not_there_twice() -> None:
     loss_of(model, 0).backward()
     for stack in follower.stacks_of(optimizer):
         optimizer.state[stack]["exp_avg"] = torch.ones_like(stack)
-    graft(layer_of(model), [2])  # it has not stepped: nothing is replaced yet
+    graft(layer_of(model), [2], "mlp")  # it has not stepped: nothing is replaced yet
     more = [(n, p) for n, p in layer_of(model).named_parameters() if "banks" in n]
     optimizer.add_param_group({"params": more, "lr": 0.5})
     optim.sync(optimizer, model)
@@ -239,7 +239,7 @@ def test_scaled_gradients_that_no_scaler_saw_are_dropped(
 ) -> None:
     model = growing()
     optimizer = SGD(model.parameters(), lr=0.1)
-    graft(layer_of(model), [2])
+    graft(layer_of(model), [2], "mlp")
     before, weight = rows(model, 0), layer_of(model).weight.detach().clone()
     with caplog.at_level(logging.WARNING, logger=hooks.__name__):
         train(model, optimizer, 1, one_scaler)

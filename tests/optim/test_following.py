@@ -60,7 +60,7 @@ def test_biases_stay_out_of_weight_decay_unless_told_otherwise() -> None:
     groups: list[Any] = [{"params": weights, "weight_decay": 0.1}, {"params": rest}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     follow(optimizer, model)
-    graft(kasmina_layers(model)["0"], [0])
+    graft(kasmina_layers(model)["0"], [0], "mlp")
     step(model, optimizer)
     assert names_in(optimizer, model) == [
         {"weight", "up/weight", "down/weight"},
@@ -75,7 +75,7 @@ def test_biases_stay_out_of_weight_decay_unless_told_otherwise() -> None:
 def test_what_is_no_group_is_refused() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    graft(kasmina_layers(model)["0"], [0])
+    graft(kasmina_layers(model)["0"], [0], "mlp")
     with pytest.raises(InvalidType, match="group=1"):
         follow(optimizer, model, group=1)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="index that group gave=7"):
@@ -90,7 +90,7 @@ def test_a_model_that_is_gone_is_not_followed() -> None:
     follow(optimizer, other)
     del model
     gc.collect()
-    graft(kasmina_layers(other)["0"], [0])
+    graft(kasmina_layers(other)["0"], [0], "mlp")
     step(other, optimizer)
     assert len(optimizer.param_groups[0]["params"]) == 12
 
@@ -99,7 +99,7 @@ def test_a_forgotten_call_is_said_once(caplog: pytest.LogCaptureFixture) -> None
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step(model, optimizer)
-    graft(kasmina_layers(model)["0"], [0])
+    graft(kasmina_layers(model)["0"], [0], "mlp")
     with caplog.at_level(logging.WARNING, logger="kasmina_fx"):
         for _ in range(5):
             step(model, optimizer)
@@ -115,7 +115,7 @@ def test_two_optimizers_that_share_the_work_are_not_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = net()
-    graft(kasmina_layers(model)["0"], [0])
+    graft(kasmina_layers(model)["0"], [0], "mlp")
     hosts = [p for n, p in model.named_parameters() if "kasmina" not in n]
     stacks = [p for n, p in model.named_parameters() if "kasmina" in n]
     optimizers = [torch.optim.SGD(p, lr=0.1) for p in (hosts, stacks)]

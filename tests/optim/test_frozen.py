@@ -133,7 +133,7 @@ def test_a_slot_that_changes_hands_inside_a_step_keeps_its_new_values() -> None:
     def closure() -> float:
         layer.advance(1, S.ROLLED_BACK)
         layer.reset(1)
-        layer.request_germination(3)
+        layer.request_germination(3, "mlp")
         with torch.no_grad():
             for stack in stacks(model):
                 stack[0] += 1.0
@@ -154,13 +154,13 @@ def test_a_closure_may_grow_the_bank_or_put_the_first_stack_in() -> None:
     def closure() -> float:
         optimizer.zero_grad()
         if bank_of(model).capacity == 2:
-            graft(layer_of(model), [2])
+            graft(layer_of(model), [2], "mlp")
         loss = loss_of(model, 0)
         loss.backward()
         return loss.item()
 
     def first() -> float:
-        graft(layer_of(plain), [0])
+        graft(layer_of(plain), [0], "mlp")
         optim.sync(host, plain)
         return 0.0
 

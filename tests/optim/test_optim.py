@@ -82,7 +82,7 @@ def test_copies_and_pickles_have_links_of_their_own() -> None:
         assert stack.bank() is bank
         frozen, free = rows(other, 0), rows(model, 1)
         train(other, its, 2)
-        graft(layer_of(other), [2])
+        graft(layer_of(other), [2], "mlp")
         assert same(rows(other, 0), frozen)
         assert same(rows(model, 1), free)
     assert copy.deepcopy(bank_of(model)).owner is None

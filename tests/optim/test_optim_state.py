@@ -35,7 +35,7 @@ def test_a_slot_used_again_starts_with_empty_state(name: str) -> None:
     train(model, optimizer, 3)
     kept = [copy.deepcopy(optimizer.state[stack]) for stack in stacks(model)]
     layer.advance(1, S.CULLED)
-    graft(layer, [4])
+    graft(layer, [4], "mlp")
     assert bank_of(model).capacity == 2
     (group,) = optimizer.param_groups
     starts = {"sum": group.get("initial_accumulator_value"), "step_size": group["lr"]}
@@ -57,7 +57,7 @@ def test_a_slot_used_again_after_the_optimizers_state_was_loaded() -> None:
     loaded.load_state_dict(copy.deepcopy(first.state_dict()))
     late.load_state_dict(copy.deepcopy(first.state_dict()))
     layer_of(model).advance(1, S.CULLED)
-    layer_of(model).request_germination(4)
+    layer_of(model).request_germination(4, "mlp")
     stack = stacks(model)[0]
     # A loaded optimizer is unknown until it steps: then it forgets what it knew of the slot.
     assert bool(loaded.state[stack]["exp_avg"][1].any())
@@ -82,4 +82,4 @@ def test_a_bank_forgets_optimizers_that_are_gone() -> None:
     del optimizer
     gc.collect()
     assert not known
-    graft(layer_of(model), [2])
+    graft(layer_of(model), [2], "mlp")

@@ -69,7 +69,7 @@ def test_a_seed_that_germinates_starts_from_what_it_was_given(reserve: int) -> N
         gradients.extend(
             s.grad.clone() for s in follower.stacks_of(optimizer) if s.grad is not None
         )
-        graft(layer_of(model), [2])
+        graft(layer_of(model), [2], "mlp")
         given.extend(rows(model, 2))
 
     before = rows(model, 0)
@@ -94,7 +94,7 @@ def test_a_slot_that_goes_to_another_seed_is_its_own() -> None:
 
     def reuse() -> None:
         layer.advance(0, S.CULLED)
-        assert layer.request_germination(3)
+        assert layer.request_germination(3, "mlp")
         assert int(bank_of(model).slot_of(layer.state.blueprint_ids[3:4])) == 0
         given.extend(rows(model, 0))
 
@@ -117,7 +117,7 @@ def test_a_rollback_holds(frozen: bool, grows: bool) -> None:
 
     def back() -> None:
         if grows:
-            graft(layer, [4])
+            graft(layer, [4], "mlp")
         layer.rollback(snapshot, 1)
 
     step(model, optimizer, back)
@@ -131,7 +131,7 @@ def test_two_optimizers_in_a_step_both_leave_what_was_given() -> None:
     given: list[Tensor] = []
 
     def germinate() -> None:
-        graft(layer_of(model), [2])
+        graft(layer_of(model), [2], "mlp")
         given.extend(rows(model, 2))
 
     inner = threading.Thread(target=lambda: step(model, second, germinate))
@@ -151,7 +151,7 @@ def test_growth_in_the_middle_leaves_frozen_slots_to_the_bit(stage: S) -> None:
     model = growing()
     layer = layer_of(model)
     layer.reset(1)
-    graft(layer, [1], stage=stage)
+    graft(layer, [1], "mlp", stage=stage)
     optimizer = trained(model)
     for stack in follower.stacks_of(optimizer):  # as weight decay would
         optimizer.state[stack]["momentum_buffer"] = torch.ones_like(stack)
@@ -160,7 +160,7 @@ def test_growth_in_the_middle_leaves_frozen_slots_to_the_bit(stage: S) -> None:
     loss_of(model, 3).backward()
     for stack in follower.stacks_of(optimizer):
         stack.grad = torch.ones_like(stack)
-    optimizer.meanwhile = lambda: layer.reserve(8)
+    optimizer.meanwhile = lambda: layer.reserve(8, "mlp")
     optimizer.step()
     assert bank_of(model).capacity == 8
     assert same(rows(model, 1), kept)
@@ -171,7 +171,7 @@ def test_a_step_that_raised_leaves_nothing_to_write_later() -> None:
     optimizer = trained(model)
 
     def fail() -> None:
-        other = threading.Thread(target=graft, args=(layer_of(model), [2]))
+        other = threading.Thread(target=graft, args=(layer_of(model), [2], "mlp"))
         other.start()
         other.join()
         raise OSError
@@ -205,8 +205,8 @@ def test_gradients_are_touched_by_the_thread_that_trains_alone(
 
     def reuse() -> None:
         layer.reset(0)
-        graft(layer, [3], stage=S.TRAINING)
-        graft(layer, [4, 5, 2])  # grows, too
+        graft(layer, [3], "mlp", stage=S.TRAINING)
+        graft(layer, [4, 5, 2], "mlp")  # grows, too
 
     other = threading.Thread(target=reuse)
     other.start()
@@ -220,5 +220,5 @@ def test_gradients_are_touched_by_the_thread_that_trains_alone(
     train(model, optimizer, 1)
     assert not same(rows(model, 0), before)
     layer.reset(3)  # here they may
-    assert layer.request_germination(3)
+    assert layer.request_germination(3, "mlp")
     assert touched

@@ -27,8 +27,8 @@ def test_sync_reports_and_is_idempotent() -> None:
     run: Any = torch.compile(model, backend="eager")
     optimizer = AdamW(model.parameters())
     train(model, optimizer, 1)
-    graft(layer_of(model), [2])
-    graft(layer_of(model), [3, 4])
+    graft(layer_of(model), [2], "mlp")
+    graft(layer_of(model), [3, 4], "mlp")
     graft(layer_of(model), [5], "affine")
     report = optim.sync(optimizer, run)
     names = [name for name, _ in model.named_parameters() if "banks" in name]
@@ -56,7 +56,7 @@ def test_stacks_are_added_beside_those_they_belong_to() -> None:
         {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.3},
     ]
     optimizer = Adagrad(groups)
-    graft(up, [0])
+    graft(up, [0], "mlp")
     assert {change.group for change in optim.sync(optimizer, model).added} == {0, 1}
     for number, layer in enumerate((down, up)):
         held = optimizer.param_groups[number]["params"]
@@ -92,7 +92,7 @@ def test_options_names_and_schedulers_go_on() -> None:
         train(model, optimizer, 1)
         scheduler.step()
     places = [len(group["params"]) for group in optimizer.param_groups]
-    graft(layer_of(model), [2, 3])
+    graft(layer_of(model), [2, 3], "mlp")
     graft(layer_of(model), [4], "affine")
     optim.sync(optimizer, model)
     train(model, optimizer, 1)
@@ -111,10 +111,10 @@ def test_an_optimizer_of_two_models() -> None:
     for model in (one, other):
         loss_of(model, 0).backward()
     optimizer.step()
-    graft(layer_of(other), [2])
+    graft(layer_of(other), [2], "mlp")
     carried = optim.sync(optimizer, one).carried
     assert {change.name for change in carried} == {"mlp_run0"}
-    graft(layer_of(other), [3, 4])
+    graft(layer_of(other), [3, 4], "mlp")
     held = stacks(other)
     del other, model
     gc.collect()
@@ -142,11 +142,11 @@ def test_sync_of_dormant_layers_and_under_inference_mode() -> None:
     optimizer = AdamW(model.parameters())
     assert optim.sync(optimizer, model) == optim.SyncReport((), ())
     with torch.inference_mode():
-        graft(layer_of(model), [0, 1])
+        graft(layer_of(model), [0, 1], "mlp")
         optim.sync(optimizer, model)
     train(model, optimizer, 1)
     with torch.inference_mode():
-        graft(layer_of(model), [2])
+        graft(layer_of(model), [2], "mlp")
         optim.sync(optimizer, model)
     train(model, optimizer, 1)
     state = optimizer.state[stacks(model)[0]]

@@ -105,7 +105,7 @@ def test_bad_calls_are_refused_and_change_nothing(
     call: Callable[[KasminaLayer], Any], error: type[Exception], message: str
 ) -> None:
     layer = KasminaLayer(nn.Linear(4, 12), 4)
-    layer.request_germination(0, "affine")
+    layer.request_germination(0, "mlp")
     before = snapshot(layer)
     with pytest.raises(error, match=message) as caught:
         call(layer)

@@ -32,6 +32,7 @@ def _loss(model: nn.Module, batch: Any) -> float:
 OF_MODELS: dict[str, Callable[[Any], Any]] = {
     "kasminify": k.kasminify,
     "unkasminify": k.unkasminify,
+    "finalize": k.finalize,
     "step_epoch": k.step_epoch,
     "health_report": k.health_report,
     "host_parameters": k.host_parameters,
@@ -127,6 +128,10 @@ CALLS: dict[str, tuple[Call, set[str]]] = {
     "a seed": (lambda layer, v: layer.seeds[v], set()),
     "set_telemetry": (lambda layer, v: layer.set_telemetry(v), _taken("True")),
     "telemetry_enabled": (lambda layer, v: setattr(layer, "telemetry_enabled", v), _taken("True")),
+    "finalize, growing": (lambda layer, v: k.finalize(layer, growing=v), set()),
+    "finalize, inputs": (
+        lambda layer, v: k.finalize(layer, growing="drop", example_inputs=v), _taken("None")
+    ),
     "get_seed_state": (lambda layer, v: layer.state.get_seed_state(v), set()),
     "find_seeds_by_state": (lambda layer, v: layer.state.find_seeds_by_state(v), _taken("5")),
     "set a lifecycle state": (
@@ -153,7 +158,7 @@ CALLS: dict[str, tuple[Call, set[str]]] = {
         lambda layer, v: KasminaLayer(nn.Linear(4, 6), 3, layer_id=v), _taken("None", "text")
     ),
     "kasminify, num_seeds": (
-        lambda layer, v: k.kasminify(_net(), num_seeds=v, compile=False), _taken("5")
+        lambda layer, v: k.kasminify(_net(), num_seeds=v, compile=False), _taken("None", "5")
     ),
     "kasminify, options": (
         lambda layer, v: k.kasminify(_net(), options=v, compile=False), _taken("None", "dict")

@@ -49,7 +49,7 @@ class Behind(nn.Module):
 
 def graph(then: Then, telemetry: bool = True, seeds: int = 4, **how: Any) -> GraphModule:
     model = wrapped(Behind(then), seeds=seeds, telemetry=telemetry)
-    graft(layer_of(model), [0, 2])
+    graft(layer_of(model), [0, 2], "mlp")
     return capture(model, torch.randn(3, 8), **how)
 
 

@@ -75,7 +75,7 @@ def test_the_share_of_seeds_that_run_decides_where_no_activation_does(
     seeds: list[int], chosen: str
 ) -> None:
     model = wrapped(nn.Sequential(nn.Linear(8, 24)), seeds=8)
-    graft(layer_of(model, "0"), seeds)
+    graft(layer_of(model, "0"), seeds, "mlp")
     gm = capture(model, torch.randn(3, 8))
     lowering = ChooseLowerings().choose(find_matches(gm)[0])
     assert lowering.name == chosen
@@ -84,7 +84,7 @@ def test_the_share_of_seeds_that_run_decides_where_no_activation_does(
 @pytest.mark.usefixtures("interpreter")
 def test_dense_is_taken_where_it_is_asked_for() -> None:
     model = wrapped(nn.Sequential(nn.Linear(8, 24)), seeds=8)
-    graft(layer_of(model, "0"), [0, 2])
+    graft(layer_of(model, "0"), [0, 2], "mlp")
     match = find_matches(capture(model, torch.randn(3, 8)))[0]
     auto, asked = ChooseLowerings().choose(match), ChooseLowerings("dense").choose(match)
     assert (auto.name, asked.name) == ("fused", "dense")
@@ -94,7 +94,7 @@ def test_dense_is_taken_where_it_is_asked_for() -> None:
 @pytest.mark.usefixtures("interpreter")
 def test_float32_products_of_wide_chunks_are_not_dense() -> None:
     model = wrapped(nn.Sequential(nn.Linear(8, 120)), seeds=3)
-    graft(layer_of(model, "0"), [0, 1, 2])
+    graft(layer_of(model, "0"), [0, 1, 2], "mlp")
     gm = capture(model, torch.randn(3, 8))
     chosen = ChooseLowerings("dense").choose(find_matches(gm)[0])
     assert "float32 products of wide chunks" in chosen.why
@@ -115,7 +115,7 @@ class Masked(OneLayer):
 def test_rows_that_follow_from_data_have_a_usual_number() -> None:
     torch._dynamo.reset()
     model = wrapped(Masked())
-    graft(layer_of(model), [0, 2])
+    graft(layer_of(model), [0, 2], "mlp")
     backend = RecordingBackend("eager")
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         x = torch.randn(6, 8)

@@ -198,7 +198,7 @@ class Twins(nn.Module):
 def twins(batch: int, frontend: str) -> GraphModule:
     model = wrapped(Twins())
     for name in ("first.fc", "second.fc"):
-        graft(layer_of(model, name), [0, 2])
+        graft(layer_of(model, name), [0, 2], "mlp")
     return capture(model, torch.randn(batch, 8), frontend=frontend)
 
 

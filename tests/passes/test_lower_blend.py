@@ -128,7 +128,7 @@ test_golden_of_dynamos_graph, test_golden_of_inserted_nodes_is_one_for_all_front
 def test_golden_of_one_class_is_that_of_every_stage(stage: SeedLifecycle) -> None:
     # What a stage means for a blueprint is in the tables `roles` and `modes`, never in the graph.
     model = wrapped(OneLayer())
-    graft(layer_of(model), [0, 2], stage=stage)
+    graft(layer_of(model), [0, 2], "mlp", stage=stage)
     after = rewrite(capture(model, torch.randn(3, 8)), passes=PLAIN).graph_module
     assert_golden(inserted_text(after), "inserted/lower_blend/one_class", golden_dir=GOLDEN)
 

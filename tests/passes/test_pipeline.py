@@ -27,6 +27,7 @@ from kasmina_fx.passes.infra.metadata import origin_of, value_of
 from kasmina_fx.passes.lower_blend import LowerBlend
 from kasmina_fx.passes.normalize_markers import NormalizeMarkers
 from kasmina_fx.passes.verify import Verify
+from kasmina_fx.physical.programs import recording_markers
 from kasmina_fx.testing import USED_GOLDENS, RecordingBackend
 
 TESTS = Path(__file__).parents[1]
@@ -116,9 +117,10 @@ def test_golden_cases_compute_what_the_reference_does(case: Case, frontend: str)
     elif frontend == "fx":
         run = rewrite(capture(model, case.x().double(), frontend="fx")).graph_module
     else:
-        program = torch.export.export(
-            model, (case.x().double(),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
-        )
+        with recording_markers():
+            program = torch.export.export(
+                model, (case.x().double(),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+            )
         run = run_passes(program.module()).graph_module
     assert_outcome(model, case, run)
 

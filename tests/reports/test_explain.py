@@ -23,7 +23,7 @@ from kasmina_fx.testing import graft
 
 def test_explain_finds_layers_of_a_forward_that_takes_whatever_comes() -> None:
     model = kasminify(PassesBy(), num_seeds=2, compile=False)
-    graft(kasmina_layers(model)["called"], [0])
+    graft(kasmina_layers(model)["called"], [0], "mlp")
     called, read = explain(model, X).layers
     assert (called.layer, called.matched, called.blended) == ("called", True, 1)
     assert (read.layer, read.matched) == ("read", False)
@@ -35,7 +35,7 @@ def test_explain_finds_layers_of_a_forward_that_takes_whatever_comes() -> None:
 def test_explain_goes_on_behind_a_graph_break_and_says_what_was_left() -> None:
     torch._dynamo.reset()
     model = kasminify(Broken(), num_seeds=2, compile=False)
-    graft(kasmina_layers(model)["second"], [0])
+    graft(kasmina_layers(model)["second"], [0], "mlp")
     counted = kasmina_layers(model)["first"].get_health_report()["count"].tolist()
     said = explain(model, X)
     assert [(r.layer, r.matched, r.graph) for r in said.layers] == [
@@ -56,7 +56,7 @@ def test_explain_names_a_layer_behind_an_lstm(grown: bool) -> None:
     torch._dynamo.reset()
     model = kasminify(Recurrent(), num_seeds=2, compile=False)
     if grown:
-        graft(kasmina_layers(model)["out"], [0])
+        graft(kasmina_layers(model)["out"], [0], "mlp")
     (layer,) = explain(model, torch.randn(2, 3, 4)).layers
     assert (layer.layer, layer.matched) == ("out", True)
 
@@ -64,7 +64,7 @@ def test_explain_names_a_layer_behind_an_lstm(grown: bool) -> None:
 def test_explain_shows_what_each_lowering_would_take_and_why_not() -> None:
     torch._dynamo.reset()
     model = kasminify(nn.Sequential(nn.Linear(4, 8)), num_seeds=2, compile=False)
-    graft(kasmina_layers(model)["0"], [0])
+    graft(kasmina_layers(model)["0"], [0], "mlp")
     x = torch.randn(64, 4)
     (trained,) = explain(model, x).layers
     with torch.no_grad():

@@ -200,7 +200,7 @@ def test_what_is_no_stage_is_refused(stage: Any) -> None:
 
 def test_a_stage_may_be_given_by_its_name() -> None:
     layer = small_layer()
-    layer.request_germination(0)
+    layer.request_germination(0, "mlp")
     layer.advance(0, "TRAINING")
     assert layer.state.find_seeds_by_state("TRAINING").tolist() == [0]
 

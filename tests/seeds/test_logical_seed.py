@@ -110,7 +110,7 @@ def test_a_seed_holds_no_state() -> None:
     layer = _layer()
     first, second = layer.seeds[0], LogicalSeed(layer, 0)
     assert set(vars(first)) == {"layer", "seed_id"}
-    first.request_germination("affine")
+    first.request_germination("affine", "mlp")
     assert second.stage is S.GERMINATED
     layer.reset(0)
     assert [first.stage, second.stage] == [S.DORMANT, S.DORMANT]
@@ -340,7 +340,7 @@ def test_a_snapshot_beside_a_busy_controller_is_of_one_moment() -> None:
         while not done.is_set():
             with layer.transaction():
                 layer.reset(0)
-                layer.request_germination(0)
+                layer.request_germination(0, "mlp")
                 layer.advance(0, S.TRAINING)
                 layer.advance(0, S.GRAFTING)
                 layer.set_alpha(0, 0.5)

@@ -32,7 +32,7 @@ def training(scaler: torch.amp.GradScaler | None = None) -> tuple[nn.Module, SGD
     layer = layer_of(model)
     if scaler is not None:
         kasmina_fx.follow_scaler(model, scaler)
-    graft(layer, [2], stage=S.TRAINING)
+    graft(layer, [2], "mlp", stage=S.TRAINING)
     return model, SGD(model.parameters(), lr=0.1)
 
 
@@ -96,7 +96,7 @@ def test_no_step_looks_through_all_objects(monkeypatch: pytest.MonkeyPatch) -> N
     model, optimizer = training()
     moved(model, optimizer, None)
     moved(model, optimizer, torch.amp.GradScaler("cpu"))
-    graft(layer_of(model), [3, 4, 5], stage=S.TRAINING)
+    graft(layer_of(model), [3, 4, 5], "mlp", stage=S.TRAINING)
     moved(model, optimizer, None)
 
 
@@ -105,7 +105,7 @@ def test_none_can_be_named() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
     model = growing(reserve=8)
     kasmina_fx.follow_scaler(model, None)
-    graft(layer_of(model), [2], stage=S.TRAINING)
+    graft(layer_of(model), [2], "mlp", stage=S.TRAINING)
     assert float(layer_of(model).loss_scale) == 1.0
     assert torch.equal(moved(model, SGD(model.parameters(), lr=0.1), None), truth)
     assert scaler.is_enabled()
@@ -150,7 +150,7 @@ def test_going_back_in_time_keeps_an_optimizers_state() -> None:
     model = growing(reserve=8)
     layer = layer_of(model)
     layer.reset([0, 1])
-    graft(layer, [2], stage=S.TRAINING)
+    graft(layer, [2], "mlp", stage=S.TRAINING)
     saved = copy.deepcopy(model.state_dict())
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     moved(model, optimizer, None)

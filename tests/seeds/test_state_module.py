@@ -102,7 +102,7 @@ def test_changes_in_inference_mode_do_not_stick_to_it() -> None:
 @pytest.mark.parametrize("stage", [SeedLifecycle.DORMANT, SeedLifecycle.CULLED])
 def test_a_stage_that_is_set_lets_go_as_one_that_is_reached(stage: SeedLifecycle) -> None:
     layer = KasminaLayer(nn.Linear(4, 6), 3)
-    graft(layer, [0], alpha=0.5)
+    graft(layer, [0], "mlp", alpha=0.5)
     layer.state.set_lifecycle_state(0, stage)
     assert layer.seeds[0].alpha == 0
     assert (layer.seeds[0].blueprint_id == 0) == (stage is SeedLifecycle.DORMANT)

@@ -31,7 +31,7 @@ def test_evaluation_counts_nothing_unless_it_is_asked_to(backend: str | None) ->
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_traced_and_exported_programs_keep_no_statistics_and_run() -> None:
     model = net()
-    graft(layer_of(model), [0])
+    graft(layer_of(model), [0], "mlp")
     expected = model(X)
     counted = layer_of(model).get_health_report()["count"].tolist()
     traced = torch.jit.trace(model, X, check_trace=False)  # which runs the model as well

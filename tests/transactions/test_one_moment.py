@@ -49,8 +49,8 @@ def test_a_ramp_loses_no_alpha_that_another_thread_sets(
     ramp: Callable[[SeedStore], None],
 ) -> None:
     grown = layer(grafting=GraftingConfig(fixed_steps=10_000))
-    graft(grown, [0, 1], alpha=0.0)
-    graft(grown, [2, 3], alpha=0.0, stage=S.FINE_TUNING)
+    graft(grown, [0, 1], "mlp", alpha=0.0)
+    graft(grown, [2, 3], "mlp", alpha=0.0, stage=S.FINE_TUNING)
     end = beside(lambda: ramp(grown.kasmina))
     try:
         for i in range(300):
@@ -64,7 +64,7 @@ def test_a_ramp_loses_no_alpha_that_another_thread_sets(
 def test_a_seed_that_is_culled_beside_a_ramp_keeps_alpha_0() -> None:
     for _ in range(30):
         grown = layer(grafting=GraftingConfig(fixed_steps=10))
-        graft(grown, range(8), alpha=0.5)
+        graft(grown, range(8), "mlp", alpha=0.5)
         end = beside(grown.step_epoch)
         grown.advance(range(8), S.CULLED)
         end()
@@ -75,7 +75,7 @@ def test_a_report_shows_no_row_of_two_moments() -> None:
     grown = layer()
 
     def live() -> None:
-        grown.request_germination(3)
+        grown.request_germination(3, "mlp")
         grown.reset(3)
 
     end = beside(live)
@@ -94,14 +94,14 @@ def test_a_seed_is_not_culled_for_its_predecessor(
     call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grown = layer()
-    graft(grown, [0, 1], stage=S.TRAINING)
+    graft(grown, [0, 1], "mlp", stage=S.TRAINING)
     grown.kasmina.telemetry.accumulated[REJECTED, :2] = 99
     fetch = health.fetch
 
     def meanwhile(layers: list[SeedStore]) -> list[health.Moment]:
         seen = fetch(layers)
         grown.reset(0)
-        graft(grown, 0, stage=S.TRAINING)
+        graft(grown, 0, "mlp", stage=S.TRAINING)
         return seen
 
     monkeypatch.setattr("kasmina_fx.seeds.health.fetch", meanwhile)
@@ -114,7 +114,7 @@ def test_a_seed_is_not_culled_for_its_predecessor(
 @pytest.mark.parametrize("embargo", [0, 1, 3])
 def test_a_seed_that_an_epoch_culls_rests_its_whole_embargo(embargo: int) -> None:
     grown = layer(embargo_epochs=embargo)
-    graft(grown, 0, stage=S.TRAINING)
+    graft(grown, 0, "mlp", stage=S.TRAINING)
     grown.kasmina.telemetry.accumulated[REJECTED, 0] = 99
     for epoch in range(max(1, embargo)):
         grown.step_epoch()
@@ -156,7 +156,7 @@ def test_a_strategy_that_fails_undoes_the_whole_epoch_and_harms_no_other_layer(
     number = register_strategy(strategy)
     mine, other = layer(), layer()
     for each in (mine, other):
-        graft(each, [0, 1], alpha=0.25)
+        graft(each, [0, 1], "mlp", alpha=0.25)
     mine.state.set_rows([1], grafting_strategy=number)
     rows, alphas = mine.state.rows.clone(), mine.state.alphas.clone()
     other.step_epoch()

@@ -250,7 +250,7 @@ def _layer() -> KasminaLayer:
 
 
 CHANGES: dict[str, Callable[[KasminaLayer], Any]] = {
-    "request_germination": lambda layer: layer.request_germination(1),
+    "request_germination": lambda layer: layer.request_germination(1, "mlp"),
     "cancel_germination": lambda layer: layer.cancel_germination(0),
     "advance": lambda layer: layer.advance(0, SeedLifecycle.STABILIZATION),
     "reset": lambda layer: layer.reset(0),

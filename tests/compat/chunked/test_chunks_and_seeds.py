@@ -194,7 +194,7 @@ def test_without_a_blueprint_it_is_the_layer_s_own_or_the_identity() -> None:
     chunk = torch.randn(5, 3)
     assert torch.equal(brought_to(alone, S.ACTIVE).process_chunk(chunk), chunk)
     layer = ChunkedKasminaLayer(nn.Linear(4, 9), 3, "fc")
-    layer.request_germination(2)
+    layer.request_germination(2, "mlp")
     seed = LogicalSeed.of_layer(layer, 2)
     seed.transition_state(S.ACTIVE)
     x = torch.randn(5, 4)
@@ -254,7 +254,7 @@ def test_a_seed_is_connected_to_the_state_of_its_layer() -> None:
     layer = ChunkedKasminaLayer(nn.Linear(4, 9), 3, "fc")
     seed = LogicalSeed.of_layer(layer, 1)
     blueprint = layer.register_blueprint("lora")
-    layer.request_germination(1)
+    layer.request_germination(1, "mlp")
     assert seed.get_state().lifecycle_state is S.LOADING
     seed.set_blueprint(blueprint, 1)
     known = layer.state_tensor.get_seed_state(1)

@@ -30,7 +30,7 @@ def layer_of(base: nn.Module | None = None, num_seeds: int = 4) -> ChunkedKasmin
 
 
 def active(layer: ChunkedKasminaLayer, seeds: list[int]) -> None:
-    assert layer.request_germination(seeds)
+    assert layer.request_germination(seeds, "mlp")
     layer.state_tensor.batch_set_lifecycle_state(seeds, S.ACTIVE)
     layer.state_tensor.update_alpha_blend(seeds, 1.0)
 
@@ -76,7 +76,7 @@ def test_row_3_the_state_is_in_the_state_dict_with_a_versioned_layout() -> None:
 
 def test_row_4_a_seed_that_loads_becomes_active_by_itself() -> None:
     layer = layer_of()
-    layer.request_germination(0)
+    layer.request_germination(0, "mlp")
     for epoch in range(1, 41):
         kasmina_fx.step_epoch(layer)
         state = layer.state_tensor.get_seed_state(0)
@@ -87,7 +87,7 @@ def test_row_4_a_seed_that_loads_becomes_active_by_itself() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_row_5_epochs_are_the_callers_and_no_forward_counts_any(training: bool) -> None:
     layer, x = layer_of().train(training), torch.randn(5, 4)
-    layer.request_germination(0)
+    layer.request_germination(0, "mlp")
     layer.step_epoch()
     for _ in range(3):
         layer(x)
@@ -99,7 +99,7 @@ def test_row_6_a_negative_seed_is_a_value_error() -> None:
     layer = layer_of()
     for bad in (-1, -4, -5):
         with pytest.raises(ValueError, match=f"seed {bad} does not exist"):
-            layer.request_germination(bad)
+            layer.request_germination(bad, "mlp")
     assert layer.state_tensor.get_state_distribution()["DORMANT"] == 4
 
 
@@ -187,7 +187,7 @@ def test_row_12_both_implementations_have_one_weight() -> None:
 
 def test_row_13_the_state_dict_is_plain_and_strict_and_older_ones_load() -> None:
     layer = hybrid_of()
-    layer.request_germination(1)
+    layer.request_germination(1, "mlp")
     saved = layer.state_dict()
     assert all(isinstance(value, Tensor) for value in saved.values())
     assert saved.keys() == layer_of_same_seeds().state_dict().keys()
@@ -208,13 +208,13 @@ def test_row_13_the_state_dict_is_plain_and_strict_and_older_ones_load() -> None
 
 def layer_of_same_seeds() -> ChunkedKasminaLayer:
     layer = layer_of()
-    layer.request_germination(1)
+    layer.request_germination(1, "mlp")
     return layer
 
 
 def test_row_14_statistics_are_of_the_layer_whichever_way_it_runs() -> None:
     layer, x = hybrid_of(), torch.randn(16, 4)
-    layer.request_germination(2)
+    layer.request_germination(2, "mlp")
     layer(x)
     legacy = layer.get_layer_stats()
     assert (legacy["implementation"], legacy["forward_count"]) == ("legacy", 1)
@@ -223,7 +223,7 @@ def test_row_14_statistics_are_of_the_layer_whichever_way_it_runs() -> None:
     told = layer.get_health_report()
     assert (told["implementation"], len(told["seeds"])) == ("legacy", 4)
     other = hybrid_of()
-    other.request_germination(2)
+    other.request_germination(2, "mlp")
     other.enable_chunked_mode()
     other(x)
     for ours, theirs in zip(told["telemetry"], other.get_health_report()["telemetry"], strict=True):

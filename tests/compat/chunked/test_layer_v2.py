@@ -49,7 +49,7 @@ def test_a_whole_life_keeps_to_the_minimum_epochs() -> None:
         "FINE_TUNING": 50,
     }
     layer, x = layer_of(), torch.randn(5, 4)
-    assert layer.request_germination(0)
+    assert layer.request_germination(0, "mlp")
     assert not layer.request_germination(0)
     assert stage(layer) is E.GERMINATED
     assert torch.equal(layer(x), layer.base_layer(x))
@@ -284,7 +284,7 @@ def test_the_triton_layer_calls_its_base_and_writes_every_feature(tmp_path: Path
     assert (layer.chunks_per_layer, layer.hidden_dim, layer.chunk_size) == (4, 10, 2)
     x = torch.randn(5, 4)
     assert torch.equal(layer(x), layer.base_layer(x))
-    layer.request_germination(3)
+    layer.request_germination(3, "mlp")
     assert layer.request_state_transition(3, E.TRAINING)
     assert layer.get_active_seed_count() == 1
     assert layer.get_performance_summary()["active_ratio"] == 0.25

@@ -44,8 +44,8 @@ def test_a_life_of_before(make: Any) -> None:
     layer, x = make(), torch.randn(6, 4)
     base = layer.base_layer(x)
     assert torch.equal(layer(x), base)
-    assert layer.request_germination(1)
-    assert not layer.request_germination(1)  # not dormant
+    assert layer.request_germination(1, "mlp")
+    assert not layer.request_germination(1, "mlp")  # not dormant
     assert layer.state_tensor.get_lifecycle_states().tolist() == [0, S.LOADING, 0, 0]
     assert torch.equal(layer(x), base)  # alpha is 0 yet
     for _ in range(15):
@@ -69,7 +69,7 @@ def test_a_life_of_before(make: Any) -> None:
 @pytest.mark.untraced
 def test_compiled_it_equals_eager_and_is_lowered_and_its_life_is_data() -> None:
     layer, x = chunked().double(), torch.randn(6, 4, dtype=torch.float64)
-    layer.request_germination([0, 2])
+    layer.request_germination([0, 2], "mlp")
     backend = RecordingBackend("eager")
     compiled = torch.compile(layer, backend=backend, fullgraph=True)
     assert_same(training_step(layer, compiled, (x,)), training_step(layer, layer, (x,)), 1e-10)
@@ -81,7 +81,7 @@ def test_compiled_it_equals_eager_and_is_lowered_and_its_life_is_data() -> None:
             layer.step_epoch()
             compiled(x.clone().requires_grad_())
         layer.state_tensor.set_lifecycle_state(0, S.ACTIVE)
-        layer.request_germination(1)
+        layer.request_germination(1, "mlp")
         layer.cancel_germination(2)
         got = compiled(x.clone().requires_grad_())
     torch.testing.assert_close(got, reference.forward(layer, x))
@@ -100,7 +100,7 @@ def test_blueprints_have_ids_from_one_and_their_values_of_now() -> None:
         layer.blueprints[3]
     assert isinstance(layer.blueprints[2], nn.Module)  # never used
     layer.request_germination(0, shared)
-    layer.request_germination(1)
+    layer.request_germination(1, "mlp")
     assert list(layer.blueprints) == [1, 2, 3]
     assert layer.get_layer_stats()["num_blueprints"] == 3
     layer.state_tensor.batch_set_lifecycle_state([0, 1], S.ACTIVE)
@@ -202,26 +202,26 @@ def test_bad_constructors_are_refused(kind: type) -> None:
 def test_ids_above_the_last_are_told_and_give_false(caplog: pytest.LogCaptureFixture) -> None:
     layer = chunked()
     with caplog.at_level(logging.ERROR):
-        assert layer.request_germination(4) is False
+        assert layer.request_germination(4, "mlp") is False
     assert "fc: there is no seed 4; it has seeds 0 to 3" in caplog.text
     for bad in (-1, 4):
         with pytest.raises(ValueError, match="does not exist"):
             layer.cancel_germination(bad)
     for wrong in ("1", 1.0, True):
         with pytest.raises(TypeError):
-            layer.request_germination(wrong)  # type: ignore[arg-type]  # the point
+            layer.request_germination(wrong, "mlp")  # type: ignore[arg-type]  # the point
 
 
 def test_a_cancel_of_seeds_that_can_t_all_be_changes_none() -> None:
     layer = chunked()
-    layer.request_germination([0, 1])
+    layer.request_germination([0, 1], "mlp")
     assert not layer.cancel_germination([0, 1, 2])
     assert layer.state_tensor.get_lifecycle_states().tolist() == [1, 1, 0, 0]
 
 
 def test_a_plain_checkpoint_loads_and_state_dicts_hold_seeds() -> None:
     layer, other, x = chunked(), chunked(), torch.randn(6, 4)
-    layer.request_germination([0, 3])
+    layer.request_germination([0, 3], "mlp")
     for _ in range(40):
         layer.step_epoch()
     other.load_state_dict(layer.state_dict())
@@ -241,7 +241,7 @@ def test_a_plain_checkpoint_loads_and_state_dicts_hold_seeds() -> None:
 
 def test_both_ways_give_the_same_for_any_mix_of_seeds() -> None:
     layer, x = hybrid(), torch.randn(6, 4)
-    layer.request_germination([0, 1, 2])
+    layer.request_germination([0, 1, 2], "mlp")
     layer.state_tensor.batch_set_lifecycle_state([1], S.ACTIVE)
     layer.state_tensor.batch_set_lifecycle_state([2], S.FOSSILIZED)
     layer.state_tensor.update_alpha_blend([0, 1, 2], torch.tensor([0.3, 0.8, 1.0]))
@@ -263,7 +263,7 @@ def test_modes_and_settling_keep_state_and_calls() -> None:
     layer.switch._flags = FeatureFlagManager("no_such_file.json")
     assert layer.get_layer_stats()["implementation"] == "legacy"
     layer.enable_chunked_mode()
-    assert layer.request_germination(1)
+    assert layer.request_germination(1, "mlp")
     assert layer.get_layer_stats()["implementation"] == "chunked"
     assert set(layer.get_layer_stats()["avg_latency_ms"]) == {"legacy", "chunked"}
     layer.enable_legacy_mode()
@@ -282,7 +282,7 @@ def test_modes_and_settling_keep_state_and_calls() -> None:
 @pytest.mark.untraced
 def test_in_a_compiled_model_a_switch_back_and_forth_compiles_once() -> None:
     layer, x = hybrid("legacy"), torch.randn(6, 4)
-    layer.request_germination([0, 2])
+    layer.request_germination([0, 2], "mlp")
     layer.state_tensor.update_alpha_blend([0, 2], 0.5)
     layer.compile(backend=RecordingBackend("eager"))  # no C++ compiler: it is not what is tested
     model = nn.Sequential(layer, nn.Tanh())
