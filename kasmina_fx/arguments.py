@@ -34,15 +34,19 @@ def check_count(name: str, given: object, least: int = 0, most: int = _MOST) -> 
         raise InvalidArgument(f"{name}={shown(given)}: give an int {allowed}")
 
 
-def check_number(name: str, given: object, least: float = -math.inf) -> None:
-    """Refuse what is no finite number, NaN too, or too small.
+def check_number(
+    name: str, given: object, least: float = -math.inf, most: float = sys.float_info.max
+) -> None:
+    """Refuse what is no finite number, NaN too, too small or too large.
 
     Raises:
         InvalidArgument: Says what is allowed.
     """
     number = isinstance(given, (int, float)) and not isinstance(given, bool)
-    if not number or not least <= given <= sys.float_info.max:  # type: ignore[operator]  # a number
+    if not number or not least <= given <= most:  # type: ignore[operator]  # a number
         allowed = "" if least == -math.inf else f" of at least {least:g}"
+        if most < sys.float_info.max:
+            allowed = f" from {least:g} to {most:g}"
         raise InvalidArgument(f"{name}={shown(given)}: give a finite number{allowed}")
 
 
