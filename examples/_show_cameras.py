@@ -33,11 +33,12 @@ class Exported(NamedTuple):
 def setup(model: nn.Module, replicates: int) -> None:
     rule("One recogniser, four cameras")
     parameters, nbytes = parameters_and_bytes(list(host_parameters(model)))
-    seeds = ", ".join(f"{layer.num_seeds}" for layer in kasmina_layers(model).values())
+    seeds = " and ".join(f"{layer.num_seeds}" for layer in kasmina_layers(model).values())
     console.print(
-        f"A frozen classifier of digits: {parameters:,} parameters, {nbytes:,} bytes; {seeds} seeds "
-        f"on its hidden layers.\n{SHIFTED:,} samples of each new camera to learn from, {HELD_OUT} "
-        f"held out; {replicates} replicates (split, weights and batches)."
+        f"A frozen classifier of digits: {parameters:,} parameters, {nbytes:,} bytes; {seeds} "
+        f"seeds on its hidden layers\n{SHIFTED:,} samples of each new camera to learn from, "
+        f"{HELD_OUT} held out; replicates: {replicates}, each with its own split, weights and batches",
+        soft_wrap=True,
     )
 
 
