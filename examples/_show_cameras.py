@@ -37,7 +37,7 @@ def setup(model: nn.Module, replicates: int) -> None:
     console.print(
         f"A frozen classifier of digits: {parameters:,} parameters, {nbytes:,} bytes; {seeds} "
         f"seeds on its hidden layers\n{SHIFTED:,} samples of each new camera to learn from, "
-        f"{HELD_OUT} held out; replicates: {replicates}, each with its own split, weights and batches",
+        f"{HELD_OUT} held out; {replicates} replicates, each of its own split, weights and batches",
         soft_wrap=True,
     )
 
@@ -110,7 +110,7 @@ def spread(values: list[float]) -> str:
     """Mean and standard deviation."""
     if len(values) == 1:
         return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return f"{statistics.mean(values):.1f}±{statistics.stdev(values):.1f}"
 
 
 def verdict(results: list[dict[str, Result]], way: str) -> str:
@@ -121,7 +121,7 @@ def verdict(results: list[dict[str, Result]], way: str) -> str:
 def table(results: list[dict[str, Result]], samples: int) -> None:
     """A row for each way: held-out accuracy in per cent, mean and deviation over replicates."""
     rule("Held-out accuracy in per cent, on each camera")
-    heads = "original", *CAMERAS, "mean", "same bits", "parameters", "bytes"
+    heads = "original", *CAMERAS, "mean", "same\nbits", "parameters", "bytes"
     grid = Table(Column("", no_wrap=True), box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     for head in heads:
         grid.add_column(head, justify="right", no_wrap=True)
@@ -142,7 +142,7 @@ def table(results: list[dict[str, Result]], samples: int) -> None:
 def ending(exported: Exported, graphs: int, seconds: list[float], path: Path) -> None:
     console.print(
         f"Graphs compiled in all: {graphs} (host, packs in training, packs in evaluation)\n"
-        f"A switch of packs took {1e3 * statistics.median(seconds):.1f} ms and compiles nothing\n"
+        f"A switch of packs took {1e3 * statistics.median(seconds):.1f} ms, and compiled nothing\n"
         f"Pack {exported.name}, finalised and exported: {exported.nbytes:,} bytes; a process that "
         f"can't import kasmina_fx gets {exported.accuracy:.1f} % right,\n"
         f"logits at most {exported.apart:.1e} from ours\n"

@@ -109,8 +109,8 @@ def export(name: str, camera: Samples) -> show.Exported:
     """Make a plain model of the host and one pack, write it, and have another process run it."""
     packs.activate(name)
     final = kasmina_fx.finalize(model, growing="freeze", example_inputs=(camera.held_x,))
-    batch = torch.export.Dim.DYNAMIC
-    program = torch.export.export(final, (camera.held_x,), dynamic_shapes=({0: batch},))
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)  # any batch
+    program = torch.export.export(final, (camera.held_x[:2],), dynamic_shapes=dynamic)
     with tempfile.TemporaryDirectory() as folder:
         torch.export.save(program, f"{folder}/model.pt2")
         torch.save(camera.held_x, f"{folder}/images.pt")

@@ -2,8 +2,8 @@
 
 Read it from top to bottom; ``_show.py`` beside it prints. A small classifier of handwritten digits
 gets 1,000 dormant seeds a hidden layer. While it trains, a controller lets 16 and later 64 of them
-germinate, and blends in what they grew. It shows what growing costs and that nothing recompiles, and
-not that it pays: the accuracy of a plain twin stands beside.
+germinate, and blends in what they grew. It shows what growing costs, and that nothing recompiles
+after it began, and not that it pays: the accuracy of a plain twin stands beside.
 """
 
 import copy

@@ -53,7 +53,7 @@ def test_one_recogniser_serves_four_cameras(tmp_path: Path) -> None:
 
     def scores(way: str) -> dict[str, float]:
         row = next(line for line in printed.splitlines() if line.strip().startswith(f"{way} "))
-        means = re.findall(r"([\d.]+) ±", row)
+        means = re.findall(r"([\d.]+)±", row)
         return dict(zip((*CAMERAS, "mean"), map(float, means), strict=True))
 
     host, packs = scores("nothing done"), scores("packs, switched")
