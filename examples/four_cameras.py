@@ -110,7 +110,7 @@ def export(name: str, camera: Samples) -> show.Exported:
     packs.activate(name)
     final = kasmina_fx.finalize(model, growing="freeze", example_inputs=(camera.held_x,))
     dynamic = ({0: torch.export.Dim.DYNAMIC},)  # any batch
-    program = torch.export.export(final, (camera.held_x[:2],), dynamic_shapes=dynamic)
+    program = torch.export.export(final, (camera.held_x[:2].clone(),), dynamic_shapes=dynamic)
     with tempfile.TemporaryDirectory() as folder:
         torch.export.save(program, f"{folder}/model.pt2")
         torch.save(camera.held_x, f"{folder}/images.pt")
