@@ -13,8 +13,8 @@ BATCH = 64
 HELD_OUT = 448  # 7 whole batches: one shape throughout, so no graph for another
 SHIFTED = 1000  # samples of each new camera to learn from
 CAMERAS = ("rotated", "inverted", "permuted")
-# Of 1e-3, 3e-3 and 1e-2 the best for each way on a replicate that is not shown, as in
-# benchmarks/growth.py; in sequence slower learning forgets less.
+# As in benchmarks/growth.py, which says how they were chosen; in sequence slower learning forgets
+# less.
 LR, HEAD_LR, HOST_LR, SEQUENCE_LR = 3e-3, 1e-2, 1e-3, 1e-3
 
 
