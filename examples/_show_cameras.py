@@ -42,9 +42,12 @@ def setup(model: nn.Module, replicates: int) -> None:
     )
 
 
-def replicate_done(replicate: int, found: dict[str, Result]) -> None:
+def replicate_done(replicate: int, found: dict[str, Result], rotated: Tensor) -> None:
+    """``rotated``: the host's logits for rotated images."""
     packed = ", ".join(f"{value:.1f}" for value in found["packs, switched"].accuracy)
-    console.print(f"replicate {replicate}: packs, switched: {packed} %")
+    answers = rotated.argmax(1).bincount(minlength=10)
+    host = f"the host calls {answers.max()} rotated images a {answers.argmax()}"
+    console.print(f"replicate {replicate}: packs, switched: {packed} %; {host}")
 
 
 def shaded(values: Tensor) -> Text:

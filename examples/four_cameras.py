@@ -144,7 +144,7 @@ for replicate in range(args.replicates):
         for name, way in {"nothing done": nothing_done, **OTHERS}.items()
     }
     results.append({"nothing done": rest.pop("nothing done"), **of_packs, **rest})
-    show.replicate_done(replicate, results[-1])
+    show.replicate_done(replicate, results[-1], outputs(host, cameras["rotated"]))
 
 moved = {}
 for name in CAMERAS:
