@@ -137,7 +137,7 @@ def table(results: list[dict[str, Result]], samples: int) -> None:
     console.print(grid, crop=False)
     console.print(
         "Same bits: are the outputs for the original what they were. Parameters and bytes: what is "
-        f"kept\nfor each new camera. Each way saw {samples:,} images of each, in the same batches. "
+        f"kept\nfor each new camera. Ways that learn saw {samples:,} images of each, in the same batches. "
         "±: standard deviation."
     )
 
