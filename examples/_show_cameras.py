@@ -136,9 +136,9 @@ def table(results: list[dict[str, Result]], samples: int) -> None:
         grid.add_row(way, *columns, spread(means), verdict(results, way), *sizes)
     console.print(grid, crop=False)
     console.print(
-        "Same bits: are the outputs for the original what they were. Parameters and bytes: what is "
-        f"kept\nfor each new camera. Ways that learn saw {samples:,} images of each, in the same batches. "
-        "±: standard deviation."
+        "Same bits: are the outputs for the original what they were. ±: standard deviation.\n"
+        "Parameters and bytes: what is kept for each new camera.\n"
+        f"Ways that learn saw {samples:,} images of each, in the same batches."
     )
 
 
