@@ -58,7 +58,8 @@ golden: $(STAMP) ## write the golden files anew: read the diff before you commit
 	@echo "== pytest -k golden, accepting"
 	@EXPECTTEST_ACCEPT=1 $(BIN)/pytest -q tests -k golden
 
-demo: $(STAMP) ## grow a network on the digits data set
+demo: $(STAMP) ## one recogniser and four cameras, then a network that grows while it trains
+	@$(BIN)/python examples/four_cameras.py
 	@$(BIN)/python examples/grow_digits.py
 
 bench: $(STAMP) ## what seeds cost on this CPU, beside what is kept in benchmarks/cpu.json
