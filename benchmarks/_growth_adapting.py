@@ -1,0 +1,218 @@
+"""Experiments of `growth.py`: a frozen host and another camera, alone or four in sequence."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from _growth_data import (
+    CONDITIONS,
+    Digits,
+    Scale,
+    accuracy,
+    adamw,
+    frozen_copy,
+    is_hidden,
+    train,
+    wide_host,
+)
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kasmina_fx
+from kasmina_fx import kasmina_layers, kasminify
+from kasmina_fx.testing import graft
+
+Scores = dict[str, dict[str, float]]
+
+STEPS, LR, FULL_LR, EWC = 400, 5e-3, 1e-3, 3000.0
+
+
+def seeded(host: nn.Module, seeds: int) -> nn.Module:
+    """A frozen copy whose hidden layers have seeds."""
+    model = frozen_copy(host)
+    return kasminify(
+        model, num_seeds=seeds, filter_fn=is_hidden, telemetry=False, compile=False
+    ).requires_grad_(False)
+
+
+def grow(model: nn.Module, blueprint: str = "bottleneck") -> None:
+    """Give every seed a blueprint of its own, blended in at once: it starts as the identity."""
+    for layer in kasmina_layers(model).values():
+        graft(layer, range(layer.num_seeds), blueprint, 1.0)
+
+
+def learn(model: nn.Module, data: Digits, scale: Scale, seed: int, lr: float = LR) -> None:
+    """Train whatever is trainable."""
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr)
+    train(model, optimizer, data, scale.steps(STEPS), seed)
+
+
+def chunked(host: nn.Module, data: Digits, scale: Scale, seed: int, seeds: int = 4) -> float:
+    model = seeded(host, seeds)
+    grow(model)
+    learn(model, data, scale, seed)
+    return accuracy(model, data)
+
+
+def with_head(host: nn.Module, data: Digits, scale: Scale, seed: int) -> float:
+    model = frozen_copy(host)
+    model.get_submodule("4").requires_grad_(True)
+    learn(model, data, scale, seed)
+    return accuracy(model, data)
+
+
+def fine_tuned(host: nn.Module, data: Digits, scale: Scale, seed: int) -> float:
+    model = copy.deepcopy(host)
+    learn(model, data, scale, seed, FULL_LR)
+    return accuracy(model, data)
+
+
+def with_lora(layers: list[str], rank: int) -> Callable[[nn.Module, Digits, Scale, int], float]:
+    """LoRA of peft on the layers, their biases trained as well."""
+
+    def run(host: nn.Module, data: Digits, scale: Scale, seed: int) -> float:
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, bias="lora_only")
+        model = get_peft_model(copy.deepcopy(host), config)  # type: ignore[arg-type]
+        learn(model, data, scale, seed)
+        return accuracy(model, data)
+
+    return run
+
+
+#: Ways to adapt, the first of which the others are compared with; parameters of 26,122.
+WAYS: dict[str, Callable[[nn.Module, Digits, Scale, int], float]] = {
+    "`bottleneck`, 4 chunks a layer (9,088)": chunked,
+    "not adapted": lambda host, data, scale, seed: accuracy(host, data),
+    "head only (1,290)": with_head,
+    "LoRA of `peft`, hidden layers and bias (9,216)": with_lora(["0", "2"], 20),
+    "LoRA of `peft`, all layers and bias (9,056)": with_lora(["0", "2", "4"], 15),
+    "full fine-tuning (26,122)": fine_tuned,
+}
+
+
+def adapting(replicate: int, scale: Scale) -> Scores:
+    host = wide_host(replicate, scale)
+    found: Scores = {}
+    for condition in CONDITIONS:
+        data = Digits.of(replicate).shifted(condition)
+        found[condition] = {way: run(host, data, scale, replicate) for way, run in WAYS.items()}
+    return found
+
+
+def widths(replicate: int, scale: Scale) -> Scores:
+    """Chunks of one layer of 128 features; a bottleneck of c features has c^2 + 4.5 c."""
+    host, data = wide_host(replicate, scale), Digits.of(replicate).shifted("rotated")
+    names = {
+        4: "4 chunks a layer (9,088)",
+        1: "1 (33,920)",
+        8: "8 (5,248)",
+        32: "32 (2,176)",
+        128: "128 (1,792)",
+    }
+    return {
+        "rotated": {
+            name: chunked(host, data, scale, replicate, seeds) for seeds, name in names.items()
+        }
+    }
+
+
+def sequence(replicate: int, scale: Scale) -> Scores:
+    """Mean accuracy over all four conditions after the last one was learnt."""
+    host, original = wide_host(replicate, scale), Digits.of(replicate)
+    shifts = {name: original.shifted(name) for name in CONDITIONS}
+    everything = [original, *shifts.values()]
+
+    def mean(model: nn.Module) -> float:
+        return sum(accuracy(model, data) for data in everything) / len(everything)
+
+    return {
+        "": {
+            "a pack each (3 of 9,088)": _packs(host, original, shifts, scale, replicate),
+            "fine-tuning": mean(_one_by_one(host, original, shifts, scale, replicate, 0.0)),
+            "fine-tuning with EWC": mean(_one_by_one(host, original, shifts, scale, replicate, EWC)),
+            "joint training on all data": mean(_jointly(host, everything, scale, replicate)),
+        }
+    }
+
+
+def _packs(
+    host: nn.Module, original: Digits, shifts: dict[str, Digits], scale: Scale, seed: int
+) -> float:
+    model = seeded(host, 4)
+    with torch.no_grad():
+        expected = host(original.held_x)
+    packs = kasmina_fx.packs(model)
+    for name, data in shifts.items():
+        packs.activate(None)
+        grow(model)
+        packs.capture(name)
+        learn(model, data, scale, seed)
+    found = []
+    for name, data in shifts.items():
+        packs.activate(name)
+        found.append(accuracy(model, data))
+    packs.activate(None)
+    with torch.no_grad():
+        if not model(original.held_x).equal(expected):
+            raise AssertionError("without a pack the outputs are not the host's to the bit")
+    return (sum(found) + accuracy(model, original)) / (len(found) + 1)
+
+
+def _one_by_one(
+    host: nn.Module,
+    original: Digits,
+    shifts: dict[str, Digits],
+    scale: Scale,
+    seed: int,
+    strength: float,
+) -> nn.Module:
+    """Fine-tune for each in turn; with a strength, by elastic weight consolidation."""
+    model = copy.deepcopy(host)
+    tasks = [original, *shifts.values()]
+    anchors: list[tuple[list[Tensor], list[Tensor]]] = []
+    for known, data in zip(tasks, tasks[1:], strict=False):
+        if strength:
+            anchors.append(_fisher(model, known))
+        optimizer = adamw(model.parameters(), FULL_LR)
+
+        def penalty(model: nn.Module = model) -> Tensor:
+            here = list(model.parameters())
+            terms = [
+                (fisher * (p - was).square()).sum()
+                for values, fishers in anchors
+                for p, was, fisher in zip(here, values, fishers, strict=True)
+            ]
+            return strength / 2 * torch.stack(terms).sum()
+
+        train(
+            model, optimizer, data, scale.steps(STEPS), seed, penalty if strength else None
+        )
+    return model
+
+
+def _fisher(model: nn.Module, data: Digits) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters, and the diagonal of their empirical Fisher information over 200 samples."""
+    here = list(model.parameters())
+    total = [torch.zeros_like(p) for p in here]
+    for x, y in zip(data.train_x[:200], data.train_y[:200], strict=True):
+        gradients = torch.autograd.grad(F.cross_entropy(model(x[None]), y[None]), here)
+        for sum_, gradient in zip(total, gradients, strict=True):
+            sum_ += gradient.square() / 200
+    return [p.detach().clone() for p in here], total
+
+
+def _jointly(host: nn.Module, everything: list[Digits], scale: Scale, seed: int) -> nn.Module:
+    """As many steps in all as three adaptations take, on the four conditions' data at once."""
+    model = copy.deepcopy(host)
+    data = replace(
+        everything[0],
+        train_x=torch.cat([data.train_x for data in everything]),
+        train_y=torch.cat([data.train_y for data in everything]),
+    )
+    train(model, adamw(model.parameters(), FULL_LR), data, 3 * scale.steps(STEPS), seed)
+    return model
