@@ -23,7 +23,7 @@ from kasmina_fx import GraftingConfig, SeedConfig, SeedLifecycle, kasmina_layers
 
 Scores = dict[str, dict[str, float]]
 
-WIDTH, LR, BEFORE, AFTER, LONG_RAMP = 8, 3e-3, 600, 500, 200
+WIDTH, LR, BEFORE, AFTER, LONG_RAMP = 8, 3e-3, 600, 450, 200
 
 
 @dataclass(frozen=True)

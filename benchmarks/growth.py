@@ -1,6 +1,7 @@
 """What growing is good for: the table of docs/growth.md, measured.
 
-    python benchmarks/growth.py [--only NAME ...] [--replicates N] [--minutes M] [--quick] [--json FILE]
+    python benchmarks/growth.py [--only NAME ...] [--replicates N] [--minutes M] [--quick]
+                                [--json FILE]
 
 Each experiment compares ways to train or adapt small networks on scikit-learn's digits, or on text
 that ships with Python. A replicate has a split of the data, an initialisation and batches of its
