@@ -102,7 +102,7 @@ def with_lora(layers: list[str], rank: int, steps: int = STEPS) -> Way:
     def run(host: nn.Module, data: Digits, scale: Scale, seed: int) -> float:
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers, bias="lora_only")
-        model = get_peft_model(copy.deepcopy(host), config)  # type: ignore[arg-type]
+        model = get_peft_model(copy.deepcopy(host), config)
         learn(model, data, scale, seed, steps=steps)
         return accuracy(model, data)
 
