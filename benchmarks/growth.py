@@ -9,8 +9,9 @@ own, the same for all its arms, so that arms are compared in pairs: "difference"
 of the group, the mean over replicates with its 95 % interval (Student's t). Accuracies in per cent
 of held-out images, text in bits per byte, where less is better. Rows are printed as soon as their
 experiment is done. All runs eagerly on one thread: networks so small take longer to compile than to
-train. With --minutes no replicate is begun after that time; with --quick networks train a twentieth
-as long, which says only that everything runs.
+train. With --minutes experiments share the time alike: none begins another replicate when its share
+is used up, and what it leaves goes to those behind it. With --quick networks train a twentieth as
+long, which says only that everything runs.
 """
 
 from __future__ import annotations
@@ -76,13 +77,15 @@ def run(
     """Run experiments in turn and print their rows."""
     print("| experiment | arm | score | difference | replicates |\n|---|---|---:|---:|---:|")
     results: dict[str, list[dict[str, dict[str, float]]]] = {}
-    for name in names:
+    for place, name in enumerate(names):
+        start = time.monotonic()
+        share = (deadline - start) / (len(names) - place)
+        results[name] = []
         for replicate in range(replicates):
-            if time.monotonic() > deadline:
+            if replicate and time.monotonic() > start + share:
                 break
-            results.setdefault(name, []).append(EXPERIMENTS[name](replicate, scale))
-        if name in results:
-            print("\n".join(rows(name, results[name])), flush=True)
+            results[name].append(EXPERIMENTS[name](replicate, scale))
+        print("\n".join(rows(name, results[name])), flush=True)
     return results
 
 
