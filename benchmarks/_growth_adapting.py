@@ -6,7 +6,7 @@ import copy
 import functools
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -47,10 +47,11 @@ def seeded(host: nn.Module, seeds: int) -> nn.Module:
     ).requires_grad_(False)
 
 
-def grow(model: nn.Module, blueprint: str = "bottleneck") -> None:
-    """Give every seed a blueprint of its own, blended in at once: it starts as the identity."""
-    for layer in kasmina_layers(model).values():
-        graft(layer, range(layer.num_seeds), blueprint, 1.0)
+def grow(model: nn.Module, names: Iterable[str] = ("0", "2")) -> None:
+    """Give each seed of layers a bottleneck, blended in at once: it starts as the identity."""
+    for name in names:
+        layer = kasmina_layers(model)[name]
+        graft(layer, range(layer.num_seeds), "bottleneck", 1.0)
 
 
 def learn(
@@ -142,6 +143,21 @@ def widths(replicate: int, scale: Scale) -> Scores:
         learn(model, data, scale, replicate)
         found[name] = accuracy(model, data)
     return {"rotated": found}
+
+
+def layers(replicate: int, scale: Scale) -> Scores:
+    """Half as many parameters, behind one of the two hidden layers."""
+    host = wide_host(replicate, scale)
+    found: Scores = {}
+    for condition in ("rotated", "inverted"):
+        found[condition] = {"both layers (9,088)": packs_of(replicate, scale)[condition]}
+        data = Digits.of(replicate).shifted(condition)
+        for name, what in {"0": "the first (4,544)", "2": "the second (4,544)"}.items():
+            model = seeded(host, 4)
+            grow(model, [name])
+            learn(model, data, scale, replicate)
+            found[condition][what] = accuracy(model, data)
+    return found
 
 
 def sequence(replicate: int, scale: Scale) -> Scores:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _growth_adapting import adapting, sequence, widths
+from _growth_adapting import adapting, layers, sequence, widths
 from _growth_data import Scale
 from _growth_removing import removing
 from _growth_text import language
@@ -43,6 +43,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "adapting": adapting,
     "sequence": sequence,
     "removing": removing,
+    "layers": layers,
     "widths": widths,
     "language": language,
 }

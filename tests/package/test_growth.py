@@ -21,6 +21,7 @@ ARMS = {
     "adapting": 21,
     "sequence": 4,
     "removing": 5,
+    "layers": 6,
     "widths": 4,
     "language": 3,
 }
