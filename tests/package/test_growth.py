@@ -70,3 +70,24 @@ def test_a_tiny_run_prints_each_row(tmp_path: Path) -> None:
     assert {name: sum(map(len, one[0].values())) for name, one in results.items()} == ARMS
     for name, count in ARMS.items():
         assert done.stdout.count(f"\n| {name} |") == count
+
+
+@pytest.mark.slow
+def test_a_run_out_of_time_does_each_experiment_once(
+    growth: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def experiment(name: str) -> Any:
+        def run(replicate: int, _: Any) -> dict[str, dict[str, float]]:
+            asked.append((name, replicate))
+            return {"": {"arm": 1.0}}
+
+        return run
+
+    monkeypatch.setattr(growth, "EXPERIMENTS", {name: experiment(name) for name in "ab"})
+    growth.run(["a", "b"], 3, None, -float("inf"))
+    assert asked == [("a", 0), ("b", 0)]
+    assert "| b | arm | 1.00 |  | 1 |" in capsys.readouterr().out
+    growth.run(["b"], 3, None, float("inf"))
+    assert asked[2:] == [("b", 0), ("b", 1), ("b", 2)]
