@@ -42,16 +42,15 @@ def removing(replicate: int, scale: Scale) -> Scores:
         train(left, optimizer, data, scale.steps(TUNING), replicate + 1000)
         return accuracy(left, data)
 
-    quarter, half = len(least) // 4, len(least) // 2
-    return {
-        "rotated, 16 seeds": {
-            "none removed": after([]),
-            "25 %, least worth": after(least[:quarter]),
-            "25 %, at random": after(random[:quarter]),
-            "50 %, least worth": after(least[:half]),
-            "50 %, at random": after(random[:half]),
+    found: Scores = {"16 seeds": {"none removed": after([])}}
+    for share, count in {"25 %": len(least) // 4, "50 %": len(least) // 2}.items():
+        found[f"{share} removed"] = {
+            "by worth": after(least[:count]),
+            "at random": after(random[:count]),
         }
-    }
+        for how, score in found[f"{share} removed"].items():
+            found["16 seeds"][f"{share} removed {how}"] = score
+    return found
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

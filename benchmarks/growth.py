@@ -49,26 +49,32 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
-def interval(values: np.ndarray, sign: str = "") -> str:
+#: Digits after the point, where two say too little.
+DIGITS = {"language": 3}
+
+
+def interval(values: np.ndarray, digits: int, sign: str = "") -> str:
     """The mean and half its 95 % interval."""
-    mean = f"{values.mean():{sign}.2f}"
+    mean = f"{values.mean():{sign}.{digits}f}"
     if len(values) < 2:
         return mean
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return f"{mean} ± {half:.2f}"
+    return f"{mean} ± {half:.{digits}f}"
 
 
 def rows(name: str, found: list[dict[str, dict[str, float]]]) -> list[str]:
     """Lines of the table: each arm's mean, and its difference to the first of its group."""
-    lines = []
+    lines, digits = [], DIGITS.get(name, 2)
     for group, arms in found[0].items():
         first = np.array([one[group][next(iter(arms))] for one in found])
         for place, arm in enumerate(arms):
             values = np.array([one[group][arm] for one in found])
             difference = values - first
-            shown = interval(difference, "+") if place else ""
+            shown = interval(difference, digits, "+") if place else ""
             what = f"{group}: {arm}" if group else arm
-            lines.append(f"| {name} | {what} | {interval(values)} | {shown} | {len(found)} |")
+            lines.append(
+                f"| {name} | {what} | {interval(values, digits)} | {shown} | {len(found)} |"
+            )
     return lines
 
 

@@ -20,7 +20,7 @@ ARMS = {
     "chunks": 6,
     "adapting": 21,
     "sequence": 4,
-    "removing": 5,
+    "removing": 9,
     "layers": 6,
     "widths": 4,
     "language": 3,
