@@ -35,7 +35,7 @@ def run(scenario: str, rank: int) -> str:
         graft(layer, [0], "mlp")
         wrapped(X)
     elif scenario == "ddp, reserved":
-        layer.reserve(2)
+        layer.reserve(2, "mlp")
         wrapped = nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for step in range(4):
