@@ -160,7 +160,7 @@ def test_without_gradients(mode: Any) -> None:
         torch.testing.assert_close(out, model(x).detach(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_convolution_in_both_memory_formats(channels_last: bool) -> None:
     model = wrapped(Convolution(), seeds=3, telemetry=True, targets=(nn.Conv2d,))
     graft(layer_of(model, "conv"), [0, 2], "mlp")
@@ -172,6 +172,7 @@ def test_convolution_in_both_memory_formats(channels_last: bool) -> None:
     torch.testing.assert_close(got, judged(model, x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_users_module_through_torch_func() -> None:
     class Gate(nn.Module):
         def __init__(self, size: int) -> None:

@@ -61,7 +61,7 @@ def test_a_convolution_is_compiled_as_its_host_is() -> None:
     assert set(op_counts(backend.after[-1])) == {"conv2d", "relu"}
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_life_compiles_one_graph_more_in_evaluation(bias: bool) -> None:
     model = kasminify(three(bias), num_seeds=4, compile=False, telemetry=False)
     backend = RecordingBackend("eager")

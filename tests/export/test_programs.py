@@ -135,6 +135,7 @@ def test_a_finalised_model_runs_where_the_package_is_not(
     assert_runs_alone(make, finalize(grown(S.FOSSILIZED)), tmp_path)
 
 
+@pytest.mark.slow
 @quiet
 @each_format
 def test_a_model_that_still_grows_runs_where_the_package_is_not(

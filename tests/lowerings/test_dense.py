@@ -160,6 +160,7 @@ def test_half_types_are_close_to_float64(
     assert max(errors_against_float64(case, dense(then), then)) < tolerance
 
 
+@pytest.mark.slow
 def test_a_gelu_of_half_types_is_right_at_both_ends() -> None:
     values = torch.cat([torch.linspace(-14, 14, 4000), torch.tensor([0.0, 60.0, -60.0, 1e4])])
     for dtype in (torch.bfloat16, torch.float16):

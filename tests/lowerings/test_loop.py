@@ -126,6 +126,7 @@ def test_a_germination_is_data_and_a_users_module_asks_for_no_size() -> None:
     assert graphs_of_a_life("matmul") == 3
 
 
+@pytest.mark.slow
 def test_inductor_compiles_it_with_its_backward() -> None:
     torch._dynamo.reset()
 

@@ -105,7 +105,7 @@ def test_other_graphs_are_compiled_as_inductor_would() -> None:
     assert inductor_options(dormant) == {}
 
 
-@pytest.mark.parametrize("given", [None, True])
+@pytest.mark.parametrize("given", [None, pytest.param(True, marks=pytest.mark.slow)])
 def test_an_option_that_is_given_wins(given: bool | None) -> None:
     seen: list[bool] = []
     options: dict[str, Any] = {

@@ -89,7 +89,7 @@ def test_what_is_not_finite_or_nearly_so_in_a_chunk_that_is_not_small(
 
 
 @pytest.mark.usefixtures("anew")
-@pytest.mark.parametrize("lanes", [4, 8])
+@pytest.mark.parametrize("lanes", [pytest.param(4, marks=pytest.mark.slow), 8])
 def test_narrower_vectors_compute_the_same(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def narrow(source: str) -> Any:
         return compiled_library(f"#define KASMINA_LANES {lanes}\n{source}")

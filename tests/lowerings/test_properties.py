@@ -91,6 +91,7 @@ def test_kernels_of_triton_are_the_definition(interpreter: None, case: Blend) ->
     assert_fused_is_right(case, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @drawn(max_examples=8)
 @given(case=blends(tuple(TOLERANCES), poisons=False))
 def test_kernels_of_triton_are_close_to_float64(interpreter: None, case: Blend) -> None:

@@ -110,7 +110,7 @@ def test_a_seed_holds_no_state() -> None:
     layer = _layer()
     first, second = layer.seeds[0], LogicalSeed(layer, 0)
     assert set(vars(first)) == {"layer", "seed_id"}
-    first.request_germination("affine", "mlp")
+    first.request_germination("affine")
     assert second.stage is S.GERMINATED
     layer.reset(0)
     assert [first.stage, second.stage] == [S.DORMANT, S.DORMANT]
