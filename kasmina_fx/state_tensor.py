@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 import torch
@@ -173,12 +174,12 @@ class StateTensor(StagedState):
         seed_ids: SeedIds,
         to: SeedLifecycle | int | str,
         *,
-        identities: Tensor | None = None,
+        identities: Callable[[], Tensor] | None = None,
     ) -> None:
         """One legal transition for all the seeds, or none.
 
-        ``identities``, bool ``(num_seeds,)`` on the CPU, are the seeds whose blueprint starts as
-        the identity: they may skip TRAINING.
+        ``identities`` returns, bool ``(num_seeds,)`` on the CPU, whose blueprint starts as the
+        identity: those seeds may skip TRAINING. It is asked only where that decides.
 
         Raises:
             IllegalTransition: Says from, to and the legal ones, for the first seed that can't.
@@ -187,8 +188,9 @@ class StateTensor(StagedState):
         to = as_stage(to, self.name)
         with self.transaction():
             legal = is_legal(self.stages[ids], to)
-            if identities is not None:
-                legal |= is_legal_for_identity(self.stages[ids], to) & identities[ids]
+            if identities is not None and not bool(legal.all()):
+                skips = is_legal_for_identity(self.stages[ids], to)
+                legal |= skips & identities()[ids] if bool(skips.any()) else skips
             if to is SeedLifecycle.DORMANT:
                 legal &= ~self.embargoed[ids]
             if not bool(legal.all()):

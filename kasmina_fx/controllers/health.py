@@ -65,17 +65,18 @@ class HealthController(Controller):
     Seeds that somebody else put into STABILIZATION are EVALUATING after ``settle_epochs``; in
     EVALUATING they are judged like the others.
 
-    What was measured (classifiers of the digits; points of accuracy, mean and 95 % interval over
-    10 to 20 replicates, paired):
+    What was measured, by ``benchmarks/growth.py`` (classifiers of the digits; points of accuracy,
+    mean and 95 % interval of paired replicates; docs/growth.md has all of it):
 
-    - freezing seeds after the ramp while the host trains on costs 0.47 +- 0.25: so they learn on;
-    - TRAINING ``mlp`` before grafting: no benefit found (+0.86 +- 1.05 without); a residual mlp
-      that starts as the identity gains 0.62 +- 0.48 over a plain host of 64-8-8-10: it skips that;
-    - removing 25 % of the grown seeds by validation loss, then 60 steps: nothing lost (+0.5 +-
-      0.8); removed at random 1.2 +- 0.9 worse, at 50 % 4.5 +- 2.3 worse: a judge, and a quarter;
-    - choosing chunks by health: no better than by chance (-0.41 +- 0.32 where health finds every
-      damaged chunk); choosing 8 of 32 by the gradient's rms gained 2.9 +- 1.5, all of it by the
-      choice of layers: so layers come first. Health finds chunks that are dead or constant.
+    - freezing seeds after the ramp while the host trains on costs ``mlp`` 0.70 +- 0.69; the 0.48 +-
+      0.73 of ``residual_mlp`` was not shown: so they learn on;
+    - TRAINING ``mlp`` before a ramp of 200 steps: no benefit found (-1.09 +- 1.40 to the plain
+      host, without it +0.09 +- 0.73); ``residual_mlp``, which skips it, gains 1.31 +- 0.88;
+    - removing 25 % of the grown seeds by validation loss, then 60 steps: no loss shown (1.33 +-
+      1.61); at random 2.83 +- 0.97 worse than that: a judge, and a quarter;
+    - of two layers, one alone costs 2.28 +- 2.47, the other 16.4 +- 3.1: so layers come first. That
+      chunks by chance are no worse than those of the lowest health, which finds dead or constant
+      ones, no command of this repository shows.
 
     Args:
         model: Kasminified.

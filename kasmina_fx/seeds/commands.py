@@ -236,7 +236,7 @@ class SeedCommands:
         blueprint of its own that starts as the identity (:class:`Blueprint`).
         """
         with self.transaction():
-            self.state.advance(seed_ids, stage, identities=identities(self.kasmina))
+            self.state.advance(seed_ids, stage, identities=lambda: identities(self.kasmina))
 
     def reset(self, seed_ids: SeedIds) -> None:
         """Make seeds DORMANT from any stage, without their blueprints.

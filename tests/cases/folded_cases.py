@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import prune
 
-from kasmina_fx import KasminaLayer, SeedLifecycle, kasmina_layers, kasminify
+from kasmina_fx import (
+    KasminaLayer,
+    SeedLifecycle,
+    kasmina_layers,
+    kasminify,
+)
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.seeds.folded import Folded
 from kasmina_fx.testing import graft
@@ -131,3 +137,26 @@ def magnitudes(layer: KasminaLayer, x: Tensor, *, blended: bool = False) -> Tens
         host = host + base.bias.detach().double().abs()
     parts: Tensor = host @ mixing.abs().mT + added
     return parts
+
+
+X = torch.linspace(-2, 2, 30).view(5, 6)
+
+
+def pruned(model: Any) -> None:
+    prune.l1_unstructured(model[0], "weight", 0.3)
+
+
+def by_an_optimizer(model: Any) -> None:
+    optimizer = torch.optim.SGD([model[0].weight], lr=0.5)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    optimizer.step()
+
+
+def by_other_memory(model: Any) -> None:
+    model[0].weight.data = model[0].weight.data + 0.5
+
+
+def by_a_write_to_a_blueprint(model: Any) -> None:
+    with torch.no_grad():
+        for stack in model[0].blueprint_parameters(False):
+            stack.add_(0.3)

@@ -6,10 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from layer_cases import Case, perturb
+from layer_cases import (
+    Case,
+    perturb,
+)
 from torch import nn
 
-from kasmina_fx import FeatureFlagManager, HybridKasminaLayer, KasminaLayer
+from kasmina_fx import (
+    FeatureFlagManager,
+    HybridKasminaLayer,
+    KasminaLayer,
+)
 
 FEATURE = "chunked_architecture"
 
@@ -39,3 +46,14 @@ def inputs_of(case: Case) -> tuple[torch.Tensor, ...]:
 def small(**kwargs: Any) -> HybridKasminaLayer:
     kwargs.setdefault("feature_flags", flags_in_memory())
     return HybridKasminaLayer(nn.Linear(4, 6), "fc", 3, **kwargs)
+
+
+MODES = ("legacy", "chunked")
+
+
+def ran(layer: HybridKasminaLayer) -> str:
+    before = layer.get_implementation_stats()["calls"]
+    layer(torch.ones(2, 4))
+    after = layer.get_implementation_stats()["calls"]
+    (name,) = (name for name in MODES if after[name] > before[name])
+    return name

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from artifact_cases import AFFINE, edit, load, store
 from torch import Tensor, nn
 
 from kasmina_fx import KasminaError, SeedLifecycle, optim
 from kasmina_fx.blueprints import register
 from kasmina_fx.compat import (
     ArtifactError,
-    BlueprintStore,
-    FsspecStore,
     KasminaLayer,
     LocalStore,
     Manifest,
-    SeedLifecycleState,
     default_store,
     use_store,
 )
 from kasmina_fx.testing import graft
 
-AFFINE = {"scale": torch.tensor([1.0, 2.0]), "shift": torch.tensor([0.5, -0.5])}
-
-
-@pytest.fixture(autouse=True)
-def store(tmp_path: Path) -> Iterator[LocalStore]:
-    kept = LocalStore(tmp_path / "kernels")
-    use_store(kept)
-    yield kept
-    use_store(None)
+__all__ = ["store"]
 
 
 def test_the_default_store_is_a_directory(
@@ -58,10 +43,6 @@ def test_the_default_store_is_a_directory(
     assert (second.ids(), second.directory.exists()) == ([], False)
     with pytest.raises(KasminaError, match="give a BlueprintStore"):
         use_store("somewhere")  # type: ignore[arg-type]  # the point
-
-
-def load(layer: KasminaLayer, seed: int, artifact_id: str) -> bool:
-    return asyncio.run(layer.load_kernel(seed, artifact_id))
 
 
 def test_a_loaded_kernel_is_what_was_saved(store: LocalStore) -> None:
@@ -160,253 +141,6 @@ def test_dtype_and_device_are_the_layer_s(store: LocalStore) -> None:
     assert {p.dtype for p in layer.blueprint_parameters()} == {torch.float64}
 
 
-# What fails gives False, leaves the seed DORMANT, and is told.
-
-
-def edit(path: Path, **changes: Any) -> None:
-    whole = json.loads(path.read_text())
-    whole.update(changes)
-    path.write_text(json.dumps(whole))
-
-
-def missing(store: LocalStore) -> None:
-    pass
-
-
-def no_data(store: LocalStore) -> None:
-    manifest = store.save("k", "affine", 2, AFFINE)
-    (store.directory / f"{manifest.sha256}.safetensors").unlink()
-
-
-def flipped(store: LocalStore) -> None:
-    manifest = store.save("k", "affine", 2, AFFINE)
-    path = store.directory / f"{manifest.sha256}.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-def cut(store: LocalStore) -> None:
-    store.save("k", "affine", 2, AFFINE)
-    path = store.directory / "k.json"
-    path.write_text(path.read_text()[:40])
-
-
-def other_version(store: LocalStore) -> None:
-    store.save("k", "affine", 2, AFFINE)
-    edit(store.directory / "k.json", version=99)
-
-
-def other_format(store: LocalStore) -> None:
-    store.save("k", "affine", 2, AFFINE)
-    edit(store.directory / "k.json", format="something")
-
-
-def bad_hash(store: LocalStore) -> None:
-    store.save("k", "affine", 2, AFFINE)
-    edit(store.directory / "k.json", sha256="../../../etc/passwd")
-
-
-def unknown_blueprint(store: LocalStore) -> None:
-    store.save("k", "affine", 2, AFFINE)
-    edit(store.directory / "k.json", blueprint="os.system")
-
-
-def other_shapes(store: LocalStore) -> None:
-    store.save("k", "affine", 2, AFFINE)
-    edit(store.directory / "k.json", shapes={"scale": [2]})
-
-
-def other_blueprint(store: LocalStore) -> None:
-    store.save("k", "affine", 2, AFFINE)
-    edit(store.directory / "k.json", blueprint="mlp")
-
-
-def wrong_size(store: LocalStore) -> None:
-    store.save("k", "affine", 3, {name: torch.ones(3) for name in AFFINE})
-
-
-def bad_confidence(store: LocalStore) -> None:
-    store.save("k", "affine", 2, AFFINE)
-    edit(store.directory / "k.json", confidence=7)
-
-
-def no_safetensors(store: LocalStore) -> None:
-    manifest = store.save("k", "affine", 2, AFFINE)
-    import hashlib
-
-    data = b"not at all"
-    digest = hashlib.sha256(data).hexdigest()
-    (store.directory / f"{digest}.safetensors").write_bytes(data)
-    edit(store.directory / "k.json", sha256=digest, nbytes=manifest.nbytes)
-
-
-def from_safetensors(store: LocalStore, tensors: dict[str, Tensor]) -> None:
-    import hashlib
-
-    from safetensors.torch import save
-
-    store.save("k", "affine", 2, AFFINE)
-    data = save(tensors)
-    digest = hashlib.sha256(data).hexdigest()
-    (store.directory / f"{digest}.safetensors").write_bytes(data)
-    edit(store.directory / "k.json", sha256=digest)
-
-
-def with_nan(store: LocalStore) -> None:
-    from_safetensors(store, AFFINE | {"shift": torch.tensor([0.0, torch.nan])})
-
-
-def with_ints(store: LocalStore) -> None:
-    from_safetensors(store, {name: t.long() for name, t in AFFINE.items()})
-
-
-FAILURES = {
-    missing: "has no artifact",
-    no_data: "its data is gone",
-    flipped: "its data is corrupt: SHA-256",
-    cut: "its manifest can't be read",
-    other_version: "version 99; this release reads 1",
-    other_format: "something else than",
-    bad_hash: "64 hexadecimal digits",
-    unknown_blueprint: "no blueprint is named 'os.system'",
-    other_shapes: "its data holds",
-    other_blueprint: "'mlp' has",
-    wrong_size: "for chunks of 3 features; that of seed 1 has 2",
-    bad_confidence: "a number from 0 to 1",
-    no_safetensors: "is no safetensors",
-    with_nan: "NaN or Inf",
-    with_ints: "floating point is needed",
-}
-
-
-@pytest.mark.parametrize("prepare", FAILURES, ids=lambda prepare: prepare.__name__)
-@pytest.mark.parametrize("was", [SeedLifecycleState.DORMANT, SeedLifecycleState.ACTIVE])
-def test_what_can_t_be_loaded_leaves_the_seed_dormant_and_says_why(
-    prepare: Any, was: SeedLifecycleState, store: LocalStore, caplog: pytest.LogCaptureFixture
-) -> None:
-    layer, x = KasminaLayer(8, 8, layer_name="fc"), torch.randn(5, 8)
-    layer.state_layout.transition_seed_state(1, was)
-    prepare(store)
-    with caplog.at_level(logging.WARNING):
-        assert not load(layer, 1, "k")
-    assert layer.seeds[1].stage is SeedLifecycle.DORMANT
-    assert layer.seeds[1].alpha == 0
-    assert layer.state_layout.get_stats()["dormant_seeds"] == 4
-    assert torch.equal(layer(x), layer.default_transform(x))
-    assert "fc[1]: k not loaded: " in caplog.text
-    assert FAILURES[prepare] in caplog.text
-    (error,) = layer.get_layer_stats()["error_recovery_stats"]["recent_errors"]
-    assert FAILURES[prepare] in error["reason"]
-    assert (error["seed_idx"], error["artifact_id"]) == (1, "k")
-
-
-@pytest.mark.parametrize("bad", ["../k", "/etc/passwd", "", ".hidden", "a/b", 3, None, "k" * 201])
-def test_an_id_names_no_other_file(store: LocalStore, bad: Any) -> None:
-    layer = KasminaLayer(8, 8)
-    assert not load(layer, 0, bad)
-    assert layer.error_recovery.get_recovery_stats()["errors_by_kind"] == {"ArtifactError": 1}
-    with pytest.raises(KasminaError, match="an id is up to 200"):
-        store.save(bad, "affine", 2, AFFINE)
-    assert store.ids() == []
-
-
-def test_an_id_does_not_lead_out_of_the_store(store: LocalStore) -> None:
-    LocalStore(store.directory.parent).save("k", "affine", 2, AFFINE)
-    store.save("inside", "affine", 2, AFFINE)  # the same data
-    assert not load(KasminaLayer(8, 8), 0, "../k")
-    assert load(KasminaLayer(8, 8), 0, "inside")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"tensors": {"scale": torch.ones(2)}}, "it is incompatible"),
-        ({"tensors": AFFINE | {"scale": torch.tensor([1.0, torch.inf])}}, "NaN or Inf"),
-        ({"blueprint": "nothing"}, "no blueprint is named 'nothing'"),
-        ({"chunk_size": 0}, "chunk_size=0"),
-        ({"confidence": 1.5}, "from 0 to 1"),
-        ({"confidence": float("nan")}, "confidence=nan"),
-        ({"metadata": {"x": object()}}, "JSON can't hold it"),
-    ],
-)
-def test_what_could_not_be_loaded_is_not_saved(
-    store: LocalStore, given: dict[str, Any], message: str
-) -> None:
-    whole: dict[str, Any] = {"blueprint": "affine", "chunk_size": 2, "tensors": AFFINE} | given
-    with pytest.raises(KasminaError, match=message):
-        store.save("k", **whole)
-    assert store.ids() == []
-
-
-class Unreachable(BlueprintStore):
-    def read(self, name: str) -> bytes:
-        raise ConnectionError("no route")
-
-    def write(self, name: str, content: bytes) -> None:
-        raise ConnectionError("no route")
-
-    def names(self) -> list[str]:
-        return ["k.json"]
-
-
-def test_the_third_error_that_is_not_the_artifact_s_is_error_recovery() -> None:
-    layer = KasminaLayer(8, 8)
-    layer.kernel_cache.store = Unreachable()
-    for state in (SeedLifecycleState.DORMANT,) * 2 + (SeedLifecycleState.ERROR_RECOVERY,):
-        assert not load(layer, 2, "k")
-        assert int(layer.state_layout.lifecycle_states[2]) == state
-    stats = layer.error_recovery.get_recovery_stats()
-    assert (stats["total_errors"], stats["errors_by_kind"]) == (3, {"ConnectionError": 3})
-    assert bool(layer.state_layout.fallback_active[2])
-    with pytest.raises(ConnectionError):
-        layer.find_compatible_kernels()
-
-
-def test_a_seed_in_error_recovery_takes_a_good_kernel(store: LocalStore) -> None:
-    layer = KasminaLayer(8, 8)
-    layer.state_layout.transition_seed_state(2, SeedLifecycleState.ERROR_RECOVERY)
-    layer.state_layout.error_count[2] = 3
-    store.save("bend", "affine", 2, AFFINE)
-    assert load(layer, 2, "bend")
-    assert int(layer.state_layout.error_count[2]) == 0
-
-
-class Slow(LocalStore):
-    """Waits before it answers; says when it was asked."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self.asked, self.go = threading.Event(), threading.Event()
-
-    def read(self, name: str) -> bytes:
-        self.asked.set()
-        assert self.go.wait(60)
-        return super().read(name)
-
-
-def test_a_seed_is_loading_while_its_kernel_is_read_and_the_last_word_counts(
-    store: LocalStore,
-) -> None:
-    store.save("bend", "affine", 2, AFFINE)
-    layer = KasminaLayer(8, 8)
-    slow = layer.kernel_cache.store = Slow(store.directory)
-
-    async def unload_meanwhile() -> bool:
-        task = asyncio.create_task(layer.load_kernel(1, "bend"))
-        await asyncio.to_thread(slow.asked.wait, 60)
-        assert int(layer.state_layout.lifecycle_states[1]) == SeedLifecycleState.LOADING
-        assert layer.state_layout.get_stats()["loading_seeds"] == 1
-        await layer.unload_kernel(1)
-        slow.go.set()
-        return await task
-
-    assert not asyncio.run(unload_meanwhile())
-    assert layer.state_layout.get_stats()["dormant_seeds"] == 4
-    assert layer.error_recovery.get_recovery_stats()["total_errors"] == 0
-    assert load(layer, 1, "bend")
-
-
 def test_find_compatible_kernels_looks_at_chunks_blueprints_and_size(store: LocalStore) -> None:
     layer = KasminaLayer(8, 10)  # chunks of 3, 3, 2 and 2
     assert layer.find_compatible_kernels() == []
@@ -471,101 +205,3 @@ def test_a_user_s_blueprint_goes_by_its_name(store: LocalStore) -> None:
     wrong = {"gain": torch.ones(2), "index": torch.ones(2)}
     with pytest.raises(ArtifactError, match=r"index is torch\.float32; torch\.int64 is needed"):
         store.save("wrong", "counting", 2, wrong)
-
-
-# Object stores.
-
-
-@pytest.fixture(params=["memory", "file"])
-def remote(request: pytest.FixtureRequest, tmp_path: Path) -> FsspecStore:
-    pytest.importorskip("fsspec")
-    place = f"/{tmp_path.name}/kernels" if request.param == "memory" else tmp_path / "remote"
-    return FsspecStore(f"{request.param}://{place}")
-
-
-def test_an_object_store_does_the_same(remote: FsspecStore) -> None:
-    assert remote.ids() == []
-    layer = KasminaLayer(8, 8)
-    layer.kernel_cache.store = remote
-    assert not load(layer, 0, "bend")
-    remote.save("bend", "affine", 2, AFFINE)
-    assert remote.ids() == ["bend"]
-    assert load(layer, 0, "bend")
-    assert [name for name, _ in layer.find_compatible_kernels()] == ["bend"]
-    remote.save("bend", "affine", 2, {name: 2 * t for name, t in AFFINE.items()})
-    again = FsspecStore(remote.url)  # as another process would
-    assert torch.equal(again.load("bend").tensors["shift"], 2 * AFFINE["shift"])
-    data = f"{again.manifest('bend').sha256}.safetensors"
-    remote.write(data, remote.read(data)[:-1])
-    with pytest.raises(ArtifactError, match="corrupt"):
-        again.load("bend")
-    assert remote.url in repr(remote)
-    with pytest.raises(KasminaError, match="give a str"):
-        FsspecStore(3)  # type: ignore[arg-type]  # the point
-
-
-def test_a_write_that_fails_leaves_what_was_there(
-    store: LocalStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store.save("bend", "affine", 2, AFFINE)
-    before = sorted(store.names())
-
-    def full(self: Path, target: Path) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="no space left"):
-        store.save("bend", "affine", 2, {name: 2 * t for name, t in AFFINE.items()})
-    assert sorted(path.name for path in store.directory.iterdir()) == before
-    assert torch.equal(store.load("bend").tensors["shift"], AFFINE["shift"])
-
-
-@pytest.mark.parametrize("package", ["fsspec", "safetensors"])
-def test_what_is_not_installed_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(KasminaError, match=r"pip install 'kasmina-fx\[stores\]'"):
-        _ = (
-            FsspecStore("memory://k")
-            if package == "fsspec"
-            else default_store().save("k", "affine", 2, AFFINE)
-        )
-
-
-class Bus:
-    def __init__(self) -> None:
-        self.sent: list[dict[str, Any]] = []
-
-    async def publish(self, message: dict[str, Any]) -> None:
-        self.sent.append(message)
-
-
-def test_the_message_bus_hears_of_kernels(caplog: pytest.LogCaptureFixture) -> None:
-    bus = Bus()
-    layer = KasminaLayer(8, 8, layer_name="heard", oona_client=bus)
-    graft(layer, 0, "affine", stage=SeedLifecycle.GRAFTING)
-    layer.save_kernel(0, "a")
-    asyncio.run(layer.load_kernel(1, "a"))
-    asyncio.run(layer.load_kernel(2, "gone"))
-    asyncio.run(layer.unload_kernel(1))
-    events = [(m["event"], m["seed_idx"], m["artifact_id"]) for m in bus.sent]
-    assert events == [
-        ("kernel_loaded", 1, "a"),
-        ("kernel_load_failed", 2, "gone"),
-        ("kernel_unloaded", 1, ""),
-    ]
-    assert bus.sent[0]["alpha"] == pytest.approx(0.3)
-    layer.telemetry_enabled = False
-    asyncio.run(layer.unload_kernel(1))
-    assert len(bus.sent) == 3
-
-    class Plain:
-        def publish(self, message: dict[str, Any]) -> None:
-            raise ConnectionError("no bus today")
-
-    layer.telemetry_enabled, layer.oona_client = True, Plain()
-    with caplog.at_level(logging.WARNING):
-        assert asyncio.run(layer.load_kernel(1, "a"))  # a client's failure is a warning
-    assert "no bus today" in caplog.text
-    assert layer.telemetry_enabled
