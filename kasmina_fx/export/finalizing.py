@@ -27,7 +27,7 @@ from kasmina_fx.seeds.store import SeedStore
 M = TypeVar("M", bound=nn.Module)
 _S = SeedLifecycle
 #: Seeds that are on their way, whether they have a say in the output yet or not.
-_GROWING: Final = (_S.GERMINATED, _S.TRAINING, _S.GRAFTING, _S.STABILIZATION, _S.EVALUATING)
+_GROWING: Final = tuple(SeedLifecycle)[_S.GERMINATED : _S.FOSSILIZED]
 _CHOICES: Final = ("error", "freeze", "drop")
 #: Of two outputs that differ by rounding alone, relative to the largest number, by dtype.
 _BOUNDS: Final = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -127,7 +127,7 @@ def _refuse_growing(layers: dict[str, KasminaLayer]) -> None:
     found = []
     for name, layer in layers.items():
         stages = layer.state.stages
-        counts = {s: int((stages == s).sum()) for s in (*_GROWING, _S.FINE_TUNING)}
+        counts = {s: int((stages == s).sum()) for s in _GROWING}
         said = ", ".join(f"{n} in {stage.name}" for stage, n in counts.items() if n)
         found += [f"{name or 'model'}: {said}"] * bool(said)
     if found:
