@@ -30,13 +30,49 @@ def launches_on(device: torch.device) -> bool:
     return has_triton() and (device.type == "cuda" or INTERPRET)
 
 
-def launching(module: str, name: str) -> Any:
-    """Return a kernel of ``kasmina_fx.lowerings.triton``, wrapped so that a tracer sees it."""
-    kernel = getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
+def launching(module: str, name: str, warps: int | None = None) -> Any:
+    """Return a kernel of ``kasmina_fx.lowerings.triton``, wrapped so that a tracer sees it.
+
+    ``warps`` are those of a program; None: as many as Triton takes by default.
+    """
     if INTERPRET:
-        return kernel  # the interpreter's functions are no kernels that a tracer could see
+        return _kernel(module, name)  # no kernel that a tracer could see, and without warps
     _say_what_is_written()
-    return wrap_triton(kernel)
+    _remember_sources()
+    return wrap_triton(_kernel(module, name) if warps is None else _tuned(module, name, warps))
+
+
+def _kernel(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
+
+
+@cache
+def _tuned(module: str, name: str, warps: int) -> Any:
+    """Return one object for all launches: of ``num_warps=`` torch makes a kernel a launch.
+
+    Each of those it names, hashes and prints by itself: seconds of a deep model's first call.
+    """
+    from triton import Config, autotune
+
+    return autotune(configs=[Config({}, num_warps=warps)], key=[])(_kernel(module, name))
+
+
+@cache
+def _remember_sources() -> None:
+    """Let torch put a kernel's source together once, where it would at each launch of a graph."""
+    from torch._inductor.codegen import wrapper
+
+    find = wrapper.user_defined_triton_kernel_transitive_closure_source_code
+    known: dict[Any, str] = {}
+
+    def found(kernel: Any, *others: Any, **named: Any) -> str:
+        if any(others) or any(named.values()):  # the source with an epilogue (torch 2.13)
+            return find(kernel, *others, **named)
+        if kernel not in known:
+            known[kernel] = find(kernel)
+        return known[kernel]
+
+    wrapper.user_defined_triton_kernel_transitive_closure_source_code = found
 
 
 @cache

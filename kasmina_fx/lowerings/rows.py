@@ -141,21 +141,21 @@ def _forward(
     sizes = [features, plan.offset, plan.first_seed, plan.count, seeds.shape[1]]
     sizes += [rows, seen, grid.parts, grid.left]
     number = ACTIVATIONS.index(then)
-    kernel = launching(f"rows_{kernels.module}", "forward")[(grid.tiles, grid.parts)]
+    launched = launching(f"rows_{kernels.module}", "forward", grid.shape.warps)
+    kernel = launched[(grid.tiles, grid.parts)]
     # The last three are for backward: a CUDA graph copies in what may move, if it reads it.
     common = (y, out, said, positions, alpha, roles, seeds, modes, loss_scale)
     if kernels.module == "affine":
         kernel(
             *common, *params, *sizes,
             plan.size, tiling.seeds, tiling.columns, grid.shape.rows, notes, grid.even, grid.whole,
-            number, part, grid.shape.stages, num_warps=grid.shape.warps,
+            number, part, grid.shape.stages,
         )  # fmt: skip
     else:
         kernel(
             *common, *four(params), *sizes,
             plan.size, plan.hidden, *tiling, grid.shape.rows, *kernels.switches, notes,
             DOTS[plan.dot], grid.even, grid.whole, number, part, grid.shape.stages,
-            num_warps=grid.shape.warps,
         )  # fmt: skip
     return said, grid.parts
 
@@ -202,19 +202,19 @@ def fused_rows_backward(
     sizes = [features, asked.offset, asked.first_seed, asked.count, places, grid.rows]
     sizes += [grid.parts, grid.left]
     number = ACTIVATIONS.index(then)
-    kernel = launching(f"rows_{kernels.module}", "backward")[(grid.tiles, grid.parts)]
+    launched = launching(f"rows_{kernels.module}", "backward", grid.shape.warps)
+    kernel = launched[(grid.tiles, grid.parts)]
     common = (dout.contiguous(), y.contiguous(), dy, sums, positions, alpha, roles, modes)
     if kernels.module == "affine":
         kernel(
             *common, loss_scale, *params, *sizes, asked.size, tiling.seeds, tiling.columns,
             grid.shape.rows, width, grid.even, grid.whole, number, grid.shape.stages,
-            num_warps=grid.shape.warps,
         )  # fmt: skip
     else:
         kernel(
             *common, loss_scale, *four(params), *sizes, asked.size, asked.hidden, *tiling,
             grid.shape.rows, *kernels.switches, DOTS[asked.dot], width, grid.even, grid.whole,
-            number, grid.shape.stages, num_warps=grid.shape.warps,
+            number, grid.shape.stages,
         )  # fmt: skip
     finish(sums, grid.parts, tables, found, params, asked)
     return [dy, *found]

@@ -45,7 +45,7 @@ def observe_rows(
     features, seeds = y.shape[-1], telemetry.shape[1]
     count, seen = rows_seen(y, one_in, rows)
     wide = rows > _SQUARES  # else 32 bits hold the product of two row numbers
-    kernel = launching("notes", "observe")
+    kernel = launching("notes", "observe", _WARPS)
     said = y if notes is None else notes  # never telemetry, which is written
     even = math.gcd(features, _EVEN)
     for run in ChunkLayout.parse(chunks).runs:
@@ -54,7 +54,6 @@ def observe_rows(
         kernel[((run.count + together - 1) // together,)](
             telemetry, y, said, features, run.offset, run.first_seed, run.count, seeds, count, seen,
             run.size, together, power_of_two(together), tile, block, even, notes is not None, wide,
-            num_warps=_WARPS,
         )  # fmt: skip
 
 

@@ -97,26 +97,24 @@ def fused_tiles(
     sizes = [y.shape[-1], asked.offset, asked.first_seed, asked.count]
     sizes += [seeds.shape[1], launch.rows]
     wide = even(asked, asked.size, y.shape[-1])
-    kernel = launching(kernels.module, "forward")[(launch.tiles, splits)]
+    kernel = launching(kernels.module, "forward", launch.warps)[(launch.tiles, splits)]
     # The last three are for backward: a CUDA graph copies in what may move, if it reads it.
     common = (out, kept, said, order, seeds, alpha, roles, positions, modes, loss_scale)
     if kernels.module == "affine":
         kernel(
             *common, *params, *sizes,
             asked.size, tiling.seeds, tiling.columns, _BLOCK, keep, notes, wide,
-            num_warps=launch.warps,
         )  # fmt: skip
     elif kernels.module == "bottleneck":
         kernel(
             *common, *params, *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
-            _alone(asked), keep, notes, DOTS[asked.dot], wide, num_warps=launch.warps,
+            _alone(asked), keep, notes, DOTS[asked.dot], wide,
         )  # fmt: skip
     else:
         act, bias, residual = kernels.switches
         kernel(
             *common, *four(params), *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
             _alone(asked), act, bias, residual, keep, notes, DOTS[asked.dot], wide,
-            num_warps=launch.warps,
         )  # fmt: skip
     if notes:
         report(said, splits, before, told, tables, asked, launch.rows)
@@ -162,24 +160,23 @@ def fused_tiles_backward(
     sums = dout.new_empty(splits * slots * places * width, dtype=torch.float32)
     sizes = [dout.shape[-1], asked.offset, asked.first_seed, places, launch.rows]
     wide = even(asked, asked.size, dout.shape[-1])
-    kernel = launching(kernels.module, "backward")[(launch.tiles, splits)]
+    kernel = launching(kernels.module, "backward", launch.warps)[(launch.tiles, splits)]
     common = (dy, sums, kept, order, seeds, alpha, roles, modes, loss_scale)
     if kernels.module == "affine":
         kernel(
             *common, *params, *sizes, asked.size, tiling.seeds, tiling.columns, _BLOCK, width,
-            wide, num_warps=launch.warps,
+            wide,
         )  # fmt: skip
     elif kernels.module == "bottleneck":
         kernel(
             *common, *params, *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
-            _alone(asked), DOTS[asked.dot], width, wide, num_warps=launch.warps,
+            _alone(asked), DOTS[asked.dot], width, wide,
         )  # fmt: skip
     else:
         act, bias, residual = kernels.switches
         kernel(
             *common, *four(params), *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
             _alone(asked), act, bias, residual, DOTS[asked.dot], width, wide,
-            num_warps=launch.warps,
         )  # fmt: skip
     finish(sums, splits, tables, found, params, asked)
     return [dy, *found]

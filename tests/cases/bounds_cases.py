@@ -96,7 +96,7 @@ def watch(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Watch:
         monkeypatch.setattr(builder, name, shifted(getattr(builder, name), more))
 
     class Launch:
-        def __init__(self, module: str, name: str) -> None:
+        def __init__(self, module: str, name: str, _warps: int | None = None) -> None:
             self.named = (module, name)
 
         def __getitem__(self, grid: Any) -> Any:

@@ -24,7 +24,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], list[set[str]
     found: dict[tuple[str, str], list[set[str]]] = {}
 
     class Launch:
-        def __init__(self, module: str, name: str) -> None:
+        def __init__(self, module: str, name: str, _warps: int | None = None) -> None:
             self.key, self.kernel = (module, name), triton.launching(module, name)
 
         def __getitem__(self, grid: Any) -> Any:
