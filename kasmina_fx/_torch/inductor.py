@@ -9,6 +9,7 @@ import torch
 import torch._inductor
 from torch._inductor import config as inductor_config
 
+from kasmina_fx._torch.launches import quicken_inductor
 from kasmina_fx.errors import InvalidArgument, shown
 
 
@@ -43,6 +44,7 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx  # seconds to import: only where it compiles
     from torch._inductor.decomposition import select_decomp_table
 
+    quicken_inductor()
     # Into the table, and not as compile_fx's argument, with which nothing is cached (torch 2.13).
     select_decomp_table().update(decompositions)
     tag = f"{torch.compiler.config.cache_key_tag}{cache_tag}"

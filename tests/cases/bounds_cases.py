@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kasmina_fx._torch import triton
+from kasmina_fx._torch.launches import written_arguments
 from kasmina_fx.lowerings import launches, rows, sample, tiles
 
 #: Takes what a launch is given, by name; returns what to give instead, and a grid for it.
@@ -39,7 +40,7 @@ class Watch:
         if (module, name) in self.changes:
             changed, grid = self.changes[module, name](given)
             given |= changed
-        written = triton.written_arguments(kernel.fn, given)
+        written = written_arguments(kernel.fn, given)
         tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
         self.readable = [extent(t) for t in tensors.values()]
         self.writable = [extent(tensors[name]) for name in written]

@@ -16,10 +16,12 @@ from kernel_cases import (
     same_bits,
 )
 from torch import Tensor, nn
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor.utils import fresh_cache
 
 from kasmina_fx import explain, kasmina_layers, kasminify
 from kasmina_fx._torch import triton
+from kasmina_fx._torch.launches import written_arguments
 from kasmina_fx.lowerings.plan import KERNELS
 from kasmina_fx.testing import graft
 
@@ -117,19 +119,19 @@ def test_torch_finds_the_writes_that_kernels_declare(monkeypatch: pytest.MonkeyP
                     if isinstance(found, list)
                     else [dep.name for dep in found.read_writes.writes]
                 )
-                assert set(names) == set(triton.written_arguments(function, kwargs))
+                assert set(names) == set(written_arguments(function, kwargs))
                 compared.append(function.__name__)
             return found
 
         return compare
 
-    asked: Any = triton.triton_kernel_wrap  # type: ignore[attr-defined]  # torch's module
+    asked: Any = triton_kernel_wrap
     for name in ("identify_mutated_tensors", "identify_accessed_tensors"):
         now = getattr(asked, name, None)
         if now is not None:
             own = now.__closure__[0].cell_contents if now.__closure__ else now
             monkeypatch.setattr(asked, name, comparing(own, None))
-    monkeypatch.setattr(triton, "_say_what_is_written", lambda: None)
+    monkeypatch.setattr(triton, "quicken_tracing", lambda: None)
     with fresh_cache():  # of a graph that was compiled before nothing is analysed
         life("fused", torch.float32, "mlp", "cuda")
     assert set(compared) == {"forward", "backward", "finish", "report", "observe"}

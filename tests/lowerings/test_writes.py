@@ -11,6 +11,7 @@ from kernel_cases import STAGES, Blend, dense, fused, interpreter
 from torch import Tensor
 
 from kasmina_fx._torch import triton
+from kasmina_fx._torch.launches import written_arguments
 from kasmina_fx.lowerings import Wanted, launches, lowering_named, rows, sample, tiles
 from kasmina_fx.lowerings.plan import KERNELS
 
@@ -35,7 +36,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], list[set[str]
                 before = {name: t.clone() for name, t in tensors.items()}
                 self.kernel[grid](*args, **options)
                 changed = {n for n, t in tensors.items() if not same(t, before[n])}
-                declared = set(triton.written_arguments(function, given)) & set(tensors)
+                declared = set(written_arguments(function, given)) & set(tensors)
                 found.setdefault(self.key, []).append(declared)
                 # One that was given twice changes under both names.
                 written = {given[n].data_ptr() for n in declared}
