@@ -7,6 +7,7 @@ seeds. On CUDA it is the small GPT-2 in bfloat16, elsewhere a tiny one in float3
 stands beside its ratio to `plain`, the compiled model without seeds. The other cases:
 
 - dormant: no seed grows, no statistics; dormant+telemetry: with them
+- one seed: with statistics, and one seed of the first block grafting; all other layers are idle
 - active 5%, active 50%: with statistics, and one seed in 20, or in 2, grafting with alpha 0.5
 - lora: an adapter of rank 8 on each of those linears instead of seeds; the host trains, too
 
@@ -46,11 +47,12 @@ from torch.nn import functional as F
 from kasmina_fx import compiles, kasmina_layers, kasminify, transaction
 from kasmina_fx.testing import graft
 
-PLAIN, LORA = "plain", "lora"
+PLAIN, LORA, ONE = "plain", "lora", "one seed"
 #: Telemetry, and of how many seeds one grows (0: none does).
 SEEDED = {
     "dormant": (False, 0),
     "dormant+telemetry": (True, 0),
+    ONE: (True, sys.maxsize),
     "active 5%": (True, 20),
     "active 50%": (True, 2),
 }
@@ -159,7 +161,7 @@ def build(case: str, shape: Shape, args: Any) -> nn.Module:
     kasminify(model, num_seeds=shape.num_seeds, telemetry=telemetry, mode=args.mode, **own)
     if one_in:
         with transaction(model):
-            for layer in kasmina_layers(model).values():
+            for layer in list(kasmina_layers(model).values())[: 1 if case == ONE else None]:
                 graft(layer, range(0, layer.num_seeds, one_in), args.blueprint, ALPHA)
     return model
 

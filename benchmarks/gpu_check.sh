@@ -48,7 +48,10 @@ driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
 revision=$(git describe --always --dirty 2>/dev/null) || revision="not available"
 slug=$(tr -cs '[:alnum:]' - <<<"$card" | tr '[:upper:]' '[:lower:]' | sed 's/^-*//; s/-*$//')
 file="$folder/$(date -u +%F)-$slug-torch$torch.md"
-failed=()
+failed=() workers=()
+if "$python" -c "import xdist" 2>/dev/null; then
+    workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist load)
+fi
 
 # Takes out what names the machine: a path in the checkout becomes relative, one of a package starts
 # at site-packages, of any other absolute one the last part stays.
@@ -87,7 +90,8 @@ memcheck() {
     else
         # Each tensor is an allocation of its own, so that a write past its end is seen.
         run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
-            --target-processes all --error-exitcode 86 python -m pytest -m gpu -k fused
+            --target-processes all --error-exitcode 86 python -m pytest -q -m gpu -k "fused or dense" \
+            "${workers[@]}"
     fi
 }
 
@@ -96,9 +100,13 @@ printf '\n## %s\n\n' "$(date -u '+%F %H:%M UTC')" >>"$file"
 printf '%s\n' "- card: $card, driver ${driver:-unknown}" "- $versions" "- revision: $revision" >>"$file"
 for part in "${parts[@]}"; do
     case $part in
-    tests) run python -m pytest -m gpu ;;
+    tests) run python -m pytest -q -m gpu "${workers[@]}" ;;
     overhead) run python benchmarks/overhead.py --device cuda --seeds 1024 ;;
-    gpt) run python benchmarks/gpt.py --blocks 12 ;;
+    gpt)
+        run python benchmarks/gpt.py --blocks 12
+        run python benchmarks/gpt.py --blocks 3 6 --cases plain "dormant+telemetry" "active 5%"
+        run python benchmarks/gpt.py --blocks 12 --mode reduce-overhead --cases plain "active 5%"
+        ;;
     kernels) run python benchmarks/kernels.py ;;
     choice) run python benchmarks/choice.py --device cuda ;;
     memcheck) memcheck ;;

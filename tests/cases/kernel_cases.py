@@ -172,13 +172,19 @@ def errors_against_float64(case: Blend, how: How = fused, then: str = "") -> lis
 
 
 def life(
-    lowering: str, dtype: torch.dtype, kind: str, device: str, features: int = 64
+    lowering: str,
+    dtype: torch.dtype,
+    kind: str,
+    device: str,
+    features: int = 64,
+    mode: str | None = None,
 ) -> tuple[list[Tensor], int]:
     """Outputs, gradients and statistics of a model that grows, and how many graphs it took."""
     torch.manual_seed(1)
     wide = features * 4 - 6  # chunks of two sizes
     model: Any = nn.Sequential(nn.Linear(features, wide), nn.GELU(), nn.Linear(wide, features))
-    kasminify(model.to(device, dtype), num_seeds=features // 2, options={"lowering": lowering})
+    model = model.to(device, dtype)
+    kasminify(model, num_seeds=features // 2, mode=mode, options={"lowering": lowering})
     layers, found, before = list(kasmina_layers(model).values()), [], compiles()
     last = features // 2 - 2  # in the run of the smaller chunks
     for grown in ([1, 2, last], [4, 5, *range(last - 4, last)]):
@@ -188,7 +194,7 @@ def life(
             torch.manual_seed(rows)
             out = model(torch.randn(rows, features, device=device, dtype=dtype))
             out.square().mean().backward()
-            found.append(out.detach())
+            found.append(out.detach().clone())  # a CUDA graph writes over what it returned
     for layer in layers:
         found += [p.grad for p in layer.blueprint_parameters() if p.grad is not None]
         report = layer.get_health_report()
