@@ -23,6 +23,7 @@ ARMS = {
     "removing": 9,
     "layers": 6,
     "widths": 4,
+    "choosing": 4,
     "language": 3,
 }
 
@@ -55,7 +56,15 @@ def test_a_tiny_run_prints_each_row(tmp_path: Path) -> None:
     for name in ("sklearn", "scipy", "peft"):
         pytest.importorskip(name)
     kept = tmp_path / "growth.json"
-    command = [sys.executable, "benchmarks/growth.py", "--quick", "--replicates", "1"]
+    command = [
+        sys.executable,
+        "benchmarks/growth.py",
+        "--quick",
+        "--replicates",
+        "1",
+        "--workers",
+        "1",
+    ]
     done = subprocess.run(
         [*command, "--json", str(kept)],
         cwd=ROOT,
@@ -73,21 +82,11 @@ def test_a_tiny_run_prints_each_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_out_of_time_does_each_experiment_once(
-    growth: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_replicate_that_is_late_does_not_begin(
+    growth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, int]] = []
-
-    def experiment(name: str) -> Any:
-        def run(replicate: int, _: Any) -> dict[str, dict[str, float]]:
-            asked.append((name, replicate))
-            return {"": {"arm": 1.0}}
-
-        return run
-
-    monkeypatch.setattr(growth, "EXPERIMENTS", {name: experiment(name) for name in "ab"})
-    growth.run(["a", "b"], 3, None, -float("inf"))
-    assert asked == [("a", 0), ("b", 0)]
-    assert "| b | arm | 1.00 |  | 1 |" in capsys.readouterr().out
-    growth.run(["b"], 3, None, float("inf"))
-    assert asked[2:] == [("b", 0), ("b", 1), ("b", 2)]
+    experiments = {name: lambda number, _: {"": {"arm": float(number)}} for name in "ab"}
+    monkeypatch.setattr(growth, "EXPERIMENTS", experiments)
+    assert growth.replicate(3, ["a"], None, -float("inf")) is None
+    found = growth.replicate(3, ["a", "b"], None, float("inf"))
+    assert found == {"a": {"": {"arm": 3.0}}, "b": {"": {"arm": 3.0}}}
