@@ -18,8 +18,8 @@ from kasmina_fx.physical.operators import (
     MIX,
     PULL,
     RECONSTRUCT,
-    SENSE_GRADIENT,
 )
+from kasmina_fx.physical.sense import SENSE_GRADIENT
 from kasmina_fx.testing import assert_golden
 
 

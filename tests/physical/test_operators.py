@@ -19,8 +19,8 @@ from kasmina_fx.physical.operators import (
     NOTES,
     PULL,
     RECONSTRUCT,
-    SENSE_GRADIENT,
 )
+from kasmina_fx.physical.sense import SENSE_GRADIENT
 
 
 def _arguments(op: torch._ops.OpOverload) -> tuple[Any, ...]:
