@@ -183,6 +183,8 @@ def _renew(layer: SwappedLayer) -> None:
     )
     store.observed, store.one_in, store.in_eval = old.observed, old.one_in, old.in_eval
     store.rows_seen = old.rows_seen
+    store.telemetry.sense(old.telemetry.gradients is not None)
+    store.publish()
     old.siblings.discard(old)
     store.join(old.siblings)
     layer._modules[_SEEDS] = store

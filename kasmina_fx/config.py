@@ -56,7 +56,7 @@ class SeedConfig:
 
 @dataclass(frozen=True)
 class TelemetryPolicy:
-    """Says how much of a layer's output its statistics look at.
+    """Says how much of a layer's output, and of its gradient, statistics look at.
 
     Args:
         every: Observe one step in so many, at least 1. Data: it may change without a recompile.
@@ -68,6 +68,8 @@ class TelemetryPolicy:
             out.
         in_eval: Look at what a layer in evaluation returns as well; by default statistics stand
             still there, as those of BatchNorm do. Compiled in.
+        gradients: Look at the gradient of the output too, in ``backward()`` and at the same rows:
+            reports have it as ``gradient_rms``. Compiled in.
 
     Raises:
         InvalidArgument: A value outside what is allowed.
@@ -77,6 +79,7 @@ class TelemetryPolicy:
     fraction: float = 1.0
     in_eval: bool = False
     rows: int | None = 1024
+    gradients: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values outside what is allowed."""
@@ -86,8 +89,10 @@ class TelemetryPolicy:
             raise InvalidArgument(f"fraction={shown(self.fraction)}: give a number above 0 up to 1")
         if self.rows is not None:
             check_count("rows", self.rows, least=1)
-        if not isinstance(self.in_eval, bool):
-            raise InvalidArgument(f"in_eval={shown(self.in_eval)}: give True or False")
+        for name in ("in_eval", "gradients"):
+            given = getattr(self, name)
+            if not isinstance(given, bool):
+                raise InvalidArgument(f"{name}={shown(given)}: give True or False")
 
     @property
     def one_in(self) -> int:

@@ -30,6 +30,7 @@ from kasmina_fx.physical import markers
 from kasmina_fx.physical.blend import blend
 from kasmina_fx.physical.graph_inputs import SHOWN, GraphInputs
 from kasmina_fx.physical.programs import plain_operators
+from kasmina_fx.physical.sense import SENSE
 from kasmina_fx.seeds import outside, state_dict
 from kasmina_fx.seeds.allocation import allocate
 from kasmina_fx.seeds.commands import SeedCommands
@@ -108,7 +109,8 @@ class SeededModule(SeedCommands, nn.Module):
         y = watched(out)
         if store.packs.mixed is not None:
             return replaced(out, store.packs.mixed.blend(y, store.layout_text, self.training))
-        asked = self._read(store).blend_arguments(y, store.layout_text, self.training)
+        inputs = self._read(store)
+        asked = inputs.blend_arguments(y, store.layout_text, self.training)
         if plain_operators():
             # vmap knows no operator of ours, and a program is run by others; neither keeps
             # statistics.
@@ -116,7 +118,10 @@ class SeededModule(SeedCommands, nn.Module):
         y, notes = markers.BLEND(*asked)
         if store.observed and (self.training or store.in_eval) and not being_recorded():
             accumulated: Any = store._modules["telemetry"]._buffers["accumulated"]  # type: ignore[union-attr]  # never None
-            markers.OBSERVE(y, notes, accumulated, store.layout_text, store.one_in, store.rows_seen)
+            how = (store.layout_text, store.one_in, store.rows_seen)
+            if inputs.gradients and torch.is_grad_enabled():
+                y = SENSE(y, *inputs.gradients, *how)
+            markers.OBSERVE(y, notes, accumulated, *how)
         return replaced(out, y)
 
     def _read(self, store: SeedStore) -> GraphInputs:
@@ -154,7 +159,7 @@ class SeededModule(SeedCommands, nn.Module):
         """Statistics of every seed as CPU tensors ``(S,)``; one device-to-host copy.
 
         Seeds over their error limit are culled. Figures: see
-        :func:`kasmina_fx.seeds.health.per_seed`.
+        :func:`kasmina_fx.seeds.health.per_seed`, and ``gradient_rms`` there.
         """
         (report,) = reports([self.kasmina])
         return report

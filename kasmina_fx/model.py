@@ -103,7 +103,8 @@ def step_epoch(model: nn.Module) -> None:
 def follow_scaler(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None:
     """Tell a model which GradScaler scales its loss; None: no one does.
 
-    Reconstruction losses, which no training loop sees, are then scaled alike. Needed only for their
+    Reconstruction losses, which no training loop sees, are then scaled alike, and reports undo the
+    scale in ``gradient_rms``, which starts anew with another one. Needed only for their
     first step: a scaler is learnt when it steps an optimizer of the model's, and let go of when
     that is stepped without it; what such losses did to the gradients of that step is dropped.
 
@@ -113,7 +114,11 @@ def follow_scaler(model: nn.Module, scaler: torch.amp.GradScaler | None) -> None
     """
     if scaler is not None:
         check_instance("scaler", scaler, torch.amp.GradScaler)
-    for layer in layers_of(model).values():
+    layers = list(layers_of(model).values())
+    for layer in layers:
+        if layer.siblings.loss_scale.scaler is not scaler:
+            layer.kasmina.telemetry.forget_gradients()
+    for layer in layers:
         layer.siblings.loss_scale.name(scaler)
         layer.publish()
 

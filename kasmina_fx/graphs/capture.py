@@ -217,7 +217,8 @@ def _named(model: nn.Module) -> dict[int, tuple[str, str]]:
                     public = f"{path}." * bool(path) + fqn.removeprefix(prefix)
             named.setdefault(id(tensor), (fqn, f"{kind} {public}"))
     for name, layer in kasmina_layers(model).items():
-        for table, tensor in layer.kasmina.derived():
+        sensed = (("gradients.loss_scale", t) for t in layer.kasmina.shown.gradients[1:])
+        for table, tensor in (*layer.kasmina.derived(), *sensed):
             fqn = f"{name}.{OWN}{table}".removeprefix(".")
             named.setdefault(id(tensor), (fqn, f"table {fqn}"))
     return named

@@ -192,6 +192,8 @@ def _check_scales(held: Held) -> None:
         if change is Change.NONE:
             continue
         siblings.publish_stacks()
+        for store in siblings:
+            store.telemetry.forget_gradients()
         for bank, stacks in held.banks():
             if bank.training_loop is siblings.training:
                 found = change is Change.FOUND

@@ -140,6 +140,8 @@ class GraphInputs:
         banks: The banks as markers name them; ``banks_in_eval``: those of a layer in evaluation.
         layer: As of :class:`BlendArguments`; so are ``seeds``, ``positions``, ``modes``,
             ``trainees``, ``order`` and ``params``.
+        gradients: Where the gradients of the layer's output are looked at, ``squares`` and
+            ``loss_scale`` of :mod:`kasmina_fx.physical.sense`; else empty.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class GraphInputs:
         specs: Sequence[BankSpec],
         tables: Sequence[BankTables],
         params: Sequence[Tensor],
+        squares: Tensor | None = None,
     ) -> None:
         self.banks = format_banks(specs)
         # The same text where no blueprint cares: then nothing is compiled anew.
@@ -159,6 +162,8 @@ class GraphInputs:
         self.trainees = [bank.trainees for bank in tables]
         self.order = [bank.order for bank in tables]
         self.params: list[Tensor] = list(params)
+        # A tensor of its own: blends share no input with a host.
+        self.gradients = [] if squares is None else [squares, layer.loss_scale.data.view(())]
 
     def blend_arguments(self, y: Tensor, chunks: str, training: bool) -> BlendArguments:
         """Return what a blend of ``y`` takes."""
@@ -204,7 +209,7 @@ class GraphInputs:
 SHOWN: Final[dict[str, GraphInputs]] = {}
 
 _TABLE_SOURCE: Final = re.compile(
-    rf"(\.shown|\bSHOWN\[[^\]]+\]|\.groups\[\d+\]\[1\])\.({'|'.join(TABLES)})\["
+    rf"(\.shown|\bSHOWN\[[^\]]+\]|\.groups\[\d+\]\[1\])\.({'|'.join(TABLES)}|gradients)\["
 )
 
 

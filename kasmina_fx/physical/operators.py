@@ -17,6 +17,7 @@ from kasmina_fx.physical.moves import gathered, pulled, unchecked
 from kasmina_fx.physical.outcomes import mixed_outcomes, noted
 from kasmina_fx.physical.programs import plain_operators
 from kasmina_fx.physical.rows import beside
+from kasmina_fx.physical.sense import SENSE_GRADIENT
 
 PULL: Final = torch.ops.kasmina.pull.default
 GATHER: Final = torch.ops.kasmina.gather.default
@@ -36,6 +37,7 @@ DECOMPOSITIONS: Final[dict[Any, Callable[..., Any]]] = {
     RECONSTRUCT: lambda f, rows, trainees, loss_scale, alone, ran: f,
     MIX: partial(mixed_outcomes, lookup=unchecked),
     NOTES: partial(noted, lookup=unchecked),
+    SENSE_GRADIENT: lambda y, squares, loss_scale, chunks, one_in, rows: y.clone(),
 }
 
 

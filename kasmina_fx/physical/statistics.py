@@ -84,12 +84,7 @@ def merge_statistics(
         one_in: Look at the first of so many equal parts of the batch (dim 0).
         rows: Of these, look at so many rows at most, spread evenly; 0 is all.
     """
-    dim = layout.feature_dim % y.dim()
-    if one_in > 1 and dim > 0:
-        y = y.narrow(0, 0, (y.shape[0] + one_in - 1) // one_in)
-    if rows and not known_at_most(y.numel() // y.shape[dim], rows):
-        y, dim = _sample(y, dim, rows), 1
-    features, seen_of_each = _sums(y, dim)
+    features, seen_of_each = _sums(*rows_to_see(y, layout, one_in, rows))
     runs = [_of_run(features, seen_of_each, run) for run in layout.runs]
     step = _Step(*(torch.cat(t) if len(t) > 1 else t[0] for t in zip(*runs, strict=True)))
     finite = (step.start + step.deviations).abs() < torch.inf
@@ -107,6 +102,19 @@ def merge_statistics(
             *(old[REJECTED:] if notes is None else _averages(old[REJECTED:], notes)),
         ]
     )
+
+
+def rows_to_see(y: Tensor, layout: ChunkLayout, one_in: int, rows: int) -> tuple[Tensor, int]:
+    """Return the part of ``y`` that statistics look at, and its feature dim.
+
+    Arguments are those of :func:`merge_statistics`.
+    """
+    dim = layout.feature_dim % y.dim()
+    if one_in > 1 and dim > 0:
+        y = y.narrow(0, 0, (y.shape[0] + one_in - 1) // one_in)
+    if rows and not known_at_most(y.numel() // y.shape[dim], rows):
+        return _sample(y, dim, rows), 1
+    return y, dim
 
 
 def sampled_places(count: int, rows: int, device: torch.device) -> Tensor:

@@ -92,7 +92,8 @@ def _stage_name(number: int) -> str:
 def health_report(model: nn.Module) -> HealthReport:
     """Every layer's figures; one device-to-host copy for the whole model.
 
-    Seeds over their error limit are culled. Figures: see :func:`kasmina_fx.seeds.health.per_seed`.
+    Seeds over their error limit are culled. Figures: see :func:`kasmina_fx.seeds.health.per_seed`,
+    and :func:`kasmina_fx.seeds.health.gradient_rms`.
 
     Raises:
         NoTargets: The model has no KasminaLayer.

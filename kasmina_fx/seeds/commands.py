@@ -75,7 +75,12 @@ class SeedCommands:
 
     def set_telemetry(self, policy: bool | TelemetryPolicy) -> None:
         """Statistics of every step (True), none (False: another graph), or as a policy says."""
-        self.kasmina.observe(policy)
+        store, threads = self.kasmina, self.siblings.threads
+        with threads.commands:
+            store.observe(policy)
+            if (store.telemetry.gradients is None) == bool(store.shown.gradients):
+                with threads.forwards.publication():
+                    store.publish_stacks()
 
     @property
     def num_seeds(self) -> int:

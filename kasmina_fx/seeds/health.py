@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kasmina_fx.lifecycle import SeedLifecycle, is_legal
+from kasmina_fx.physical import sense
 from kasmina_fx.physical import statistics as t
 from kasmina_fx.seeds.store import SeedStore
 from kasmina_fx.transactions.buffers import start_copy
@@ -68,14 +69,41 @@ def per_seed(accumulated: Tensor, faults: Tensor) -> dict[str, Tensor]:
     }
 
 
+def gradient_rms(gradients: Tensor, num_seeds: int) -> Tensor:
+    """Root mean square of the loss's gradient by each chunk of the output, ``(S,)`` on the CPU.
+
+    Of all elements that steps since the last reset looked at, as ``mean`` and ``variance`` are;
+    NaN where no ``backward()`` came by, or nobody asked for it
+    (:class:`~kasmina_fx.config.TelemetryPolicy`). A chunk whose gradient holds NaN or Inf in a step
+    leaves it as it was.
+
+    It is that of the loss as it is, without the scale of the GradScaler that the model follows: one
+    is learnt when it steps an optimizer that holds blueprints, or named to
+    :func:`kasmina_fx.follow_scaler`, as it has to be as long as no seed has any. Else it is that of
+    the scaled loss.
+
+    Args:
+        gradients: As of :class:`Moment`.
+        num_seeds: Of the layer.
+    """
+    if not len(gradients):
+        return torch.full((num_seeds,), torch.nan, device="cpu")
+    return (gradients[sense.SUM] / gradients[sense.COUNT]).sqrt()
+
+
 @dataclass(frozen=True)
 class Moment:
-    """A layer at one moment, on the CPU: statistics, faults, alphas, and the state's rows."""
+    """A layer at one moment, on the CPU: statistics, faults, alphas, and the state's rows.
+
+    ``gradients`` are those of :class:`~kasmina_fx.seeds.telemetry.Telemetry`, 0 rows where nobody
+    asks.
+    """
 
     accumulated: Tensor
     faults: Tensor
     alpha: Tensor
     rows: Tensor
+    gradients: Tensor
 
     @property
     def errors(self) -> Tensor:
@@ -97,14 +125,15 @@ def fetch(stores: Sequence[SeedStore]) -> list[Moment]:
     arrived = {device: iter(copy().split(sizes)) for device, (copy, sizes) in copies.items()}
     here = [next(arrived[p.device]).view_as(p) for p in packed]
     return [
-        Moment(p[: t.ROWS], p[t.ROWS], p[t.ROWS + 1], state)
+        Moment(p[: t.ROWS], p[t.ROWS], p[t.ROWS + 1], state, p[t.ROWS + 2 :])
         for p, state in zip(here, rows, strict=True)
     ]
 
 
 def _packed(store: SeedStore) -> Tensor:
     seen, (_, alpha) = store.telemetry, store.state.on_device()
-    return torch.cat([seen.accumulated, seen.faults[None], alpha[None]])
+    asked = [] if seen.gradients is None else [seen.gradients]
+    return torch.cat([seen.accumulated, seen.faults[None], alpha[None], *asked])
 
 
 def reports(stores: Sequence[SeedStore]) -> list[dict[str, Any]]:
@@ -121,6 +150,7 @@ def reports(stores: Sequence[SeedStore]) -> list[dict[str, Any]]:
             "layer_id": store.name,
             "num_seeds": store.num_seeds,
             **per_seed(seen.accumulated, seen.faults),
+            "gradient_rms": gradient_rms(seen.gradients, store.num_seeds),
             "stage": stage,
             "alpha": seen.alpha.index_fill(0, culled, 0.0),
             "epochs": epochs,

@@ -80,7 +80,8 @@ def inputs_now(store: SeedStore) -> GraphInputs:
         store.scale(),
     )
     on_device = [BankTables(*(to_device(t, device) for t in table)) for table in tables]
-    return GraphInputs(layer, [bank.spec for bank in banks], on_device, store.stacks())
+    specs = [bank.spec for bank in banks]
+    return GraphInputs(layer, specs, on_device, store.stacks(), store.telemetry.sensing())
 
 
 def _registered(store: SeedStore) -> tuple[Tensor, dict[str, Tensor], int]:

@@ -171,17 +171,17 @@ class SeedStore(Float32Module):
             GROWING.add(self)
         for bank in self.bank_list():
             bank.owner, bank.training_loop = weakref.ref(self), self.siblings.training
-        self._show(self._inputs(self.telemetry.probe(), self.scale()))
+        self._show(self._inputs(self.telemetry.probe(), self.scale(), self.telemetry.sensing()))
 
     def registered_inputs(self) -> GraphInputs:
         """What an exported graph reads: registered tensors alone."""
         return self._inputs(self.telemetry.faults, self.loss_scale)
 
-    def _inputs(self, faults: Tensor, loss_scale: Tensor) -> GraphInputs:
+    def _inputs(self, faults: Tensor, loss_scale: Tensor, *squares: Tensor | None) -> GraphInputs:
         banks = self.bank_list()
         specs, tables = [bank.spec for bank in banks], [bank.tables() for bank in banks]
         layer = LayerTables(self.state.alpha, self.roles, faults, loss_scale)
-        return GraphInputs(layer, specs, tables, self.stacks())
+        return GraphInputs(layer, specs, tables, self.stacks(), *squares)
 
     def _show(self, inputs: GraphInputs) -> None:
         self.shown, self.registered = inputs, self._registered()
@@ -206,9 +206,9 @@ class SeedStore(Float32Module):
             raise InvalidArgument(f"telemetry={shown(policy)}: give a bool or a TelemetryPolicy")
         chosen = policy if isinstance(policy, TelemetryPolicy) else TelemetryPolicy()
         self.observed, self.one_in = policy is not False, chosen.one_in
-        self.rows_seen = chosen.rows or 0
-        self.in_eval = chosen.in_eval
+        self.rows_seen, self.in_eval = chosen.rows or 0, chosen.in_eval
         self.telemetry.observe_every(chosen.every)
+        self.telemetry.sense(chosen.gradients)
 
     def scale(self) -> Tensor:
         """What multiplies the gradient of reconstruction losses, float32 ``()``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kasmina_fx.physical.sense import PASSES, SENSED, SPACING
 from kasmina_fx.physical.statistics import (
     COUNT,
     DELTA,
@@ -42,12 +43,14 @@ class Telemetry(Float32Module):
 
     Buffers: ``accumulated``, float32 ``(ROWS, S)``; ``faults``, float32 ``(S,)``: steps in which a
     gradient of the seed's blueprint was NaN or Inf. ``previous_loss``, float32 ``(S,)``: LOSS at
-    the last step of the ramp.
+    the last step of the ramp. ``gradients``, float32 ``(SENSED, S)``, as
+    of :mod:`kasmina_fx.physical.sense`: None where nobody asks, and in no state dict.
     """
 
     accumulated: Tensor
     faults: Tensor
     previous_loss: Tensor
+    gradients: Tensor | None
 
     def __init__(self, num_seeds: int, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -56,19 +59,36 @@ class Telemetry(Float32Module):
         self.register_buffer("accumulated", empty)
         self.register_buffer("faults", torch.zeros_like(empty[0]))
         self.register_buffer("previous_loss", torch.zeros_like(empty[0]))
+        self.register_buffer("gradients", None, persistent=False)
 
     def probe(self) -> Tensor:
         """A leaf float32 ``(S,)`` whose gradient accumulates in ``faults``."""
-        leaf = torch.zeros_like(self.faults).requires_grad_()
-        leaf.grad = self.faults  # AccumulateGrad adds in place to a gradient that is there,
-        leaf.register_post_accumulate_grad_hook(self._keep)  # but not under create_graph
-        return leaf
+        return _adding_to(self.faults, torch.zeros_like(self.faults))
 
-    def _keep(self, leaf: Tensor) -> None:
-        """Take the values of a tensor that autograd has put in the place of ``faults``."""
-        if leaf.grad is not None and leaf.grad is not self.faults:
-            self.faults.copy_(leaf.grad.detach())
-            leaf.grad = self.faults
+    def sensing(self) -> Tensor | None:
+        """A leaf with the values of ``gradients``, where its gradient accumulates; None as that."""
+        if self.gradients is None:
+            return None
+        # .data: what backward reads of it is to be what is there by then.
+        return _adding_to(self.gradients, self.gradients.data)
+
+    @torch.inference_mode(False)
+    def sense(self, wanted: bool) -> None:
+        """Look at gradients of outputs from the next publication on, or forget them."""
+        if wanted != (self.gradients is not None):
+            self.gradients = torch.zeros_like(self.accumulated[:SENSED]) if wanted else None
+        self._sense_next()
+
+    def _sense_next(self) -> None:
+        if self.gradients is not None:
+            self.gradients[PASSES] = 0.0
+            self.gradients[SPACING] = self.accumulated[EVERY].clamp_min(1.0)
+
+    def forget_gradients(self) -> None:
+        """Start anew what is known of the gradients of outputs."""
+        if self.gradients is not None:
+            self.gradients.zero_()
+            self._sense_next()
 
     def observe_every(self, steps: int) -> None:
         """Observe one step in so many from now on."""
@@ -91,3 +111,18 @@ class Telemetry(Float32Module):
         self.accumulated[EVERY] = every
         self.faults.zero_()
         self.previous_loss.zero_()
+        self.forget_gradients()
+
+
+def _adding_to(total: Tensor, values: Tensor) -> Tensor:
+    """Return a leaf of these values whose gradient accumulates in ``total``."""
+    leaf = values.requires_grad_()
+    leaf.grad = total  # AccumulateGrad adds in place to a gradient that is there,
+
+    def keep(leaf: Tensor) -> None:
+        if leaf.grad is not None and leaf.grad is not total:
+            total.copy_(leaf.grad.detach())
+            leaf.grad = total
+
+    leaf.register_post_accumulate_grad_hook(keep)  # but not under create_graph
+    return leaf

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from kasmina_fx import ChunkedKasminaLayer, KasminaLayer, capture, kasminify
+from kasmina_fx import (
+    ChunkedKasminaLayer,
+    KasminaLayer,
+    TelemetryPolicy,
+    capture,
+    kasminify,
+)
 from kasmina_fx.graphs.capture import FRONTENDS
 from kasmina_fx.graphs.diff import graph_diff
 from kasmina_fx.graphs.text import graph_text, inserted_text
@@ -89,7 +95,9 @@ class Case:
         return torch.randn(batch or self.shape[0], *self.shape[1:])
 
 
-def wrapped(model: nn.Module, seeds: int = 4, telemetry: bool = False, **kwargs: Any) -> nn.Module:
+def wrapped(
+    model: nn.Module, seeds: int = 4, telemetry: bool | TelemetryPolicy = False, **kwargs: Any
+) -> nn.Module:
     """Kasminified but not compiled."""
     made: nn.Module = kasminify(
         model, num_seeds=seeds, telemetry=telemetry, compile=False, **kwargs
@@ -144,6 +152,10 @@ def telemetry_on() -> nn.Module:
     return model
 
 
+def gradients_on() -> nn.Module:
+    return wrapped(OneLayer(), telemetry=TelemetryPolicy(gradients=True))
+
+
 def two_layers() -> nn.Module:
     model = wrapped(TwoLayers(), seeds=3)
     graft(layer_of(model, "up"), [0, 1], "mlp")
@@ -167,6 +179,7 @@ CASES = (
     Case("lower_blend/two_layers", two_layers, (3, 8), 2, 2),
     Case("place_telemetry/dormant", lambda: wrapped(OneLayer(), telemetry=True), (3, 8), 0, 2),
     Case("place_telemetry/growing", telemetry_on, (3, 8), 1, 2),
+    Case("place_telemetry/gradients", gradients_on, (3, 8), 0, 2),
 )
 
 each_frontend = pytest.mark.parametrize("frontend", FRONTENDS)

@@ -143,6 +143,7 @@ CALLS: dict[str, tuple[Call, set[str]]] = {
     "ChunkManager, chunks": (lambda layer, v: k.ChunkManager(5, v), _taken("5")),
     "TelemetryPolicy every": (lambda layer, v: k.TelemetryPolicy(every=v), _taken("5")),
     "TelemetryPolicy fraction": (lambda layer, v: k.TelemetryPolicy(fraction=v), set()),
+    "TelemetryPolicy gradients": (lambda layer, v: k.TelemetryPolicy(gradients=v), _taken("True")),
     "TelemetryPolicy in_eval": (lambda layer, v: k.TelemetryPolicy(in_eval=v), _taken("True")),
     "GraftingConfig": (lambda layer, v: k.GraftingConfig(fixed_steps=v), _taken("5")),
     "SeedConfig": (lambda layer, v: k.SeedConfig(embargo_epochs=v), _taken("5")),

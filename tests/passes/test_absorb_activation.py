@@ -23,7 +23,7 @@ from kernel_cases import interpreter
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from kasmina_fx import capture, find_matches
+from kasmina_fx import TelemetryPolicy, capture, find_matches
 from kasmina_fx.errors import RewriteError
 from kasmina_fx.lowerings.rows import ACTIVATIONS, ROWS
 from kasmina_fx.passes import passes_for, run_passes
@@ -47,7 +47,9 @@ class Behind(nn.Module):
         return self.then(self.fc(x))
 
 
-def graph(then: Then, telemetry: bool = True, seeds: int = 4, **how: Any) -> GraphModule:
+def graph(
+    then: Then, telemetry: bool | TelemetryPolicy = True, seeds: int = 4, **how: Any
+) -> GraphModule:
     model = wrapped(Behind(then), seeds=seeds, telemetry=telemetry)
     graft(layer_of(model), [0, 2], "mlp")
     return capture(model, torch.randn(3, 8), **how)
@@ -97,6 +99,10 @@ def test_exports_operators_are_known_too(telemetry: bool) -> None:
 def test_what_stands_behind_the_activation_does_not_matter() -> None:
     assert found(graph(lambda y: F.gelu(y) * 2 + 1)) == "gelu"
     assert found(graph(lambda y: F.relu(F.gelu(y)))) == "gelu"
+
+
+def test_where_the_outputs_gradient_is_looked_at_the_activation_stays() -> None:
+    assert found(graph(F.gelu, TelemetryPolicy(gradients=True))) == ""
 
 
 def used_twice(y: Tensor) -> Any:

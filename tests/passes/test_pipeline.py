@@ -40,6 +40,7 @@ GOLDENS_OF_NO_CASE = {
     "backward/pull",
     "backward/reconstruct",
     "backward/reconstruct_in_float16",
+    "backward/sense_gradient",
     "choose_lowerings/reasons",
     "eliminate_dead_code/before_after",
     "eliminate_dead_code/one_class",

@@ -19,7 +19,7 @@ from graph_cases import (
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from kasmina_fx import capture
+from kasmina_fx import TelemetryPolicy, capture
 from kasmina_fx._torch.dynamo import placeholder_source
 from kasmina_fx.errors import RewriteError
 from kasmina_fx.passes import records_of
@@ -61,6 +61,14 @@ def pinned(gm: GraphModule) -> set[str]:
 
 def pinned_tables(gm: GraphModule) -> list[str]:
     return [source for source in pinned(gm) if is_table_source(source)]
+
+
+def test_what_gradients_are_added_up_in_may_move() -> None:
+    gm = captured(wrapped(OneLayer(), telemetry=TelemetryPolicy(gradients=True)))
+    assert len(pinned_tables(gm)) == 2
+    UnpinTables()(gm)
+    assert pinned_tables(gm) == []
+    assert any(source.endswith("['accumulated']") for source in pinned(gm))
 
 
 @pytest.mark.parametrize(

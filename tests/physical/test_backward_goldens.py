@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kasmina_fx import graph_text
-from kasmina_fx.physical.operators import GATHER, GUARD, MIX, PULL, RECONSTRUCT
+from kasmina_fx.physical.operators import (
+    GATHER,
+    GUARD,
+    MIX,
+    PULL,
+    RECONSTRUCT,
+)
+from kasmina_fx.physical.sense import SENSE_GRADIENT
 from kasmina_fx.testing import assert_golden
 
 
@@ -83,7 +90,12 @@ def reconstruct_in_float16(
     return vjp([out], [f, alone], [grad.half()])
 
 
-MOVES = (gather, pull, guard, mix, reconstruct, reconstruct_in_float16)
+def sense_gradient(y: Tensor, squares: Tensor, loss_scale: Tensor, grad_y: Tensor) -> Any:
+    out = SENSE_GRADIENT(y, squares, loss_scale, "dim=-1 runs=3x4", 1, 5)
+    return vjp([out], [y, squares], [grad_y])
+
+
+MOVES = (gather, pull, guard, mix, reconstruct, reconstruct_in_float16, sense_gradient)
 
 
 @spelled_as_torch_2_13
@@ -110,6 +122,9 @@ def test_golden_of_what_a_move_does_in_backward(move: Any) -> None:
     grad = torch.randn(2, 3, 4) if move in (pull, mix) else torch.randn(2, 1, 2, 4)
     named |= {"grad": grad, "grad_stack": torch.randn(2, 4)}
     named["grad_alone"] = torch.zeros(2)
+    # And a layer of 7 rows, of which 5 are looked at.
+    named |= {"y": torch.randn(7, 12, requires_grad=True), "grad_y": torch.randn(7, 12)}
+    named["squares"] = torch.zeros(4, 3, requires_grad=True)
     text = graph_text(make_fx(move)(*(named[name] for name in inspect.signature(move).parameters)))
     assert_golden(text, f"backward/{move.__name__}", golden_dir=GOLDEN)
 

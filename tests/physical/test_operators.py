@@ -20,6 +20,7 @@ from kasmina_fx.physical.operators import (
     PULL,
     RECONSTRUCT,
 )
+from kasmina_fx.physical.sense import SENSE_GRADIENT
 
 
 def _arguments(op: torch._ops.OpOverload) -> tuple[Any, ...]:
@@ -30,6 +31,9 @@ def _arguments(op: torch._ops.OpOverload) -> tuple[Any, ...]:
     if op is NOTES:
         return notes_arguments()
     f = torch.randn(5, 1, 3, 2, dtype=torch.float64, requires_grad=True)
+    if op is SENSE_GRADIENT:
+        squares = torch.zeros(4, 2, requires_grad=True)
+        return f, squares, torch.ones(()), "dim=-1 runs=2x1", 1, 0
     if op is RECONSTRUCT:
         return f, torch.randn_like(f), TRAINEES, torch.ones(()), ALONE, RAN
     seeds, positions = maps()
@@ -50,11 +54,9 @@ def test_decompositions_equal_their_operators(op: torch._ops.OpOverload) -> None
 
 
 def test_all_operators_decompose() -> None:
-    assert (
-        set(DECOMPOSITIONS)
-        == {PULL, GATHER, GUARD, RECONSTRUCT, MIX, NOTES}
-        == set(operators.current()._asdict().values())
-    )
+    moves = {PULL, GATHER, GUARD, RECONSTRUCT, MIX, NOTES}
+    assert moves == set(operators.current()._asdict().values())
+    assert set(DECOMPOSITIONS) == {*moves, SENSE_GRADIENT}
 
 
 def test_inside_torch_func_plain_code_stands_for_the_moves() -> None:

@@ -98,3 +98,4 @@ def forget_measurements(layer: KasminaLayer) -> None:
     """Start the statistics of a layer's chunks anew; faults of blueprints are still counted."""
     with torch.no_grad():
         layer.kasmina.telemetry.accumulated[: t.PHASE] = 0.0  # below are phases and blueprints
+        layer.kasmina.telemetry.forget_gradients()
