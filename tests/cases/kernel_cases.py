@@ -214,8 +214,10 @@ def life(
         for rows in (512, 512, 700):
             torch.manual_seed(rows)
             out = model(torch.randn(rows, features, device=device, dtype=dtype))
+            found.append(out.detach().clone())  # a CUDA graph writes over what it returned,
+            if mode is not None:  # and can't add to a gradient that it returned
+                model.zero_grad()
             out.square().mean().backward()
-            found.append(out.detach().clone())  # a CUDA graph writes over what it returned
     for layer in layers:
         found += [p.grad for p in layer.blueprint_parameters() if p.grad is not None]
         report = layer.get_health_report()

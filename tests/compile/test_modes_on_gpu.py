@@ -12,11 +12,13 @@ pytestmark = pytest.mark.gpu
 LOWERINGS = ["fused", "dense"]
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
-@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize(
+    ("lowering", "mode"),
+    [("fused", "reduce-overhead"), ("dense", "reduce-overhead"), ("dense", "max-autotune")],
+)
 def test_a_life_is_the_same_in_each_mode(lowering: str, mode: str) -> None:
     found, _ = life(lowering, torch.float32, "mlp", "cuda", mode=mode)
-    expected, _ = life(lowering, torch.float32, "mlp", "cuda")
+    expected, _ = life(lowering, torch.float32, "mlp", "cuda", mode="default")
     assert_lives_are_close(found, expected, 1e-4)
 
 
