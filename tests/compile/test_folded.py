@@ -27,6 +27,8 @@ from kasmina_fx.graphs.text import op_counts
 from kasmina_fx.seeds.folded import ENOUGH
 from kasmina_fx.testing import RecordingBackend, assert_no_recompiles, graft
 
+pytestmark = pytest.mark.untraced
+
 X = torch.linspace(-2, 2, 30).view(5, 6)
 
 

@@ -8,6 +8,8 @@ from kernel_cases import assert_lives_are_close, life, same_bits
 
 from kasmina_fx.lowerings.plan import KERNELS
 
+pytestmark = pytest.mark.untraced
+
 
 @pytest.mark.parametrize(
     "kind",

@@ -16,6 +16,8 @@ from kasmina_fx import blueprints, kasmina, kasmina_layers, kasminify
 from kasmina_fx.reference import reference_mode
 from kasmina_fx.testing import assert_no_recompiles, graft
 
+pytestmark = pytest.mark.untraced
+
 IN: Final = 6
 SIZE: Final = 4
 SEEDS: Final = 3

@@ -19,6 +19,8 @@ from kasmina_fx.passes.infra.small_loops import inductor_options
 from kasmina_fx.passes.lower_blend import LowerBlend
 from kasmina_fx.testing import graft
 
+pytestmark = pytest.mark.untraced
+
 #: Nodes that a bank may bring, its blueprint's among them.
 MOST = 60
 #: Of these are the same whatever the blueprint: a size and views of the output and of the result

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import rank_cases
 
+pytestmark = pytest.mark.untraced
+
 
 def said(scenario: str, folder: Path) -> list[str]:
     """What each of two processes said; errors of other kinds show in the second's output."""

@@ -13,6 +13,8 @@ from torch.optim import AdamW
 import kasmina_fx
 from kasmina_fx.testing import assert_no_recompiles
 
+pytestmark = pytest.mark.untraced
+
 
 @pytest.fixture(scope="module")
 def switched() -> nn.Module:
