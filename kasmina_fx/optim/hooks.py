@@ -5,7 +5,8 @@ be. Nothing waits for the device. Before a step, in this order:
 
 1. put back what a step that raised, or that calls this one, has compacted;
 2. take the larger stacks in the places of outgrown ones;
-3. drop gradients of seeds that are gone, and of reconstruction losses under another scale;
+3. drop gradients of seeds that are gone, of banks that none is in, and of reconstruction losses
+   under another scale;
 4. keep what is frozen, and compact where one number's step depends on the others.
 
 After it: put back what was compacted, then what is frozen, then what other threads wrote meanwhile;
@@ -96,6 +97,8 @@ def _begin(optimizer: Optimizer, whole: bool) -> None:
         _forget_before(held)
         follower.thread = threading.get_ident()
         _check_scales(held)
+        if not whole:
+            _leave_out_empty(optimizer, held)
         kept = [keep(bank, stacks) for bank, stacks in held.banks()]
         ramps = {store: store.ramp_steps for store in held.led()}
         compacted = list(compact(optimizer)) if couples(optimizer) and not whole else []
@@ -160,6 +163,19 @@ def _forget_before(held: Held) -> None:
             stack.late = ()  # of a step that raised
     for siblings in held.siblings:
         siblings.training.thread = threading.get_ident()
+
+
+def _leave_out_empty(optimizer: Optimizer, held: Held) -> None:
+    """Let a step pass by the stacks on a CPU whose slots nobody holds: their gradients are zero.
+
+    State is made by the first step, so that saved optimizers have that of all stacks. On CUDA a
+    step that is recorded is replayed when the bank holds seeds.
+    """
+    for bank, stacks in held.banks():
+        if stacks[0].is_cpu and not len(bank.trained) and not len(bank.frozen_slots):
+            for stack in stacks:
+                if optimizer.state.get(stack):
+                    stack.grad = None
 
 
 def _write_late(follower: OptimizerFollower, stack: StackedParameter) -> None:

@@ -171,3 +171,25 @@ def test_a_closure_may_grow_the_bank_or_put_the_first_stack_in() -> None:
     assert not same(rows(model, 1), before)
     host.step(first)
     assert bool(follower.stacks_of(host))
+
+
+def steps_made(optimizer: Any, model: nn.Module) -> list[int]:
+    return [int(optimizer.state[stack]["step"]) for stack in stacks(model)]
+
+
+def test_a_step_passes_by_a_bank_that_no_seed_is_in_once_it_has_state() -> None:
+    model = growing()
+    layer = layer_of(model)
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    layer.reset([0, 1])
+    train(model, optimizer, 4)
+    assert steps_made(optimizer, model) == [1] * 4
+    assert all(stack.grad is None for stack in stacks(model))
+    loss_of(model, 0).backward()
+    optimizer.step(lambda: 0.0)  # gradients that a closure makes are the closure's
+    assert steps_made(optimizer, model) == [2] * 4
+    graft(layer, [0], "mlp")
+    before = rows(model, 0)
+    train(model, optimizer, 1)
+    assert steps_made(optimizer, model) == [3] * 4
+    assert not any(map(torch.equal, rows(model, 0), before))
