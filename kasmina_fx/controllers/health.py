@@ -68,15 +68,15 @@ class HealthController(Controller):
     What was measured, by ``benchmarks/growth.py`` (classifiers of the digits; points of accuracy,
     mean and 95 % interval of paired replicates; docs/growth.md has all of it):
 
-    - freezing seeds after the ramp while the host trains on costs ``mlp`` 0.70 +- 0.69; the 0.48 +-
-      0.73 of ``residual_mlp`` was not shown: so they learn on;
+    - freezing seeds after the ramp while the host trains on costs ``mlp`` 0.53 +- 0.51; the 0.47 +-
+      0.56 of ``residual_mlp`` was not shown: so they learn on;
     - TRAINING ``mlp`` before a ramp of 200 steps: no benefit found (-1.09 +- 1.40 to the plain
       host, without it +0.09 +- 0.73); ``residual_mlp``, which skips it, gains 1.31 +- 0.88;
-    - removing 25 % of the grown seeds by validation loss, then 60 steps: no loss shown (1.33 +-
-      1.61); at random 2.83 +- 0.97 worse than that: a judge, and a quarter;
-    - of two layers, one alone costs 2.28 +- 2.47, the other 16.4 +- 3.1: so layers come first. That
-      chunks by chance are no worse than those of the lowest health, which finds dead or constant
-      ones, no command of this repository shows.
+    - removing 25 % of the grown seeds by validation loss, then 60 steps: no loss shown (0.78 +-
+      0.99); at random 3.51 +- 1.41 worse than that: a judge, and a quarter;
+    - of two layers, one alone costs 1.93 +- 0.86, the other 17.6 +- 1.8: so layers come first. Not
+      shown to be better than chunks by chance: those of the lowest health, which finds dead or
+      constant ones (+3.5 +- 11.8), and those of the largest gradient (+6.2 +- 10.3).
 
     Args:
         model: Kasminified.
