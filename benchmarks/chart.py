@@ -1,5 +1,7 @@
 """Charts of what `overhead.py` measured: ratio to the host over seeds, and over the active share.
 
+Of the two, what was measured at more than one point.
+
     python benchmarks/overhead.py --device cuda --json cuda.json
     python benchmarks/chart.py cuda.json docs/charts/cuda.svg
 
@@ -18,6 +20,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "kasmina"  # the same file from the same numbers
+mpl.rcParams["svg.fonttype"] = "none"
 
 from matplotlib import pyplot as plt  # noqa: E402 - after use()
 
@@ -39,19 +42,25 @@ def lines(cases: list[dict[str, Any]], mode: str, along: str) -> dict[str, list[
 
 
 def draw(everything: dict[str, Any], path: Path) -> None:
-    """Write a chart of two rows (modes) and two columns (over seeds, over the active share)."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharey="row", layout="constrained")
+    """Write a chart of two rows (modes) and up to two columns (over seeds, over the share)."""
     titles = {SEEDS: "one seed in 16 active, over seeds", SHARE: "1,024 seeds, over those active"}
+    cases = everything["cases"]
+    columns = [n for n in titles if max(map(len, lines(cases, MODES[0], n).values())) > 1]
+    size = (2 + 4 * len(columns), 7)
+    figure, axes = plt.subplots(
+        2, len(columns), figsize=size, sharey="row", layout="constrained", squeeze=False
+    )
     for row, mode in zip(axes, MODES, strict=True):
-        for axis, (along, title) in zip(row, titles.items(), strict=True):
-            for name, points in lines(everything["cases"], mode, along).items():
+        for axis, along in zip(row, columns, strict=True):
+            title = titles[along]
+            for name, points in lines(cases, mode, along).items():
                 if points:
                     axis.plot(*zip(*points, strict=True), marker="o", label=name)
             axis.axhline(1, color="grey", linewidth=0.8)
             axis.set(title=f"{mode}, {title}", yscale="log", ylabel="times the plain host")
             axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             axis.grid(alpha=0.3, which="both")
-    axes[0][1].legend(fontsize="small")
+    axes[0][-1].legend(fontsize="small")
     about = everything["machine"]
     words = (about.get("gpu") or about["cpu"], f"torch {about['torch']}", about["date"])
     figure.suptitle(", ".join(words), fontsize="medium")
