@@ -13,8 +13,8 @@ BATCH = 64
 HELD_OUT = 448  # 7 whole batches: one shape throughout, so no graph for another
 SHIFTED = 1000  # samples of each new camera to learn from
 CAMERAS = ("rotated", "inverted", "permuted")
-# As in benchmarks/growth.py, which says how they were chosen, but the head's, 3e-2 there, 1.3 points
-# better by benchmarks/growth_rates.py; in sequence slower learning forgets less.
+# As in benchmarks/growth.py, which says how they were chosen, but for the head's: 3e-2 there, which
+# is 1.3 points better by benchmarks/growth_rates.py. In sequence slower learning forgets less.
 LR, HEAD_LR, HOST_LR, SEQUENCE_LR = 3e-3, 1e-2, 1e-3, 1e-3
 
 
