@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from _growth_adapting import Scores, learn, seeded
@@ -60,11 +59,10 @@ def choosing(replicate: int, scale: Scale) -> Scores:
     """Chunks by what statistics say of them, beside chunks at random."""
     host, data = wide_host(replicate, scale), Digits.of(replicate).shifted("rotated")
     said = reports(host, data)
-    largest: Callable[[Tensor], Tensor] = lambda values: values.topk(GROWN).indices  # noqa: E731
-    by_gradient = largest(said["gradient_rms"])
+    by_gradient = said["gradient_rms"].topk(GROWN).indices
     ways = {
         "at random": at_random(replicate),
-        "lowest health": largest(-said["health"]),
+        "lowest health": said["health"].topk(GROWN, largest=False).indices,
         "largest gradient (rms)": by_gradient,
         "as many of each layer, at random": within_layers(by_gradient, replicate),
     }

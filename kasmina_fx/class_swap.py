@@ -183,7 +183,7 @@ def _renew(layer: SwappedLayer) -> None:
     )
     store.observed, store.one_in, store.in_eval = old.observed, old.one_in, old.in_eval
     store.rows_seen = old.rows_seen
-    store.telemetry.sense(old.telemetry.gradients is not None)
+    store.telemetry.observe_like(old.telemetry)
     store.publish()
     old.siblings.discard(old)
     store.join(old.siblings)

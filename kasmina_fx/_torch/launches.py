@@ -1,8 +1,8 @@
 """What torch does anew at each launch of a graph, done once for our kernels, or not at all.
 
-A deep model has hundreds of launches, and with symbolic sizes each of these is worth milliseconds:
-together a third of what seeds add to a first call. Every function here replaces one of torch's by
-one that answers the same, of our kernels alone where it knows more of them than torch does.
+A deep model has hundreds of launches, and with symbolic sizes each of these is worth milliseconds.
+Every function here replaces one of torch's by one that answers the same, for our kernels; those of
+others go to torch's own.
 """
 
 from __future__ import annotations
@@ -56,12 +56,21 @@ def _say_what_is_written() -> None:
 
 def _answering(analyse: Any, answer: Callable[[list[str], dict[str, Any]], Any]) -> Any:
     def answered(kernel: Any, kwargs: dict[str, Any], *others: Any) -> Any:
-        function = kernel.fn if not hasattr(kernel.fn, "fn") else kernel.fn.fn  # in an Autotuner
-        if not getattr(function, "__module__", "").startswith(KERNELS):
+        function = _function(kernel)
+        if not _is_ours(function):
             return analyse(kernel, kwargs, *others)
         return answer(written_arguments(function, kwargs), kwargs)
 
     return answered
+
+
+def _function(kernel: Any) -> Any:
+    """Return the Python function of a kernel, also of one in an Autotuner."""
+    return kernel.fn.fn if hasattr(kernel.fn, "fn") else kernel.fn
+
+
+def _is_ours(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith(KERNELS)
 
 
 def written_arguments(function: Any, kwargs: dict[str, Any]) -> list[str]:
@@ -106,7 +115,8 @@ def _remember_sources() -> None:
     known: dict[Any, str] = {}
 
     def found(kernel: Any, *others: Any, **named: Any) -> Any:
-        if any(others) or any(named.values()):  # the source with an epilogue (torch 2.13)
+        # One with an epilogue (torch 2.13) is another each time.
+        if any(others) or any(named.values()) or not _is_ours(_function(kernel)):
             return find(kernel, *others, **named)
         if kernel not in known:
             known[kernel] = find(kernel)
@@ -132,11 +142,12 @@ def _launch_without_tracing() -> None:
 
 
 def launch_in_place(graph: torch.fx.Graph) -> None:
-    """Replace each functional launch of a graph that copies no tensor by one that mutates."""
+    """Replace each functional launch of ours that copies no tensor by one that mutates."""
     functional = triton_kernel_wrap.triton_kernel_wrapper_functional
     for node in graph.find_nodes(op="call_function", target=functional):
         kwargs = dict(node.kwargs)
-        if kwargs.pop("tensors_to_clone") or node.users:
+        kernel = triton_kernel_wrap.kernel_side_table.get_kernel(kwargs["kernel_idx"])
+        if kwargs.pop("tensors_to_clone") or node.users or not _is_ours(_function(kernel)):
             continue
         node.target, node.kwargs = triton_kernel_wrap.triton_kernel_wrapper_mutation, kwargs
         node.meta["val"] = None

@@ -79,6 +79,11 @@ class Telemetry(Float32Module):
             self.gradients = torch.zeros_like(self.accumulated[:SENSED]) if wanted else None
         self._sense_next()
 
+    def observe_like(self, other: Telemetry) -> None:
+        """Observe as often as another layer's statistics do, and gradients if these do."""
+        self.accumulated[EVERY] = other.accumulated[EVERY, 0]
+        self.sense(other.gradients is not None)
+
     def _sense_next(self) -> None:
         if self.gradients is not None:
             self.gradients[PASSES] = 0.0

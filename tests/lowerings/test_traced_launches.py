@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import fx
 from torch._higher_order_ops import triton_kernel_wrap
+from torch._inductor.codegen import wrapper
 
 from kasmina_fx._torch import launches
 
@@ -49,20 +51,61 @@ def test_one_kernel_stands_for_all_launches_of_its_kind(traced: dict[str, Any]) 
     assert len({forward, notes, backward, sums}) == 4
 
 
-def test_what_copies_a_tensor_is_left_to_torch() -> None:
+class Kernel:
+    """A kernel of a module, as far as it is looked at."""
+
+    def __init__(self, module: str) -> None:
+        def fn() -> None: ...
+
+        fn.__module__ = module
+        self.fn = fn
+
+
+OURS, OTHERS = Kernel(f"{launches.KERNELS}.notes"), Kernel("somewhere.else")
+
+
+def test_what_copies_a_tensor_or_is_not_ours_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = SimpleNamespace(get_kernel=[OURS, OTHERS].__getitem__)
+    monkeypatch.setattr(triton_kernel_wrap, "kernel_side_table", table)
     graph = fx.Graph()
     x = graph.placeholder("x")
     functional = triton_kernel_wrap.triton_kernel_wrapper_functional
-    for copied in (["out"], []):
-        kwargs: Any = {"kernel_idx": 0, "kwargs": {"out": x}, "tensors_to_clone": copied}
+    for index, copied in ((0, ["out"]), (1, []), (0, [])):
+        kwargs: Any = {"kernel_idx": index, "kwargs": {"out": x}, "tensors_to_clone": copied}
         node = graph.call_function(functional, kwargs=kwargs)
         node.meta["eager_input_vals"] = ((), kwargs)
     launches.launch_in_place(graph)
-    _, kept, changed = graph.nodes
-    assert kept.target is functional
+    _, copying, foreign, changed = graph.nodes
+    assert copying.target is foreign.target is functional
     assert changed.target is triton_kernel_wrap.triton_kernel_wrapper_mutation
     assert set(changed.kwargs) == {"kernel_idx", "kwargs"}
     assert set(changed.meta["eager_input_vals"][1]) == {"kernel_idx", "kwargs"}
+
+
+def test_a_source_of_ours_is_put_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Kernel] = []
+
+    def find(kernel: Kernel, *_: Any) -> str:
+        asked.append(kernel)
+        return f"source {len(asked)}"
+
+    monkeypatch.setattr(wrapper, launches._SOURCE, find)
+    launches._remember_sources()
+    found: Any = getattr(wrapper, launches._SOURCE)
+    assert [found(k) for k in (OURS, OURS, OTHERS, OTHERS)] == [f"source {n}" for n in (1, 1, 2, 3)]
+    assert found(OURS, "epilogue") == "source 4"
+
+
+def test_of_a_fake_nothing_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernel_wrap, launches._COPY, lambda x: None)
+    launches._copy_no_fakes()
+    copied: Any = getattr(triton_kernel_wrap, launches._COPY)
+    assert copied(torch.empty(3)) is None
+    with torch._subclasses.FakeTensorMode():
+        assert copied(torch.empty(3)) is not None
+        assert copied(torch.empty(6, 4)[1:]) is None
 
 
 def test_fakes_keep_shape_strides_and_dtype() -> None:

@@ -168,13 +168,19 @@ def test_copies_casts_and_checkpoints() -> None:
         assert_rms(found, same.double())
 
 
-def test_a_layer_that_changes_its_features_goes_on_looking() -> None:
-    model = net()
+def test_a_layer_that_changes_its_features_goes_on_looking_as_often() -> None:
+    model = net(TelemetryPolicy(gradients=True, every=2))
     last: Any = model[2]
     last.weight, last.bias = nn.Parameter(torch.randn(9, 7)), nn.Parameter(torch.zeros(9))
     last.out_features = 9
     loss_of(model(torch.randn(4, 5))).backward()
     assert known(model)
+    counts = []
+    for _ in range(3):
+        loss_of(model(torch.randn(4, 5))).backward()
+        counts.append(last.get_health_report()["count"].tolist())
+    assert counts[0] == [12.0] * 3
+    assert counts[1] == counts[2] == [24.0] * 3
 
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
