@@ -20,6 +20,11 @@ from kasmina_fx.physical.layout import power_of_two
 TABLES: Final = ("order", "seeds", "positions", "modes", "alpha", "roles", "faults", "loss_scale")
 #: Stacks of a blueprint, at most.
 _STACKS: Final = 6
+#: Seeds of a program that reports, and parts that it sums at once. Tuned on an H100, as the next.
+_REPORT: Final = (2, 256)
+#: Numbers that a warp of ``finish`` loads at once; of so many gradients on it has 8 warps, not 4.
+_AT_ONCE: Final = 2048
+_WIDE: Final = 512
 DOTS: Final = {"float32": 0, "bfloat16": 1, "float16": 2}
 
 
@@ -54,10 +59,11 @@ def report(
 ) -> None:
     """Write into ``told``, float32 ``(3, n)``, the notes of a bank; others are as in ``before``."""
     positions, alpha, roles = tables[2], tables[4], tables[5]
-    launching("notes", "report")[((plan.count + 15) // 16,)](
+    seeds, together = _REPORT
+    launching("notes", "report")[((plan.count + seeds - 1) // seeds,)](
         said, said if before is None else before, told, positions, alpha, roles,
         plan.first_seed, plan.count, rows, parts,
-        plan.size, 128, before is not None, 16,
+        plan.size, together, before is not None, seeds,
     )  # fmt: skip
 
 
@@ -80,15 +86,16 @@ def finish(
     blame, *grads = found
     numbers = numbers_of(params)
     width = sum(numbers) + 2
-    block = min(1024, power_of_two(width - 2))
+    block = min(1024, power_of_two(width))
     # Not one that is written: the same tensor twice would have to be copied first.
     none = _STACKS - len(grads)
     padded = [*grads, *[sums] * none]
     capacity, (slots, places) = params[0].shape[0], seeds.shape
-    launching("finish", "finish")[(capacity,)](
+    warps = 4 if block < _WIDE else 8
+    launching("finish", "finish", warps)[(capacity,)](
         sums, seeds, positions, loss_scale, blame, *padded,
         plan.count, capacity, slots, places, parts,
-        *numbers, *[0] * none, width, block, max(1, 2048 // block), 64,
+        *numbers, *[0] * none, width, block, warps * _AT_ONCE // block, 64,
     )  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def fused_tiles(
         act, bias, residual = kernels.switches
         kernel(
             *common, *four(params), *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
-            _alone(asked), act, bias, residual, keep, notes, DOTS[asked.dot], wide,
+            act, bias, residual, keep, notes, DOTS[asked.dot], wide,
         )  # fmt: skip
     if notes:
         report(said, splits, before, told, tables, asked, launch.rows)
@@ -176,7 +176,7 @@ def fused_tiles_backward(
         act, bias, residual = kernels.switches
         kernel(
             *common, *four(params), *sizes, asked.size, asked.hidden, *tiling, _BLOCK,
-            _alone(asked), act, bias, residual, DOTS[asked.dot], width, wide,
+            act, bias, residual, DOTS[asked.dot], width, wide,
         )  # fmt: skip
     finish(sums, splits, tables, found, params, asked)
     return [dy, *found]

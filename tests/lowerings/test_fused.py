@@ -12,6 +12,7 @@ from kernel_cases import STAGES, Blend, assert_fused_is_right, fused, interprete
 from torch import Tensor, nn
 
 from kasmina_fx import KasminaLayer, kasmina_layers, kasminify
+from kasmina_fx.lowerings import tiles
 from kasmina_fx.lowerings.plan import KERNELS
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS
 from kasmina_fx.lowerings.tiles import FUSED
@@ -91,6 +92,24 @@ def test_a_bad_gradient_reaches_no_neighbour(value: float) -> None:
             return asked, grad
 
     assert_fused_is_right(Bad([4] * 9, kinds("mlp")))
+
+
+@pytest.mark.parametrize("row", [0, 17, 40, 99])
+@pytest.mark.parametrize("whose", ["output", "gradient"])
+@pytest.mark.parametrize("kind", ["mlp", "lora", "residual_mlp"])
+def test_a_program_goes_on_with_care_from_its_first_bad_block(
+    kind: str, whose: str, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program has several blocks here, some before the bad one and some after it."""
+    monkeypatch.setattr(tiles, "_MOST", 2)
+
+    class Bad(Blend):
+        def arguments(self) -> tuple[Any, Tensor]:
+            asked, grad = super().arguments()
+            (asked.y if whose == "output" else grad)[row, 4] = torch.inf
+            return asked, grad
+
+    assert_fused_is_right(Bad([3] * 9, kinds(kind), rows=100))
 
 
 def steep(layer: KasminaLayer, y: Tensor) -> None:

@@ -7,6 +7,8 @@ in :mod:`kasmina_fx.lowerings.triton.two_layer`. Elements never meet, so no bloc
 import triton
 import triton.language as tl
 
+from kasmina_fx.lowerings.triton.chunks import blame, say, side_by_side
+
 #: See :mod:`kasmina_fx.lowerings.triton.two_layer`.
 WRITES = {
     "forward": {"out": None, "kept": "KEEP", "said": "NOTES"},
@@ -32,9 +34,7 @@ def forward(
     on = place >= 0
     seed = tl.load(seeds + place, mask=on, other=0)
     slot = place // places
-    col = offset + seed * c + i % c
-    if EVEN > 1:  # neighbours in a chunk lie together: one load for several
-        col = tl.max_contiguous(tl.multiple_of(col, EVEN), EVEN)
+    col = side_by_side(offset + seed * c + i % c, EVEN)
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
     blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
     gain = tl.load(scale + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
@@ -69,14 +69,10 @@ def forward(
     if NOTES:
         squared, wrongs = tl.sum(squares, 0), tl.sum(wrong, 0) + sick.to(tl.float32)
         unsounds = tl.sum(unsound, 0)
-        for p in tl.static_range(PER):
-            number = tl.program_id(0) * PER + p
-            mine = (member == p) & on
-            whose = tl.load(order + number, mask=number < active, other=-1)
-            to = said + split * 3 * count + tl.load(seeds + whose, mask=whose >= 0, other=0)
-            tl.store(to, tl.sum(tl.where(mine, squared, 0.0)), mask=whose >= 0)
-            tl.store(to + count, tl.sum(tl.where(mine, wrongs, 0.0)), mask=whose >= 0)
-            tl.store(to + 2 * count, tl.sum(tl.where(mine, unsounds, 0.0)), mask=whose >= 0)
+        say(
+            said, order, seeds, active, split, count, squared, wrongs, unsounds, member, on, True,
+            PER,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -96,9 +92,7 @@ def backward(
     on = place >= 0
     seed = tl.load(seeds + place, mask=on, other=0)
     slot = place // places
-    col = offset + seed * c + i % c
-    if EVEN > 1:  # neighbours in a chunk lie together: one load for several
-        col = tl.max_contiguous(tl.multiple_of(col, EVEN), EVEN)
+    col = side_by_side(offset + seed * c + i % c, EVEN)
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
     blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
     mode = tl.load(modes + place, mask=on, other=0)
@@ -140,10 +134,4 @@ def backward(
     tl.store(to, tl.where(mode > 0, tl.sum(g1, 0), 0.0), mask=on)
     tl.store(to + c, tl.where(mode > 0, tl.sum(g2, 0), 0.0), mask=on)
     no, bad = tl.max(flags & 1, 0).to(tl.float32), tl.max(flags & 2, 0).to(tl.float32)
-    for p in tl.static_range(PER):
-        number = tl.program_id(0) * PER + p
-        mine = (member == p) & on
-        whose = tl.load(order + number, mask=number < active, other=-1)
-        at_end = base + whose * row_of + P - 2
-        tl.store(at_end, tl.sum(tl.where(mine, no, 0.0)), mask=whose >= 0)
-        tl.store(at_end + 1, tl.sum(tl.where(mine, bad, 0.0)), mask=whose >= 0)
+    blame(base, order, active, no, bad, member, on, True, row_of, PER, P)

@@ -9,6 +9,7 @@ shift are sums over rows, as those of biases.
 import triton
 import triton.language as tl
 
+from kasmina_fx.lowerings.triton.chunks import blame, members, say
 from kasmina_fx.lowerings.triton.products import weights
 from kasmina_fx.lowerings.triton.shared import normal
 
@@ -96,17 +97,13 @@ def forward(
     PRODUCT: tl.constexpr = tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
     FAST: tl.constexpr = out.dtype.element_ty != tl.float32
     split, splits, active = tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * PER
-    i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
-    member, member_h = i // c, j // h
-    at, at_h = tl.program_id(0) * PER + member, tl.program_id(0) * PER + member_h
-    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
-    place_h = tl.load(order + at_h, mask=(member_h < PER) & (at_h < active), other=-1)
+    i = tl.arange(0, TILE)
+    member, place, seed, col, member_h, place_h = members(
+        order, seeds, offset, active, c, h, PER, TILE, HIDDEN, EVEN
+    )
+    at = tl.program_id(0) * PER + member
     on, on_h = place >= 0, place_h >= 0
-    seed = tl.load(seeds + place, mask=on, other=0)
     slot, slot_h = place // places, place_h // places
-    col = offset + seed * c + i % c
-    if EVEN > 1:  # neighbours in a chunk lie together: one load for several
-        col = tl.max_contiguous(tl.multiple_of(col, EVEN), EVEN)
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
     blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
     W1, B1, W2, B2, sick = weights(
@@ -153,14 +150,10 @@ def forward(
     if NOTES:
         squared, wrongs = tl.sum(squares, 0), tl.sum(wrong, 0) + sick.to(tl.float32)
         unsounds = tl.sum(unsound, 0)
-        for p in tl.static_range(PER):
-            number = tl.program_id(0) * PER + p
-            mine = (member == p) & on
-            whose = tl.load(order + number, mask=number < active, other=-1)
-            to = said + split * 3 * count + tl.load(seeds + whose, mask=whose >= 0, other=0)
-            tl.store(to, tl.sum(tl.where(mine, squared, 0.0)), mask=whose >= 0)
-            tl.store(to + count, tl.sum(tl.where(mine, wrongs, 0.0)), mask=whose >= 0)
-            tl.store(to + 2 * count, tl.sum(tl.where(mine, unsounds, 0.0)), mask=whose >= 0)
+        say(
+            said, order, seeds, active, split, count, squared, wrongs, unsounds, member, on, True,
+            PER,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -177,16 +170,12 @@ def backward(
     FAST: tl.constexpr = dy.dtype.element_ty != tl.float32
     split, splits, active = tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * PER
     i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
-    member, member_h = i // c, j // h
-    at, at_h = tl.program_id(0) * PER + member, tl.program_id(0) * PER + member_h
-    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
-    place_h = tl.load(order + at_h, mask=(member_h < PER) & (at_h < active), other=-1)
+    member, place, seed, col, member_h, place_h = members(
+        order, seeds, offset, active, c, h, PER, TILE, HIDDEN, EVEN
+    )
+    at = tl.program_id(0) * PER + member
     on, on_h = place >= 0, place_h >= 0
-    seed = tl.load(seeds + place, mask=on, other=0)
     slot, slot_h = place // places, place_h // places
-    col = offset + seed * c + i % c
-    if EVEN > 1:  # neighbours in a chunk lie together: one load for several
-        col = tl.max_contiguous(tl.multiple_of(col, EVEN), EVEN)
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
     blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
     mode = tl.load(modes + place, mask=on, other=0)
@@ -287,10 +276,4 @@ def backward(
     sum4 = tl.where(mode > 0, tl.sum(gb2, 0) * times, 0.0)
     tl.store(base + place * row_of + BEHIND + h + h * c + i % c, sum4, mask=on)
     no, bad = tl.max(flags & 1, 0).to(tl.float32), tl.max(flags & 2, 0).to(tl.float32)
-    for p in tl.static_range(PER):
-        number = tl.program_id(0) * PER + p
-        mine = (member == p) & on
-        whose = tl.load(order + number, mask=number < active, other=-1)
-        to = base + whose * row_of + P - 2
-        tl.store(to, tl.sum(tl.where(mine, no, 0.0)), mask=whose >= 0)
-        tl.store(to + 1, tl.sum(tl.where(mine, bad, 0.0)), mask=whose >= 0)
+    blame(base, order, active, no, bad, member, on, True, row_of, PER, P)

@@ -36,8 +36,8 @@ def finish(
     slot = tl.program_id(0)
     # A bank has slots that no table reaches yet; those have no place, and no gradient.
     last = tl.minimum(slot + 1, slots) * places
-    fault = 0
-    for first in range(0, P - 2, BLOCK):
+    fault, refused, unsound = 0, 0.0, 0.0
+    for first in range(0, P, BLOCK):
         e = first + tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], tl.float32)
         for place in range(slot * places, last):
@@ -45,8 +45,11 @@ def finish(
             for split in range(0, splits, PARTS):
                 part = (split + tl.arange(0, PARTS)).to(tl.int64)
                 there = sums + (place * splits + part)[:, None] * P + e[None, :]
-                counts = ((seed >= 0) & (part < splits))[:, None] & (e < P - 2)[None, :]
+                counts = ((seed >= 0) & (part < splits))[:, None] & (e < P)[None, :]
                 total += tl.sum(tl.load(there, mask=counts, other=0.0), 0)
+        refused += tl.sum(tl.where(e == P - 2, total, 0.0))
+        unsound += tl.sum(tl.where(e == P - 1, total, 0.0))
+        total = tl.where(e < P - 2, total, 0.0)
         total = total.to(d1.dtype.element_ty)
         fault += tl.sum((~(tl.abs(total.to(tl.float32)) < inf)).to(tl.int32))
         tl.store(d1 + slot * N1 + e, total, mask=e < N1)
@@ -73,15 +76,6 @@ def finish(
                 tl.store(d5 + slot * N5 + e - B5, nothing, mask=(e >= B5) & (e < B6))
             if N6 > 0:
                 tl.store(d6 + slot * N6 + e - B6, nothing, mask=(e >= B6) & (e < P - 2))
-    refused, unsound = 0.0, 0.0
-    for place in range(slot * places, last):
-        seed = tl.load(seeds + place + tl.zeros([PARTS], tl.int64))
-        for split in range(0, splits, PARTS):
-            part = (split + tl.arange(0, PARTS)).to(tl.int64)
-            there = sums + (place * splits + part) * P + P - 2
-            counts = (seed >= 0) & (part < splits)
-            refused += tl.sum(tl.load(there, mask=counts, other=0.0))
-            unsound += tl.sum(tl.load(there + 1, mask=counts, other=0.0))
     # An overflow in the backward of a scaled loss is how a GradScaler finds its scale.
     mine = (unsound == 0) & (tl.load(loss_scale) == 1) & ((refused > 0) | (fault > 0))
     for place in range(slot * places, last):

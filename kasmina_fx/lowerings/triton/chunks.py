@@ -1,0 +1,101 @@
+"""What kernels of active chunks share: whose the columns of a tile are, and what is said of seeds.
+
+A *tile* is the chunks of ``PER`` active seeds, ``PER`` neighbours in ``order``, side by side; they
+may lie anywhere in the output.
+"""
+
+import triton
+import triton.language as tl
+
+#: The bits of 1e30, as an integer: see :func:`most`.
+FAR = tl.constexpr(0x7149F2CA)
+
+
+@triton.jit
+def side_by_side(col, EVEN: tl.constexpr):
+    """Tell the compiler how a tile's features lie: ``EVEN`` neighbours together, if more than one.
+
+    Where none are known to, lanes of a warp are laid along a row all the same: else each load of a
+    warp touches 16 rows.
+    """
+    if EVEN > 1:
+        col = tl.max_contiguous(tl.multiple_of(col, EVEN), EVEN)
+    else:  # nothing is loaded wider: addresses are multiples of one number
+        col = tl.max_contiguous(col, 2)
+    return col
+
+
+@triton.jit
+def members(
+    order, seeds, offset, active,
+    c: tl.constexpr, h: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """Say whose each column of a tile is: member, place or -1, seed, and feature of the output.
+
+    Then member and place of each hidden feature.
+    """
+    i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
+    member, member_h = i // c, j // h
+    at, at_h = tl.program_id(0) * PER + member, tl.program_id(0) * PER + member_h
+    place = tl.load(order + at, mask=(member < PER) & (at < active), other=-1)
+    place_h = tl.load(order + at_h, mask=(member_h < PER) & (at_h < active), other=-1)
+    seed = tl.load(seeds + place, mask=place >= 0, other=0)
+    col = side_by_side(offset + seed * c + i % c, EVEN)
+    return member, place, seed, col, member_h, place_h
+
+
+@triton.jit
+def most(x):
+    """Return the bits of the largest magnitude in ``x``: those of NaN and Inf are the largest.
+
+    A warp finds the largest integer in one instruction; a sum of floats takes it ten.
+    """
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+
+
+@triton.jit
+def say(
+    said, order, seeds, active, split, count, squares, wrong, unsound, member, on, ill,
+    PER: tl.constexpr,
+):  # fmt: skip
+    """Write what a part of the rows says of each seed of a tile: three sums of columns.
+
+    ``said`` is float32 ``(splits, 3, count)``; the kernel ``report`` sums the parts. Unless
+    something is ``ill``, the last two are zero.
+    """
+    for p in tl.static_range(PER):
+        number = tl.program_id(0) * PER + p
+        mine = (member == p) & on
+        whose = tl.load(order + number, mask=number < active, other=-1)
+        to = said + split * 3 * count + tl.load(seeds + whose, mask=whose >= 0, other=0)
+        tl.store(to, tl.sum(tl.where(mine, squares, 0.0)), mask=whose >= 0)
+        wrongs, unsounds = 0.0, 0.0
+        if ill:
+            wrongs = tl.sum(tl.where(mine, wrong, 0.0))
+            unsounds = tl.sum(tl.where(mine, unsound, 0.0))
+        tl.store(to + count, wrongs, mask=whose >= 0)
+        tl.store(to + 2 * count, unsounds, mask=whose >= 0)
+
+
+@triton.jit
+def blame(
+    base, order, active, no, bad, member, on, ill, row_of,
+    PER: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """Write at the end of a place's sums if something was refused, or its chunk was not finite.
+
+    ``no`` and ``bad`` are float32, one a column, and zero unless something is ``ill``; ``base`` is
+    where the sums of this part begin, ``P`` numbers a place, and ``row_of`` how far it is to those
+    of the next place.
+    """
+    for p in tl.static_range(PER):
+        number = tl.program_id(0) * PER + p
+        mine = (member == p) & on
+        whose = tl.load(order + number, mask=number < active, other=-1)
+        to = base + whose * row_of + P - 2
+        noes, bads = 0.0, 0.0
+        if ill:
+            noes, bads = tl.sum(tl.where(mine, no, 0.0)), tl.sum(tl.where(mine, bad, 0.0))
+        tl.store(to, noes, mask=whose >= 0)
+        tl.store(to + 1, bads, mask=whose >= 0)
