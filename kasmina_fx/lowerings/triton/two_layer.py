@@ -186,7 +186,7 @@ def backward(
         total = (dz - ab[None, :] * dz) + dx
         where = dy + first * features + at
         tl.store(where, total.to(came.dtype), mask=(moves[None, :] & usual) > 0)
-        # Not so ``raw``: what is not finite there spoils gradients of its own seed alone, as it must.
+        # Not so raw: what is not finite there spoils gradients of its own seed alone, as it must.
         hidden = tl.where(usual > 0, hidden, 0.0).to(PRODUCT)
         df, dh = tl.where(usual > 0, df, 0.0), tl.where(usual > 0, dh, 0.0)
         g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), g1, input_precision="ieee")
