@@ -52,7 +52,7 @@ test-fast: $(STAMP) ## the tests that compile no model, in about a minute
 
 test-slow: $(STAMP) ## the tests marked slow
 	@echo "== pytest -m slow"
-	@$(BIN)/pytest -q -m slow
+	@$(BIN)/pytest -q -n $(WORKERS) --dist worksteal -m slow
 
 golden: $(STAMP) ## write the golden files anew: read the diff before you commit it
 	@echo "== pytest -k golden, accepting"

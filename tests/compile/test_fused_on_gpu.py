@@ -119,7 +119,10 @@ def test_torch_finds_the_writes_that_kernels_declare(monkeypatch: pytest.MonkeyP
                     if isinstance(found, list)
                     else [dep.name for dep in found.read_writes.writes]
                 )
-                assert set(names) == set(written_arguments(function, kwargs))
+                declared = set(written_arguments(function, kwargs))
+                assert declared <= set(names)
+                # Of a kernel that calls another function, torch 2.11 takes all for written.
+                assert declared == set(names) or function.__name__ in ("forward", "backward")
                 compared.append(function.__name__)
             return found
 

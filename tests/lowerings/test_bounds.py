@@ -22,7 +22,10 @@ from kasmina_fx.physical.layout import together
 from kasmina_fx.physical.statistics import ROWS
 
 __all__ = ["interpreter", "watch"]
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of sums that overflow
+pytestmark = [
+    pytest.mark.untraced,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of sums that overflow
+]
 
 
 class Padded(Blend):

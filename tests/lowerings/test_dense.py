@@ -29,6 +29,7 @@ from kasmina_fx.testing import graft
 
 __all__ = ["interpreter"]
 pytestmark = [
+    pytest.mark.untraced,
     pytest.mark.usefixtures("interpreter"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of what is not finite
 ]

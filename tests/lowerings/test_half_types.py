@@ -9,7 +9,7 @@ from kernel_cases import STAGES, Blend, errors_against_float64, interpreter
 from kasmina_fx.lowerings.plan import KERNELS
 
 __all__ = ["interpreter"]
-pytestmark = pytest.mark.usefixtures("interpreter")
+pytestmark = [pytest.mark.untraced, pytest.mark.usefixtures("interpreter")]
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 12])

@@ -30,7 +30,10 @@ from kasmina_fx.physical.layout import ChunkLayout
 from kasmina_fx.physical.statistics import ROWS, merge_statistics
 
 __all__ = ["interpreter"]
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of what is not finite
+pytestmark = [
+    pytest.mark.untraced,
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of what is not finite
+]
 
 RUNNING = (S.GRAFTING, S.TRAINING, S.STABILIZATION, S.EVALUATING, S.FINE_TUNING, S.FOSSILIZED)
 #: What a kernel may differ by from float64, as a norm: the dtype's rounding, a few times over. Not

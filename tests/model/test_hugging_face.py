@@ -16,6 +16,7 @@ from kasmina_fx.testing import graft
 
 # Of peft's own calls of transformers, and of transformers' of older releases of torch.
 pytestmark = [
+    pytest.mark.untraced,
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]

@@ -82,6 +82,7 @@ def slot(layer: KasminaLayer, seed: int) -> list[Tensor]:
     return list(held[0].slot_tensors(held[1]).values())
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_seed_born_late_moves_as_one_born_at_the_start(name: str) -> None:
     expected: dict[int, list[Tensor]] = {}

@@ -108,6 +108,7 @@ def test_postconditions_catch_a_broken_pass() -> None:
         NormalizeMarkers().ensures(gm)
 
 
+@pytest.mark.untraced
 @each_case
 @each_frontend
 def test_golden_cases_compute_what_the_reference_does(case: Case, frontend: str) -> None:

@@ -303,4 +303,4 @@ def _outcome(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 Life.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
-TestLife = Life.TestCase
+TestLife = pytest.mark.untraced(Life.TestCase)
