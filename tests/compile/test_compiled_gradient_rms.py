@@ -36,7 +36,10 @@ def assert_sees(
         assert_rms(found, expected_rms(mine, rows=16), rtol=1e-5)
 
 
-@pytest.mark.parametrize("compiler", ["plain aot_eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "compiler",
+    [pytest.param("plain aot_eager", marks=pytest.mark.slow), "aot_eager", "inductor"],
+)
 def test_a_life_looks_at_gradients_without_a_recompile(compiler: str) -> None:
     torch._dynamo.reset()
     model = net(POLICY, reserve=4)

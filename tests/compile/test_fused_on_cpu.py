@@ -13,7 +13,7 @@ pytestmark = pytest.mark.untraced
 
 @pytest.mark.parametrize(
     "kind",
-    [kind if kind == "mlp" else pytest.param(kind, marks=pytest.mark.slow) for kind in KERNELS],
+    [kind if kind == "affine" else pytest.param(kind, marks=pytest.mark.slow) for kind in KERNELS],
 )
 def test_a_compiled_life_is_the_same_with_kernels_and_with_products(kind: str) -> None:
     (kernels, graphs), (matmul, _) = (

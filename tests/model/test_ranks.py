@@ -33,7 +33,10 @@ def said(scenario: str, folder: Path) -> list[str]:
     return [(folder / f"said_{rank}").read_text() for rank in range(2)]
 
 
-@pytest.mark.parametrize("scenario", ["same seeds", "not compared", "ddp, reserved"])
+@pytest.mark.parametrize(
+    "scenario",
+    ["same seeds", pytest.param("not compared", marks=pytest.mark.slow), "ddp, reserved"],
+)
 def test_the_same_commands_make_the_same_model_whatever_each_rank_draws(
     scenario: str, tmp_path: Path
 ) -> None:
@@ -48,7 +51,7 @@ def test_other_seeds_on_another_rank_are_named(tmp_path: Path) -> None:
     assert second.startswith("ranks 1 and 0 hold different seeds in ['0']")
 
 
-@pytest.mark.parametrize("alone", [0, 1])
+@pytest.mark.parametrize("alone", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_changes_alone_is_told(alone: int, tmp_path: Path) -> None:
     messages = said(f"rank {alone} alone", tmp_path)
     assert f"ranks [{1 - alone}] did not get to a forward with other seeds" in messages[alone]
