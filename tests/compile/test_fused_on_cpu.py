@@ -11,10 +11,8 @@ from kasmina_fx.lowerings.plan import KERNELS
 pytestmark = pytest.mark.untraced
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [kind if kind == "affine" else pytest.param(kind, marks=pytest.mark.slow) for kind in KERNELS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KERNELS)
 def test_a_compiled_life_is_the_same_with_kernels_and_with_products(kind: str) -> None:
     (kernels, graphs), (matmul, _) = (
         life(name, torch.float32, kind, "cpu", 32) for name in ("fused", "matmul")

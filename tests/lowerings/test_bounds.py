@@ -39,7 +39,10 @@ class Padded(Blend):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 17])
-@pytest.mark.parametrize("size", [1, 3, 4, 12, 33])
+@pytest.mark.parametrize(
+    "size",
+    [1, pytest.param(3, marks=pytest.mark.slow), 4, pytest.param(12, marks=pytest.mark.slow), 33],
+)
 @pytest.mark.parametrize("kind", KERNELS)
 def test_kernels_of_tiles_touch_their_tensors_alone(
     kind: str, size: int, rows: int, watch: Watch
@@ -54,7 +57,7 @@ def test_kernels_of_tiles_touch_their_tensors_alone(
     }
 
 
-@pytest.mark.parametrize("rows", [0, 1, 50])
+@pytest.mark.parametrize("rows", [0, pytest.param(1, marks=pytest.mark.slow), 50])
 @pytest.mark.parametrize("sizes", [[3] * 9, [5, 2, 2, 2, 2, 2, 2, 9], [4] * 8], ids=str)
 @pytest.mark.parametrize("kind", OF_ROWS)
 def test_kernels_of_whole_rows_touch_their_tensors_alone(

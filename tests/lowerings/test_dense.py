@@ -39,7 +39,7 @@ def kinds(kind: str) -> dict[int, str]:
     return dict.fromkeys(STAGES, kind)
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 20])
+@pytest.mark.parametrize("size", [1, 3, pytest.param(4, marks=pytest.mark.slow), 20])
 @pytest.mark.parametrize("kind", OF_ROWS)
 def test_every_kernel_computes_its_blueprint(kind: str, size: int) -> None:
     assert_dense_is_right(Blend([size] * 9, kinds(kind)), "gelu")
@@ -102,14 +102,24 @@ def bad_parameter(value: float, which: int) -> Callable[[KasminaLayer, Tensor], 
     return poison
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize(
+    "value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow), 3e38]
+)
 @pytest.mark.parametrize("which", [0, -1])
 @pytest.mark.parametrize("kind", OF_ROWS)
 def test_a_bad_parameter_reaches_no_neighbour(kind: str, which: int, value: float) -> None:
     assert_dense_is_right(Blend([4] * 9, kinds(kind), poison=bad_parameter(value, which)), "relu")
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(torch.nan, marks=pytest.mark.slow),
+        torch.inf,
+        pytest.param(-torch.inf, marks=pytest.mark.slow),
+        3e38,
+    ],
+)
 @pytest.mark.parametrize("kind", OF_ROWS)
 def test_a_bad_output_of_the_host_reaches_no_neighbour(kind: str, value: float) -> None:
     def poison(layer: KasminaLayer, y: Tensor) -> None:

@@ -31,7 +31,7 @@ def kinds(kind: str) -> dict[int, str]:
     return dict.fromkeys(STAGES, kind)
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 20])
+@pytest.mark.parametrize("size", [1, 3, pytest.param(4, marks=pytest.mark.slow), 20])
 @pytest.mark.parametrize("kind", KERNELS)
 def test_every_kernel_computes_its_blueprint(kind: str, size: int) -> None:
     assert_fused_is_right(Blend([size] * 9, kinds(kind)))
@@ -67,14 +67,24 @@ def bad_parameter(value: float, which: int) -> Callable[[KasminaLayer, Tensor], 
     return poison
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize(
+    "value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow), 3e38]
+)
 @pytest.mark.parametrize("which", [0, -1])
 @pytest.mark.parametrize("kind", KERNELS)
 def test_a_bad_parameter_reaches_no_neighbour(kind: str, which: int, value: float) -> None:
     assert_fused_is_right(Blend([4] * 9, kinds(kind), poison=bad_parameter(value, which)))
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(torch.nan, marks=pytest.mark.slow),
+        torch.inf,
+        pytest.param(-torch.inf, marks=pytest.mark.slow),
+        3e38,
+    ],
+)
 @pytest.mark.parametrize("kind", KERNELS)
 def test_a_bad_output_of_the_host_reaches_no_neighbour(kind: str, value: float) -> None:
     def poison(layer: KasminaLayer, y: Tensor) -> None:
@@ -94,7 +104,10 @@ def test_a_bad_gradient_reaches_no_neighbour(value: float) -> None:
     assert_fused_is_right(Bad([4] * 9, kinds("mlp")))
 
 
-@pytest.mark.parametrize("row", [0, 17, 40, 99])
+@pytest.mark.parametrize(
+    "row",
+    [pytest.param(0, marks=pytest.mark.slow), 17, 40, pytest.param(99, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("whose", ["output", "gradient"])
 @pytest.mark.parametrize("kind", ["mlp", "lora", "residual_mlp"])
 def test_a_program_goes_on_with_care_from_its_first_bad_block(

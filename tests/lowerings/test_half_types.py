@@ -12,7 +12,10 @@ __all__ = ["interpreter"]
 pytestmark = [pytest.mark.untraced, pytest.mark.usefixtures("interpreter")]
 
 
-@pytest.mark.parametrize("size", [1, 4, 5, 12])
+@pytest.mark.parametrize(
+    "size",
+    [1, pytest.param(4, marks=pytest.mark.slow), 5, pytest.param(12, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("kind", KERNELS)
 def test_kernels_in_float16_are_close_to_float64(kind: str, size: int) -> None:
     case = Blend([size] * 9, dict.fromkeys(STAGES, kind), rows=50, dtype=torch.float16)
