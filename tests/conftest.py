@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from untraced import untraced
 
 # Before anything imports Triton, whose own functions become the interpreter's then.
 if not torch.cuda.is_available():
@@ -35,37 +37,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Take the tracer off; pytest-cov's own marker does nothing in workers (pytest-cov 7.1)."""
-    _keep_inductor_from_coverage()
-    tracer = sys.gettrace()
-    if item.get_closest_marker("untraced"):
-        sys.settrace(None)
-    try:
+    if sys.gettrace() is not None and "torch._inductor.graph" in sys.modules:
+        _keep_inductor_from_coverage()
+    with untraced() if item.get_closest_marker("untraced") else nullcontext():
         return (yield)
-    finally:
-        sys.settrace(tracer)
 
 
+@functools.cache
 def _keep_inductor_from_coverage() -> None:
-    """Inductor takes twice as long under a tracer, and runs nothing of ours once it has a graph."""
-    graph: Any = sys.modules.get("torch._inductor.graph")
-    if sys.gettrace() is not None and graph is not None:
-        for name in ("run", "compile_to_module"):
-            own = getattr(graph.GraphLowering, name)
-            if not hasattr(own, "__wrapped__"):
-                setattr(graph.GraphLowering, name, _untraced(own))
-
-
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        tracer = sys.gettrace()
-        sys.settrace(None)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            sys.settrace(tracer)
-
-    return run
+    """Inductor runs next to nothing of ours once it has a graph; done once."""
+    lowering: Any = sys.modules["torch._inductor.graph"].GraphLowering
+    for name in ("run", "compile_to_module"):
+        setattr(lowering, name, untraced()(getattr(lowering, name)))
 
 
 @pytest.fixture(autouse=True)

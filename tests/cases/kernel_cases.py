@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from untraced import untraced
 
 from kasmina_fx import KasminaLayer, compiles, kasmina_layers, kasminify
 from kasmina_fx._torch import triton
@@ -27,6 +27,20 @@ OF_ROWS = [kind for kind, kernels in KERNELS.items() if kernels.rows]
 #: Seeds in every mode: learning, reconstructing, frozen; others idle.
 STAGES = {1: S.GRAFTING, 3: S.TRAINING, 4: S.STABILIZATION, 6: S.FINE_TUNING, 7: S.GRAFTING}
 
+#: What is not finite, or soon will be: of a parameter, and of an output.
+each_bad_parameter = pytest.mark.parametrize(
+    "value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow), 3e38]
+)
+each_bad_output = pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param(torch.nan, marks=pytest.mark.slow),
+        torch.inf,
+        pytest.param(-torch.inf, marks=pytest.mark.slow),
+        3e38,
+    ],
+)
+
 
 class Untraced:
     """A kernel whose launches are kept from coverage, which doubles the interpreter's time."""
@@ -36,12 +50,8 @@ class Untraced:
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
-            tracer = sys.gettrace()
-            sys.settrace(None)
-            try:
+            with untraced():
                 self.kernel[grid](*args, **options)
-            finally:
-                sys.settrace(tracer)
 
         return launch
 

@@ -14,6 +14,8 @@ from kernel_cases import (
     Blend,
     assert_dense_is_right,
     dense,
+    each_bad_output,
+    each_bad_parameter,
     errors_against_float64,
     interpreter,
     plain,
@@ -102,24 +104,14 @@ def bad_parameter(value: float, which: int) -> Callable[[KasminaLayer, Tensor], 
     return poison
 
 
-@pytest.mark.parametrize(
-    "value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow), 3e38]
-)
+@each_bad_parameter
 @pytest.mark.parametrize("which", [0, -1])
 @pytest.mark.parametrize("kind", OF_ROWS)
 def test_a_bad_parameter_reaches_no_neighbour(kind: str, which: int, value: float) -> None:
     assert_dense_is_right(Blend([4] * 9, kinds(kind), poison=bad_parameter(value, which)), "relu")
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        pytest.param(torch.nan, marks=pytest.mark.slow),
-        torch.inf,
-        pytest.param(-torch.inf, marks=pytest.mark.slow),
-        3e38,
-    ],
-)
+@each_bad_output
 @pytest.mark.parametrize("kind", OF_ROWS)
 def test_a_bad_output_of_the_host_reaches_no_neighbour(kind: str, value: float) -> None:
     def poison(layer: KasminaLayer, y: Tensor) -> None:

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from graph_cases import growing_graph
-from kernel_cases import STAGES, Blend, assert_fused_is_right, fused, interpreter, kernels
+from kernel_cases import (
+    STAGES,
+    Blend,
+    assert_fused_is_right,
+    each_bad_output,
+    each_bad_parameter,
+    fused,
+    interpreter,
+    kernels,
+)
 from torch import Tensor, nn
 
 from kasmina_fx import KasminaLayer, kasmina_layers, kasminify
@@ -67,24 +76,14 @@ def bad_parameter(value: float, which: int) -> Callable[[KasminaLayer, Tensor], 
     return poison
 
 
-@pytest.mark.parametrize(
-    "value", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow), 3e38]
-)
+@each_bad_parameter
 @pytest.mark.parametrize("which", [0, -1])
 @pytest.mark.parametrize("kind", KERNELS)
 def test_a_bad_parameter_reaches_no_neighbour(kind: str, which: int, value: float) -> None:
     assert_fused_is_right(Blend([4] * 9, kinds(kind), poison=bad_parameter(value, which)))
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        pytest.param(torch.nan, marks=pytest.mark.slow),
-        torch.inf,
-        pytest.param(-torch.inf, marks=pytest.mark.slow),
-        3e38,
-    ],
-)
+@each_bad_output
 @pytest.mark.parametrize("kind", KERNELS)
 def test_a_bad_output_of_the_host_reaches_no_neighbour(kind: str, value: float) -> None:
     def poison(layer: KasminaLayer, y: Tensor) -> None:

@@ -171,6 +171,7 @@ def backward(
         u, hidden, f = made(raw, z, W1, B1, W2, B2, ACT, RESIDUAL, PRODUCT)
         delta = f - z
         df = ab[None, :] * dz + at_loss[None, :] * delta
+        # Not back(): sums of biases take what is in float32 here.
         dh = tl.dot(df.to(PRODUCT), W2t, input_precision="ieee")
         if ACT == 1:
             dh = tl.where(u > 0, dh, 0.0)
