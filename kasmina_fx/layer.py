@@ -89,6 +89,7 @@ def seeds_for(
     state_dict.attach(store)
     if reserve:
         allocate(store, DEFAULT, capacity=max(SMALLEST, reserve))
+        store.takes_part = True
     store.publish()
     return store
 

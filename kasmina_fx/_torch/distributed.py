@@ -17,11 +17,14 @@ _IGNORED: Final = "_ddp_params_and_buffers_to_ignore"
 _SEED: Final = "kasmina_fx/seed"
 
 
+def in_group() -> bool:
+    """Say whether this process is one of a process group, if only of itself."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def ranks() -> tuple[int, int]:
     """Return this process's rank and how many there are; ``(0, 1)`` where it is alone."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    return (dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1)
 
 
 def exchange(key: str, value: str, waits: float) -> list[str]:

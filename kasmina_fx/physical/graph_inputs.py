@@ -195,10 +195,10 @@ class GraphInputs:
         return changed
 
     def with_params(self, params: Sequence[Tensor]) -> GraphInputs:
-        """Return the same tables with the parameters that are registered now."""
+        """Return the same tables with the parameters that are registered now, if they have any."""
         changed = GraphInputs.__new__(GraphInputs)
         changed.__dict__.update(self.__dict__)
-        changed.params = list(params)
+        changed.params = list(params) if self.params else []
         return changed
 
 

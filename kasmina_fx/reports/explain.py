@@ -31,7 +31,8 @@ from kasmina_fx.targets import skipped_targets, targets_of
 #: What a call costs on a compiled model.
 CALLS: Final = {
     "request_germination": (
-        "data, but for a blueprint's first germination in the model: one compile"
+        "data, but for a blueprint's first germination in the model, and for the layer that joins "
+        "those that grew first: one compile each"
     ),
     "advance": "data; when all seeds that run are FOSSILIZED, one compile for evaluation in a life",
     "set_alpha": "data",
@@ -206,7 +207,7 @@ def _report(
         matched=match.reason is None,
         reason=match.reason,
         lowering=lowering.name,
-        why=lowering.why,
+        why=_RESTS if banks and not layer.kasmina.takes_part else lowering.why,
         seeds=layer.num_seeds,
         blended=int(layer.state.blended.sum()),
         layout=str(layer.chunks.layout),
@@ -215,6 +216,9 @@ def _report(
         flops=sum(2 * rows * b.seeds.numel() * _multiplies(b) for b in banks),
         candidates=lowering.candidates,
     )
+
+
+_RESTS: Final = "none of its seeds has grown yet; it joins with the first"
 
 
 def bytes_of(layer: KasminaLayer) -> int:

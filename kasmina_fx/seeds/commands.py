@@ -167,6 +167,7 @@ class SeedCommands:
                     wanted = bank.spec.kind == kind and not bank.spec.shared
                     if wanted and bank.capacity < slots:
                         bank.grow(slots)
+                self.siblings.let_all_grow(self.kasmina)
                 self.kasmina.publish_stacks()
 
     def request_germination(

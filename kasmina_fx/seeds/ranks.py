@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Final
 
-from kasmina_fx._torch.distributed import exchange, ranks, unreduced
+from kasmina_fx._torch.distributed import exchange, in_group, ranks, unreduced
 from kasmina_fx._torch.dynamo import not_traced
 from kasmina_fx.banks.stack import StackedParameter
 from kasmina_fx.errors import RanksDiffer
@@ -31,6 +31,8 @@ def check(siblings: Siblings[Any]) -> None:
         RanksDiffer: Names the ranks and the layers; or the model is inside a
             ``DistributedDataParallel`` that does not know its blueprints.
     """
+    if in_group():
+        siblings.let_all_grow()
     if not siblings.compares_ranks or ranks()[1] == 1:
         return
     _refuse_unreduced(siblings)

@@ -9,10 +9,10 @@ wrote to them (a copy, a broadcast, an average).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 #: Of :func:`seal`: it is from 2**31 to 2**32 + 2**31.
 _LEAST: Final = 1 << 31
@@ -27,13 +27,18 @@ class Registered:
     """The registered tensors of a layer at the moment when forwards were last told of them.
 
     Args:
-        stacks: Dicts of parameters, and the names of the stacks in them.
         state: Dicts of buffers, and the names of what may only be replaced, never written to.
+        banks: Of the layer: their stacks, and their ``slots``, which belong to the state.
     """
 
-    def __init__(self, stacks: Iterable[Place], state: Iterable[Place]) -> None:
-        self._stacks = [(holder, name, holder[name]) for holder, name in stacks]
-        self._state = [(holder, name, holder[name]) for holder, name in state]
+    def __init__(self, state: Iterable[Place], banks: Sequence[nn.Module]) -> None:
+        places = [*state, *((bank._buffers, "slots") for bank in banks)]
+        self._stacks = [
+            (bank._parameters, name, stack)
+            for bank in banks
+            for name, stack in bank._parameters.items()
+        ]
+        self._state = [(holder, name, holder[name]) for holder, name in places]
         # Tensors made under inference_mode count no writes.
         known = [tensor for _, _, tensor in self._state if not tensor.is_inference()]
         self._versions = [(tensor, tensor._version) for tensor in known]

@@ -1,8 +1,11 @@
-"""The layers of one model, which start to grow together.
+"""The layers of one model, and which of them take part in its graphs.
 
-A new bank changes a layer's graph. So that a model of 48 layers compiles once for it and not 48
-times, the first germination of a blueprint anywhere allocates its smallest bank in every layer of
-the model.
+The first germination of a blueprint anywhere allocates its smallest bank in every layer of the
+model, so that an optimizer that is made or told then has all parameters. But a bank in a graph
+costs launches, and a graph with other banks a compile. So the layers that grow before the next
+graph is compiled take part in it alone: a model of which only a few layers ever grow pays for
+those. When another one joins them all do, and a model of 48 layers compiles once for that, and not
+48 times.
 """
 
 from __future__ import annotations
@@ -14,7 +17,8 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import torch
 
-from kasmina_fx._torch.dynamo import not_traced
+from kasmina_fx._torch.distributed import in_group
+from kasmina_fx._torch.dynamo import graphs_compiled, not_traced
 from kasmina_fx.seeds.folded import Folding
 from kasmina_fx.seeds.loss_scale import LossScale
 from kasmina_fx.transactions.threads import ModelThreads, Training
@@ -22,6 +26,8 @@ from kasmina_fx.transactions.threads import ModelThreads, Training
 
 class Member(Protocol):
     """A layer's seeds, as its siblings see them."""
+
+    takes_part: bool
 
     def publish_stacks(self) -> None:
         """Show forwards what they read now."""
@@ -40,6 +46,7 @@ class Siblings(Generic[M]):
         folding: Whether they run folded.
         mixed: Each sample of a batch goes through a pack of its own.
         number: Of the model, in the order in which this process made them.
+        started: Graphs that this process had compiled when the first layer took part; None before.
         compares_ranks: Forwards compare the seeds with those of other ranks, see
             :mod:`kasmina_fx.seeds.ranks`; what they ``told`` last, in how many ``tellings``, and
             how many stacks had been made when all were ``reduced``.
@@ -48,6 +55,7 @@ class Siblings(Generic[M]):
     def __init__(self) -> None:
         self._members: list[weakref.ref[M]] = []
         self.number = next(_NUMBERS)  # the same on every rank that makes the same models
+        self.started: int | None = None
         self.compares_ranks = True
         self.told: dict[str, int] = {}
         self.tellings = 0
@@ -89,6 +97,27 @@ class Siblings(Generic[M]):
         # What Inductor keeps for backward are the stacks themselves.
         self.training.awaits_backward |= compiled and torch.is_grad_enabled()
         self.threads.forwards.leave()
+
+    def let_grow(self, layer: M) -> None:
+        """Let a layer take part: alone with those that began when it did, or with all others.
+
+        In a process group it is all of them at once: ``DistributedDataParallel`` waits for the
+        gradient of every parameter, and ranks may compile at different times.
+        """
+        compiled = graphs_compiled()
+        alone = self.started in (None, compiled) and not in_group()
+        self.started = compiled if self.started is None else self.started
+        if alone:
+            layer.takes_part = True
+        else:
+            self.let_all_grow(layer)
+
+    def let_all_grow(self, told: M | None = None) -> None:
+        """Let all layers take part, and forwards read their banks; one is about to be shown."""
+        for layer in [layer for layer in self if not layer.takes_part]:
+            layer.takes_part = True
+            if layer is not told:
+                layer.publish_stacks()
 
     def publish_stacks(self) -> None:
         """Let the forwards of all layers read the stacks and the loss scale of now."""

@@ -24,7 +24,7 @@ from kasmina_fx.seeds.extra_state import packed, unpacked
 from kasmina_fx.seeds.folded import Folded
 from kasmina_fx.seeds.off import Off
 from kasmina_fx.seeds.packs import LayerPacks
-from kasmina_fx.seeds.registered import Place, Registered, seal
+from kasmina_fx.seeds.registered import Registered, seal
 from kasmina_fx.seeds.siblings import Siblings
 from kasmina_fx.seeds.telemetry import Telemetry
 from kasmina_fx.state_tensor import StateTensor
@@ -46,6 +46,7 @@ class SeedStore(Float32Module):
         stages, ids: Of the seeds that forwards see, int ``(S,)`` on the CPU.
         folded: What it runs in evaluation while its model is finished.
         off: Seeds that forwards see as DORMANT, for a while.
+        takes_part: Forwards read its banks: a seed of it has grown, or see ``Siblings``.
         packs: Sets of its seeds that are put away.
         observed: Forwards keep statistics, of the first of ``one_in`` equal parts of a batch and at
             most ``rows_seen`` rows of it (0: all); ``in_eval``: those in evaluation too.
@@ -75,6 +76,7 @@ class SeedStore(Float32Module):
         )
         self.telemetry = Telemetry(chunks.num_chunks, device)
         self.pads, self.off, self.packs = bool(config.pad), Off(), LayerPacks()
+        self.takes_part = False
         self.banks = nn.ModuleDict()
         one = torch.ones((), dtype=torch.float32, device=device)
         idle = torch.zeros(chunks.num_chunks, dtype=torch.int64, device=device)
@@ -163,6 +165,8 @@ class SeedStore(Float32Module):
         self.state.on_publish = weakref.WeakMethod(self.publish)
         self.join(self.siblings)
         self._derive()
+        if not self.takes_part and any(bool(bank.held.any()) for bank in self.bank_list()):
+            self.siblings.let_grow(self)
         self.publish_stacks()
 
     def publish_stacks(self) -> None:
@@ -178,13 +182,16 @@ class SeedStore(Float32Module):
         return self._inputs(self.telemetry.faults, self.loss_scale)
 
     def _inputs(self, faults: Tensor, loss_scale: Tensor, *squares: Tensor | None) -> GraphInputs:
-        banks = self.bank_list()
+        banks = self.bank_list() if self.takes_part else []
         specs, tables = [bank.spec for bank in banks], [bank.tables() for bank in banks]
+        stacks = [stack for bank in banks for stack in bank.tensors()]
         layer = LayerTables(self.state.alpha, self.roles, faults, loss_scale)
-        return GraphInputs(layer, specs, tables, self.stacks(), *squares)
+        return GraphInputs(layer, specs, tables, stacks, *squares)
 
     def _show(self, inputs: GraphInputs) -> None:
-        self.shown, self.registered = inputs, self._registered()
+        places = [(self.state._buffers, n) for n in ("state_tensor", "alpha")]
+        places.append((self._buffers, "seal"))
+        self.shown, self.registered = inputs, Registered(places, self.bank_list())
         self.folded = None
         self.siblings.folding.forget()
         if self.key is not None:
@@ -213,13 +220,6 @@ class SeedStore(Float32Module):
     def scale(self) -> Tensor:
         """What multiplies the gradient of reconstruction losses, float32 ``()``."""
         return self.siblings.loss_scale.tensor(self.loss_scale)
-
-    def _registered(self) -> Registered:
-        banks = self.bank_list()
-        state: list[Place] = [(self.state._buffers, n) for n in ("state_tensor", "alpha")]
-        state += [(self._buffers, "seal"), *((bank._buffers, "slots") for bank in banks)]
-        stacks = [(bank._parameters, name) for bank in banks for name in bank._parameters]
-        return Registered(stacks, state)
 
     def reload(self) -> None:
         """Take the host's tables from the registered tensors: after these were loaded."""

@@ -157,6 +157,12 @@ def gradients_on() -> nn.Module:
 
 
 def two_layers() -> nn.Module:
+    model = one_of_two_layers()
+    layer_of(model, "down").reserve(2, "mlp")
+    return model
+
+
+def one_of_two_layers() -> nn.Module:
     model = wrapped(TwoLayers(), seeds=3)
     graft(layer_of(model, "up"), [0, 1], "mlp")
     return model
@@ -170,6 +176,7 @@ def convolution() -> nn.Module:
 
 CASES = (
     Case("eliminate_dormant/dormant", lambda: wrapped(OneLayer()), (3, 8), 0, 1),
+    Case("eliminate_dormant/one_of_two_layers", one_of_two_layers, (3, 8), 1, 2),
     Case("lower_blend/one_class", one_class, (3, 8), 1, 1),
     Case("lower_blend/two_classes", two_classes, (3, 8), 2, 1),
     Case("lower_blend/shared_blueprint", shared_blueprint, (3, 8), 1, 1),

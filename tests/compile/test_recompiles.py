@@ -126,15 +126,38 @@ def test_growing_batches_of_many_sizes_recompile_once() -> None:
     assert backend.compiles == 2
 
 
-def test_a_first_germination_allocates_for_the_whole_model_at_once() -> None:
+def test_layers_that_grow_first_take_part_alone_and_all_others_with_the_next() -> None:
     model = kasminify(three_layers(), num_seeds=4, compile=False)
     backend = RecordingBackend("eager")
     run = torch.compile(model, backend=backend, fullgraph=True)
     run(torch.randn(4, 6))
-    for layer in kasmina_layers(model).values():
+    first, *others = kasmina_layers(model).values()
+    graft(first, [0], "mlp")
+    assert all(layer.kasmina.banks for layer in others)  # for the optimizer
+    run(torch.randn(4, 6)).sum().backward()
+    assert not any(p.grad is not None for layer in others for p in layer.blueprint_parameters())
+    assert all(p.grad is not None for p in first.blueprint_parameters())
+    graphs = []
+    for layer in (first, *others):
+        graft(layer, [1, 2], "mlp")
+        run(torch.randn(4, 6)).sum().backward()
+        graphs.append(backend.compiles)
+    assert graphs == [2, 3, 3]
+    assert all(p.grad is not None for layer in others for p in layer.blueprint_parameters())
+
+
+def test_layers_that_grow_before_a_graph_is_compiled_share_it() -> None:
+    model = kasminify(three_layers(), num_seeds=4, compile=False)
+    backend = RecordingBackend("eager")
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    run(torch.randn(4, 6))
+    first, second, third = kasmina_layers(model).values()
+    for layer in (first, second):  # each a transaction of its own
         graft(layer, [0], "mlp")
-        run(torch.randn(4, 6))
+        model(torch.randn(4, 6))  # eager: compiles nothing
+    run(torch.randn(4, 6))
     assert backend.compiles == 2
+    assert [len(layer.kasmina.shown.params) for layer in (first, second, third)] == [4, 4, 0]
 
 
 def test_reserve_starts_in_the_growing_graph_and_keeps_parameters() -> None:
