@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 Step = Callable[[Tensor], None]
 
@@ -135,6 +136,17 @@ def device_ms(call: Callable[[], object], steps: int) -> float:
         event.record()
     torch.cuda.synchronize()
     return float(statistics.median(begin.elapsed_time(end) for begin, end in pairwise(events)))
+
+
+def kernel_microseconds(call: Callable[[], object], calls: int) -> dict[str, float]:
+    """Return the mean time of each kernel in a call, by its name; on CUDA alone."""
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    return {event.key: event.device_time_total / calls for event in seen.key_averages()}
 
 
 def peak_growth(step: Step, x: Tensor, times: int = 3) -> int | None:

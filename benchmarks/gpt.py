@@ -17,6 +17,9 @@ Training and evaluation both return the loss. The columns:
 - first call: the first training step, which compiles forward and backward
 - step: forward, backward and AdamW (fused on CUDA) on the device, steps queued in a row
 - host: on CUDA until a step is queued, with none before it; on a CPU all threads' processor time
+- one thread: the same with ``torch.autograd.set_multithreading_enabled(False)``: backward in the
+  thread that asks for it
+- kernels: on CUDA the sum of the times of a step's kernels, by torch's profiler
 - eval: a warm forward in evaluation, without gradients
 - peak: what CUDA's allocator gave out at most in warm training steps
 - graphs: compiled in training + in evaluation
@@ -39,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import clocked_ms, device_ms, machine
+from _timing import clocked_ms, device_ms, kernel_microseconds, machine
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
@@ -64,6 +67,8 @@ COLUMNS = {
     "first call s": ("first_s", ".1f"),
     "step ms": ("step_ms", ".2f"),
     "host ms": ("host_ms", ".2f"),
+    "one thread ms": ("one_thread_ms", ".2f"),
+    "kernels ms": ("kernels_ms", ".2f"),
     "eval ms": ("eval_ms", ".2f"),
     "peak MiB": ("peak_mib", ",.0f"),
 }
@@ -195,7 +200,10 @@ def training(model: nn.Module, batch: Sequence[Tensor], args: Any) -> dict[str, 
     found["step_ms"] = device_ms(step, args.steps)
     clock = time.perf_counter if cuda else time.process_time
     found["host_ms"] = clocked_ms(step, args.steps, clock)
+    with torch.autograd.set_multithreading_enabled(False):
+        found["one_thread_ms"] = clocked_ms(step, args.steps, clock)
     found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
+    found["kernels_ms"] = sum(kernel_microseconds(step, 5).values()) / 1e3 if cuda else None
     losses.append(float(step()))
     if not all(map(math.isfinite, losses)):
         raise FloatingPointError(f"first and last loss: {losses}")
@@ -292,7 +300,8 @@ def main() -> int:
             results.append(measure_apart(case, replace(shape, blocks=blocks), args))
             print(row(results[-1], results), flush=True)
     print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()) + "\n")
-    print(f"| blocks | case | {' | '.join(COLUMNS)} | graphs |\n|---|---|{'---:|' * 6}")
+    print(f"| blocks | case | {' | '.join(COLUMNS)} | graphs |")
+    print(f"|---|---|{'---:|' * (len(COLUMNS) + 1)}")
     print("\n".join(row(result, results) for result in results))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

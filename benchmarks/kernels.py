@@ -25,10 +25,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _timing import machine
+from _timing import kernel_microseconds, machine
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.profiler import ProfilerActivity, profile
 
 from kasmina_fx.lowerings.launches import TABLES
 from kasmina_fx.lowerings.native.operators import OBSERVE, TILES, TILES_BACKWARD
@@ -69,13 +68,7 @@ def bank(
 
 def microseconds(call: Callable[[], Any]) -> dict[str, float]:
     """Return the mean time of each kernel in a call."""
-    call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(CALLS["cuda"]):
-            call()
-        torch.cuda.synchronize()
-    return {event.key: event.device_time_total / CALLS["cuda"] for event in seen.key_averages()}
+    return kernel_microseconds(call, CALLS["cuda"])
 
 
 def layer(features: int, count: int, one_in: int, dense: bool) -> list[float]:

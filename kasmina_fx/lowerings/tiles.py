@@ -38,11 +38,13 @@ from kasmina_fx.lowerings.native.library import ROWS
 from kasmina_fx.lowerings.native.operators import TILES, TILES_BACKWARD
 from kasmina_fx.lowerings.plan import KERNELS, Plan
 
-#: Into how many parts the rows fall, each a program of its own: at most so many, and about so many
-#: programs in all, forward and backward. In backward each has sums of its own: fewer where they are
-#: large. Tuned on an H100: programs that start are not free, and a few must keep a chip busy.
+#: Into how many parts the rows fall, each a program of its own: at most so many, twice as many from
+#: so many tiles on, and about so many programs in all, forward and backward. In backward each has
+#: sums of its own: fewer where they are large. Tuned on an H100: programs that start are not free,
+#: and a few must keep a chip busy.
 _MOST: Final = 256
-_PROGRAMS: Final = (4224, 1056)
+_MANY: Final = 16
+_PROGRAMS: Final = (8448, 1056)
 _LARGE: Final = 4096
 #: Rows of a block, and warps: forward and backward, of narrow and wide tiles.
 _BLOCK: Final = 16
@@ -69,7 +71,7 @@ class _Launch(NamedTuple):
     def parts(self, programs: int) -> Any:
         """Say into how many parts the rows fall."""
         blocks = (self.rows + _BLOCK - 1) // _BLOCK
-        most = torch.sym_min(_MOST, blocks)
+        most = torch.sym_min(_MOST * (1 + torch.sym_min(1, self.tiles // _MANY)), blocks)
         return torch.sym_max(1, torch.sym_min(most, programs // self.tiles))
 
 

@@ -7,7 +7,7 @@ in :mod:`kasmina_fx.lowerings.triton.two_layer`. Elements never meet, so no bloc
 import triton
 import triton.language as tl
 
-from kasmina_fx.lowerings.triton.chunks import blame, say, side_by_side
+from kasmina_fx.lowerings.triton.chunks import blame, columns, columns_kept, say
 
 #: See :mod:`kasmina_fx.lowerings.triton.two_layer`.
 WRITES = {
@@ -34,7 +34,8 @@ def forward(
     on = place >= 0
     seed = tl.load(seeds + place, mask=on, other=0)
     slot = place // places
-    col = side_by_side(offset + seed * c + i % c, EVEN)
+    col = columns(seed, offset, c, TILE, EVEN)
+    beside = columns_kept(member, c, PER, TILE, EVEN)
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
     blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
     gain = tl.load(scale + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
@@ -52,7 +53,7 @@ def forward(
         where = out + row[:, None] * features + col[None, :]
         raw = tl.load(where, mask=here, other=0.0)
         if KEEP:
-            aside = kept + row[:, None] * (active * c) + (at * c + i % c)[None, :]
+            aside = kept + row[:, None] * (active * c) + beside[None, :]
             tl.store(aside, raw, mask=here)
         z = raw.to(tl.float32)
         f = z * gain[None, :] + more[None, :]
@@ -92,7 +93,8 @@ def backward(
     on = place >= 0
     seed = tl.load(seeds + place, mask=on, other=0)
     slot = place // places
-    col = side_by_side(offset + seed * c + i % c, EVEN)
+    col = columns(seed, offset, c, TILE, EVEN)
+    beside = columns_kept(member, c, PER, TILE, EVEN)
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
     blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
     mode = tl.load(modes + place, mask=on, other=0)
@@ -110,7 +112,7 @@ def backward(
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         here = (row < rows)[:, None] & on[None, :]
         where = dy + row[:, None] * features + col[None, :]
-        aside = kept + row[:, None] * (active * c) + (at * c + i % c)[None, :]
+        aside = kept + row[:, None] * (active * c) + beside[None, :]
         raw = tl.load(aside, mask=here, other=0.0)
         came = tl.load(where, mask=here, other=0.0)
         z, dz = raw.to(tl.float32), came.to(tl.float32)

@@ -9,7 +9,7 @@ shift are sums over rows, as those of biases.
 import triton
 import triton.language as tl
 
-from kasmina_fx.lowerings.triton.chunks import blame, members, say
+from kasmina_fx.lowerings.triton.chunks import blame, columns_kept, members, say
 from kasmina_fx.lowerings.triton.products import weights
 from kasmina_fx.lowerings.triton.shared import normal
 
@@ -97,11 +97,10 @@ def forward(
     PRODUCT: tl.constexpr = tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
     FAST: tl.constexpr = out.dtype.element_ty != tl.float32
     split, splits, active = tl.program_id(1), tl.num_programs(1), tl.num_programs(0) * PER
-    i = tl.arange(0, TILE)
     member, place, seed, col, member_h, place_h = members(
         order, seeds, offset, active, c, h, PER, TILE, HIDDEN, EVEN
     )
-    at = tl.program_id(0) * PER + member
+    beside = columns_kept(member, c, PER, TILE, EVEN)
     on, on_h = place >= 0, place_h >= 0
     slot, slot_h = place // places, place_h // places
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
@@ -121,7 +120,7 @@ def forward(
         where = out + row[:, None] * features + col[None, :]
         raw = tl.load(where, mask=here, other=0.0)
         if KEEP:
-            aside = kept + row[:, None] * (active * c) + (at * c + i % c)[None, :]
+            aside = kept + row[:, None] * (active * c) + beside[None, :]
             tl.store(aside, raw, mask=here)
         z = raw.to(tl.float32)
         _, x, _ = normed(z, gain, more, member, on, c, PER)
@@ -173,7 +172,7 @@ def backward(
     member, place, seed, col, member_h, place_h = members(
         order, seeds, offset, active, c, h, PER, TILE, HIDDEN, EVEN
     )
-    at = tl.program_id(0) * PER + member
+    beside = columns_kept(member, c, PER, TILE, EVEN)
     on, on_h = place >= 0, place_h >= 0
     slot, slot_h = place // places, place_h // places
     a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
@@ -201,7 +200,7 @@ def backward(
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         here = (row < rows)[:, None] & on[None, :]
         where = dy + row[:, None] * features + col[None, :]
-        aside = kept + row[:, None] * (active * c) + (at * c + i % c)[None, :]
+        aside = kept + row[:, None] * (active * c) + beside[None, :]
         raw = tl.load(aside, mask=here, other=0.0)
         came = tl.load(where, mask=here, other=0.0)
         z, dz = raw.to(tl.float32), came.to(tl.float32)

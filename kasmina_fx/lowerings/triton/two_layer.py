@@ -16,7 +16,7 @@ Shapes as of :mod:`kasmina_fx.lowerings.tiles`.
 import triton
 import triton.language as tl
 
-from kasmina_fx.lowerings.triton.chunks import FAR, blame, members, most, say
+from kasmina_fx.lowerings.triton.chunks import FAR, blame, columns_kept, members, most, say
 from kasmina_fx.lowerings.triton.products import back_alone, made, made_alone, weights
 
 #: What the kernels write to, and the switch without which they don't (None: always).
@@ -52,8 +52,7 @@ def forward(
     blends = blends & (sick == 0)
     r, wide = tl.arange(0, ROWS), active * c
     at = r[:, None] * features + col[None, :]
-    i = tl.arange(0, TILE)
-    aside = r[:, None] * wide + ((tl.program_id(0) * PER + member) * c + i % c)[None, :]
+    aside = r[:, None] * wide + columns_kept(member, c, PER, TILE, EVEN)[None, :]
     squares = tl.zeros([ROWS, TILE], tl.float32)
     any_on = tl.max(place, 0) >= 0  # of an idle bank there is none
     blocks, full = tl.where(any_on, tl.cdiv(rows, ROWS), 0), tl.where(any_on, rows // ROWS, 0)
@@ -149,7 +148,7 @@ def backward(
     i, j = tl.arange(0, TILE), tl.arange(0, HIDDEN)
     r, wide = tl.arange(0, ROWS), active * c
     at = r[:, None] * features + col[None, :]
-    aside = r[:, None] * wide + ((tl.program_id(0) * PER + member) * c + i % c)[None, :]
+    aside = r[:, None] * wide + columns_kept(member, c, PER, TILE, EVEN)[None, :]
     g1, g2 = tl.zeros([TILE, HIDDEN], tl.float32), tl.zeros([HIDDEN, TILE], tl.float32)
     gb1, gb2 = tl.zeros([ROWS, HIDDEN], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
     any_on = tl.max(place, 0) >= 0  # of an idle bank there is none
