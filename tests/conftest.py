@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +19,12 @@ from untraced import untraced
 # Before anything imports Triton, whose own functions become the interpreter's then.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# On a GPU Inductor keeps on disk how it tuned its own reductions, by what was quickest beside other
+# workers; one that reads another's in between runs the same graph to other bits.
+if torch.cuda.is_available() and "PYTEST_XDIST_WORKER" in os.environ:
+    own = Path(tempfile.gettempdir()) / f"kasmina_fx_{os.environ['PYTEST_XDIST_WORKER']}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(own))
 
 from kasmina_fx.blueprints import registry as blueprints
 from kasmina_fx.grafting import registry as grafting

@@ -31,8 +31,9 @@ def check(siblings: Siblings[Any]) -> None:
         RanksDiffer: Names the ranks and the layers; or the model is inside a
             ``DistributedDataParallel`` that does not know its blueprints.
     """
-    if in_group():
-        siblings.let_all_grow()
+    if in_group() and not all(store.takes_part for store in siblings):
+        with siblings.threads.commands, siblings.threads.forwards.publication():
+            siblings.let_all_grow()
     if not siblings.compares_ranks or ranks()[1] == 1:
         return
     _refuse_unreduced(siblings)

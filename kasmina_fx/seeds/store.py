@@ -61,6 +61,7 @@ class SeedStore(Float32Module):
     ids: Tensor
     folded: Folded | None
     observed: bool
+    takes_part = False  # of pickled ones, too, that knew no such thing
     one_in: int
     rows_seen: int
     in_eval: bool
@@ -76,7 +77,6 @@ class SeedStore(Float32Module):
         )
         self.telemetry = Telemetry(chunks.num_chunks, device)
         self.pads, self.off, self.packs = bool(config.pad), Off(), LayerPacks()
-        self.takes_part = False
         self.banks = nn.ModuleDict()
         one = torch.ones((), dtype=torch.float32, device=device)
         idle = torch.zeros(chunks.num_chunks, dtype=torch.int64, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from contextlib import suppress
 from typing import Any
 
@@ -108,6 +109,18 @@ def test_copies_loaded_and_written_states_bring_in_the_layers_with_seeds() -> No
     assert taking_part(written) == [0, 1, 2]  # a layer that has grown goes on taking part
     for each in (fresh, written):
         assert_as_reference(each)
+
+
+def test_a_model_pickled_before_there_was_such_a_thing_takes_part_where_it_has_seeds() -> None:
+    model = grown(2)
+    for layer in kasmina_layers(model).values():
+        layer.kasmina.__dict__.pop("takes_part", None)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert taking_part(loaded) == [2]
+    assert_as_reference(loaded)
 
 
 def test_a_state_that_stands_in_for_a_call_is_read_where_the_layer_rests() -> None:
