@@ -118,7 +118,7 @@ def _end(optimizer: Optimizer) -> None:
         put_back(optimizer, step.compacted)
         for group in optimizer.param_groups:
             for stack in group["params"]:
-                if type(stack) is StackedParameter:
+                if type(stack) is StackedParameter and stack.grad is not None:
                     ages.correct(optimizer, stack, group)
         follower.thread = None
         outgrown = follower.held().outgrown()
@@ -147,7 +147,8 @@ def _settle(follower: OptimizerFollower) -> None:
         if stack.stale:
             stack.drop_stale()
     for bank, _ in held.banks():
-        bank.left = set()
+        if bank.left:  # a module takes microseconds to set an attribute
+            bank.left = set()
     for siblings in held.siblings:
         siblings.training.awaits_backward = siblings.training.awaits_gradients = False
         siblings.folding.stepped = True
@@ -172,9 +173,9 @@ def _leave_out_empty(optimizer: Optimizer, held: Held) -> None:
     step that is recorded is replayed when the bank holds seeds.
     """
     for bank, stacks in held.banks():
-        if stacks[0].is_cpu and not len(bank.trained) and not len(bank.frozen_slots):
+        if stacks[0].is_cpu and not bank.trained.numel() and not bank.frozen_slots.numel():
             for stack in stacks:
-                if optimizer.state.get(stack):
+                if stack.grad is not None and optimizer.state.get(stack):
                     stack.grad = None
 
 

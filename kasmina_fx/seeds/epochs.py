@@ -65,6 +65,8 @@ def _strategies_in_use(store: SeedStore) -> dict[int, Strategy]:
         grafting = rows[:, store.state.LIFECYCLE_STATE_IDX] == SeedLifecycle.GRAFTING
         chosen = rows[:, store.state.GRAFTING_STRATEGY_IDX]
         store.ramps_of = (rows, tuple(chosen[grafting].unique().tolist()))
+    if not store.ramps_of[1]:
+        return {}
     known = strategies()
     return {number: known[number] for number in store.ramps_of[1] if number < len(known)}
 

@@ -7,7 +7,14 @@ in :mod:`kasmina_fx.lowerings.triton.two_layer`. Elements never meet, so no bloc
 import triton
 import triton.language as tl
 
-from kasmina_fx.lowerings.triton.chunks import blame, columns, columns_kept, say
+from kasmina_fx.lowerings.triton.chunks import (
+    blame,
+    blending,
+    blocks_of,
+    columns,
+    columns_kept,
+    say,
+)
 
 #: See :mod:`kasmina_fx.lowerings.triton.two_layer`.
 WRITES = {
@@ -36,8 +43,7 @@ def forward(
     slot = place // places
     col = columns(seed, offset, c, TILE, EVEN)
     beside = columns_kept(member, c, PER, TILE, EVEN)
-    a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
-    blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
+    _, a, blends = blending(alpha, roles, first_seed, seed, place)
     gain = tl.load(scale + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
     more = tl.load(shift + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
     ill = (~(tl.abs(gain) < inf) | ~(tl.abs(more) < inf)).to(tl.int32)
@@ -46,7 +52,7 @@ def forward(
     squares = tl.zeros([ROWS, TILE], tl.float32)
     wrong = tl.zeros([ROWS, TILE], tl.float32)
     unsound = tl.zeros([ROWS, TILE], tl.float32)
-    blocks = tl.where(tl.max(place, 0) >= 0, tl.cdiv(rows, ROWS), 0)  # none of an idle bank
+    blocks = blocks_of(place, rows, ROWS)[0]
     for block in range(split, blocks, splits):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         here = (row < rows)[:, None] & on[None, :]
@@ -95,8 +101,7 @@ def backward(
     slot = place // places
     col = columns(seed, offset, c, TILE, EVEN)
     beside = columns_kept(member, c, PER, TILE, EVEN)
-    a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
-    blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
+    _, a, blends = blending(alpha, roles, first_seed, seed, place)
     mode = tl.load(modes + place, mask=on, other=0)
     gain = tl.load(scale + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
     more = tl.load(shift + slot * c + i % c, mask=on, other=0.0).to(tl.float32)
@@ -107,7 +112,7 @@ def backward(
     weight = 2.0 * tl.load(loss_scale) / (1.0 * rows * c)  # of the mean of squared errors
     g1, g2 = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
     flags = tl.zeros([ROWS, TILE], tl.int32)  # 1: something was refused; 2: a chunk is not finite
-    blocks = tl.where(tl.max(place, 0) >= 0, tl.cdiv(rows, ROWS), 0)  # none of an idle bank
+    blocks = blocks_of(place, rows, ROWS)[0]
     for block in range(split, blocks, splits):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         here = (row < rows)[:, None] & on[None, :]

@@ -9,7 +9,14 @@ shift are sums over rows, as those of biases.
 import triton
 import triton.language as tl
 
-from kasmina_fx.lowerings.triton.chunks import blame, columns_kept, members, say
+from kasmina_fx.lowerings.triton.chunks import (
+    blame,
+    blending,
+    blocks_of,
+    columns_kept,
+    members,
+    say,
+)
 from kasmina_fx.lowerings.triton.products import weights
 from kasmina_fx.lowerings.triton.shared import normal
 
@@ -101,10 +108,9 @@ def forward(
         order, seeds, offset, active, c, h, PER, TILE, HIDDEN, EVEN
     )
     beside = columns_kept(member, c, PER, TILE, EVEN)
-    on, on_h = place >= 0, place_h >= 0
+    on_h = place_h >= 0
     slot, slot_h = place // places, place_h // places
-    a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
-    blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
+    on, a, blends = blending(alpha, roles, first_seed, seed, place)
     W1, B1, W2, B2, sick = weights(
         w1, b1, w2, b2, slot, slot_h, member, member_h, on, on_h, c, h, TILE, HIDDEN, 1, PRODUCT
     )
@@ -113,7 +119,7 @@ def forward(
     squares = tl.zeros([ROWS, TILE], tl.float32)
     wrong = tl.zeros([ROWS, TILE], tl.float32)
     unsound = tl.zeros([ROWS, TILE], tl.float32)
-    blocks = tl.where(tl.max(place, 0) >= 0, tl.cdiv(rows, ROWS), 0)  # none of an idle bank
+    blocks = blocks_of(place, rows, ROWS)[0]
     for block in range(split, blocks, splits):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         here = (row < rows)[:, None] & on[None, :]
@@ -173,10 +179,9 @@ def backward(
         order, seeds, offset, active, c, h, PER, TILE, HIDDEN, EVEN
     )
     beside = columns_kept(member, c, PER, TILE, EVEN)
-    on, on_h = place >= 0, place_h >= 0
+    on_h = place_h >= 0
     slot, slot_h = place // places, place_h // places
-    a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
-    blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
+    on, a, blends = blending(alpha, roles, first_seed, seed, place)
     mode = tl.load(modes + place, mask=on, other=0)
     mode_h = tl.load(modes + place_h, mask=on_h, other=0)
     same = (member[:, None] == member_h[None, :]) & on[:, None] & on_h[None, :]
@@ -195,7 +200,7 @@ def backward(
     gb1, gb2 = tl.zeros([ROWS, HIDDEN], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
     ggain, gmore = tl.zeros([ROWS, TILE], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
     flags = tl.zeros([ROWS, TILE], tl.int32)  # 1: something was refused; 2: a chunk is not finite
-    blocks = tl.where(tl.max(place, 0) >= 0, tl.cdiv(rows, ROWS), 0)  # none of an idle bank
+    blocks = blocks_of(place, rows, ROWS)[0]
     for block in range(split, blocks, splits):
         row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         here = (row < rows)[:, None] & on[None, :]

@@ -64,6 +64,25 @@ def members(
 
 
 @triton.jit
+def blending(alpha, roles, first_seed, seed, place):
+    """Say which columns are somebody's, their alpha, and which of them blend."""
+    on = place >= 0
+    a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
+    blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
+    return on, a, blends
+
+
+@triton.jit
+def blocks_of(place, rows, ROWS: tl.constexpr):
+    """Return how many blocks of rows there are, whole or not, and how many are whole.
+
+    There is none of a tile that is nobody's, as of an idle bank.
+    """
+    somebody = tl.max(place, 0) >= 0
+    return tl.where(somebody, tl.cdiv(rows, ROWS), 0), tl.where(somebody, rows // ROWS, 0)
+
+
+@triton.jit
 def most(x):
     """Return the bits of the largest magnitude in ``x``: those of NaN and Inf are the largest.
 

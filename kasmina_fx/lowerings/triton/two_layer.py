@@ -16,7 +16,16 @@ Shapes as of :mod:`kasmina_fx.lowerings.tiles`.
 import triton
 import triton.language as tl
 
-from kasmina_fx.lowerings.triton.chunks import FAR, blame, columns_kept, members, most, say
+from kasmina_fx.lowerings.triton.chunks import (
+    FAR,
+    blame,
+    blending,
+    blocks_of,
+    columns_kept,
+    members,
+    most,
+    say,
+)
 from kasmina_fx.lowerings.triton.products import back_alone, made, made_alone, weights
 
 #: What the kernels write to, and the switch without which they don't (None: always).
@@ -42,9 +51,8 @@ def forward(
     member, place, seed, col, member_h, place_h = members(
         order, seeds, offset, active, c, h, PER, TILE, HIDDEN, EVEN
     )
-    on, on_h = place >= 0, place_h >= 0
-    a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
-    blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
+    on_h = place_h >= 0
+    on, a, blends = blending(alpha, roles, first_seed, seed, place)
     W1, B1, W2, B2, sick = weights(
         w1, b1, w2, b2, place // places, place_h // places, member, member_h, on, on_h,
         c, h, TILE, HIDDEN, BIAS, PRODUCT,
@@ -54,8 +62,7 @@ def forward(
     at = r[:, None] * features + col[None, :]
     aside = r[:, None] * wide + columns_kept(member, c, PER, TILE, EVEN)[None, :]
     squares = tl.zeros([ROWS, TILE], tl.float32)
-    any_on = tl.max(place, 0) >= 0  # of an idle bank there is none
-    blocks, full = tl.where(any_on, tl.cdiv(rows, ROWS), 0), tl.where(any_on, rows // ROWS, 0)
+    blocks, full = blocks_of(place, rows, ROWS)
     usual = tl.where(tl.sum((~(tl.abs(a) <= 1)).to(tl.int32)) == 0, 1, 0)
     moves = blends.to(tl.int32)
     begin = split  # the first block that is still to do
@@ -129,9 +136,8 @@ def backward(
     member, place, seed, col, member_h, place_h = members(
         order, seeds, offset, active, c, h, PER, TILE, HIDDEN, EVEN
     )
-    on, on_h = place >= 0, place_h >= 0
-    a = tl.load(alpha + first_seed + seed, mask=on, other=0.0)
-    blends = tl.load(roles + first_seed + seed, mask=on, other=0) == 2
+    on_h = place_h >= 0
+    on, a, blends = blending(alpha, roles, first_seed, seed, place)
     mode = tl.load(modes + place, mask=on, other=0)
     mode_h = tl.load(modes + place_h, mask=on_h, other=0)
     W1, B1, W2, B2, sick = weights(
@@ -151,8 +157,7 @@ def backward(
     aside = r[:, None] * wide + columns_kept(member, c, PER, TILE, EVEN)[None, :]
     g1, g2 = tl.zeros([TILE, HIDDEN], tl.float32), tl.zeros([HIDDEN, TILE], tl.float32)
     gb1, gb2 = tl.zeros([ROWS, HIDDEN], tl.float32), tl.zeros([ROWS, TILE], tl.float32)
-    any_on = tl.max(place, 0) >= 0  # of an idle bank there is none
-    blocks, full = tl.where(any_on, tl.cdiv(rows, ROWS), 0), tl.where(any_on, rows // ROWS, 0)
+    blocks, full = blocks_of(place, rows, ROWS)
     usual = tl.where(tl.sum((~(tl.abs(a) <= 1)).to(tl.int32)) == 0, 1, 0)
     moves = blends.to(tl.int32)
     begin = split  # the first block that is still to do
