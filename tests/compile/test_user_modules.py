@@ -124,7 +124,6 @@ def _results(
 
 #: What the default tests run of the grid; the slow ones run the rest.
 SOME: Final = {
-    ("linear", 3),
     ("token_conv", 4),
 }
 GRID: Final = [

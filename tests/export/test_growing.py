@@ -37,7 +37,7 @@ def operators(program: Any) -> set[str]:
     return {str(n.target) for n in program.graph.nodes if n.op == "call_function"}
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kinds", [(), ("mlp", "bottleneck", "lora")], ids=["dormant", "growing"])
 def test_a_program_is_of_torchs_operators_for_any_batch(
     kinds: tuple[str, ...], strict: bool

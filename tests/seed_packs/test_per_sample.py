@@ -22,7 +22,7 @@ def by_sample(found: dict[str | None, torch.Tensor], names: Sequence[str | None]
     return torch.stack([found[name][sample] for sample, name in enumerate(names)])
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_samples_go_through_their_packs(compile: bool) -> None:
     model = with_packs(compile=compile)
     mine, found = kasmina_fx.packs(model), outputs(model)
