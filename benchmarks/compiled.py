@@ -2,11 +2,11 @@
 
     python benchmarks/compiled.py [--chunks 3 4 9 12] [--dtype bfloat16|float32] [--json]
 
-A line for each kernel of `mlp`, `affine` and `bottleneck`, and each chunk size, in tiles of 16
-columns and a warp: registers of a thread, instructions of PTX, the layouts of its accesses to
-blocks of 16 rows (whose lanes lie along rows: "rows", or down columns: "columns"; of how many
-numbers each), and a digest of the PTX: the same before and after a change that should change
-nothing. Which release of Triton it is says more than the machine: 3.6 comes with torch 2.11.
+A line for each kernel of `mlp`, `affine` and `bottleneck`, and each chunk size: registers of a
+thread, instructions of PTX, how often Triton was told, and took, that columns are contiguous, the
+layouts of accesses to blocks of 16 rows (whose lanes lie along rows: "rows", or down columns:
+"columns"; of how many numbers each), and a digest of the PTX: the same before and after a change
+that should change nothing. The release of Triton matters: 3.6 comes with torch 2.11.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,46 +31,59 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kasmina_fx.lowerings.launches import DOTS, even
+from kasmina_fx.lowerings.plan import KERNELS, Plan
 from kasmina_fx.lowerings.triton import affine, bottleneck, two_layer
 
-TARGET, TILE, HIDDEN, ROWS = GPUTarget("cuda", 90, 32), 16, 32, 16
-DTYPES = {"bfloat16": ("*bf16", 1), "float32": ("*fp32", 0)}
+TARGET = GPUTarget("cuda", 90, 32)
+MODULES = {module.__name__.rpartition(".")[2]: module for module in (two_layer, affine, bottleneck)}
+#: Their blueprints here, and the shapes of a slot in its stacks, for chunks of c and h features.
+BLUEPRINTS: dict[str, Callable[[int, int], list[int]]] = {
+    "mlp": lambda c, h: [h * c, h, c * h, c],
+    "affine": lambda c, h: [c, c],
+    "bottleneck": lambda c, h: [c, c, h * c, h, c * h, c],
+}
+ROWS, WARPS = 16, 1  # of a block, and of a program: as in tiles.py, of tiles that are not wide
+DTYPES = {"bfloat16": "*bf16", "float32": "*fp32"}
 FLOATS = ["out", "kept", "dy", "w1", "b1", "w2", "b2", "scale", "shift", "gains", "shifts"]
 TYPES = {
     **dict.fromkeys(["said", "sums", "alpha", "_loss_scale", "loss_scale"], "*fp32"),
     **dict.fromkeys(["order", "seeds", "roles", "modes", "_positions", "_modes"], "*i64"),
 }
-#: Modules, and how many numbers a slot has for a chunk of so many features.
-MODULES: dict[str, tuple[Any, Any]] = {
-    "two_layer": (two_layer, lambda c: 4 * c * c + 3 * c),
-    "affine": (affine, lambda c: 2 * c),
-    "bottleneck": (bottleneck, lambda c: 4 * c * c + 5 * c),
-}
 
 
-def compiled(module: str, name: str, chunk: int, dtype: str) -> Any:
-    """Compile a kernel as a launch for chunks of so many features would."""
-    (owner, numbers), (pointer, dot) = MODULES[module], DTYPES[dtype]
-    kernel = getattr(owner, name)
-    names = kernel.arg_names
-    even = next(n for n in (8, 4, 2, 1) if chunk % n == 0)
-    known = {"c": chunk, "h": 2 * chunk, "PER": TILE // chunk, "TILE": TILE, "HIDDEN": HIDDEN}
-    known |= {"ROWS": ROWS, "ACT": 1, "BIAS": 1, "RESIDUAL": 0, "KEEP": 1, "NOTES": 1, "DOT": dot}
-    known |= {"EVEN": even, "ALONE": 0, "P": numbers(chunk) + 2}
-    types = TYPES | dict.fromkeys(FLOATS, pointer)
+def plan_of(kind: str, chunk: int, dtype: str) -> Plan:
+    """Return the plan of a bank with chunks of so many features."""
+    plan = Plan(kind, chunk, 0 if KERNELS[kind].first is None else 2 * chunk, 0, 0, 1, dtype)
+    if plan.wide:
+        raise SystemExit(f"--chunks {chunk}: tiles of such chunks are wide, which this does not do")
+    return plan
+
+
+def compiled(plan: Plan, name: str) -> Any:
+    """Compile a kernel as a launch would."""
+    chunk, hidden, tiling, kernels = plan.size, plan.hidden, plan.tiling, KERNELS[plan.kind]
+    kernel = getattr(MODULES[kernels.module], name)
+    names, alone = kernel.arg_names, tiling.seeds if tiling.seeds > 1 else 0
+    known = {"c": chunk, "h": hidden, "PER": tiling.seeds, "TILE": tiling.columns}
+    known |= {"HIDDEN": tiling.hidden, "ROWS": ROWS, "KEEP": 1, "NOTES": 1, "ALONE": alone}
+    known |= dict(zip(("ACT", "BIAS", "RESIDUAL"), kernels.switches, strict=False))
+    known |= {"DOT": DOTS[plan.dot], "EVEN": even(plan, chunk, 1 << 20)}
+    known |= {"P": sum(BLUEPRINTS[plan.kind](chunk, hidden)) + 2}
+    types = TYPES | dict.fromkeys(FLOATS, DTYPES[plan.dot])
     signature = {n: "constexpr" if n in known else types.get(n, "i32") for n in names}
     constants = {(names.index(n),): value for n, value in known.items() if n in names}
     aligned = [n for n in names if n in types or n == "features"]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=TARGET, options={"num_warps": 1})
+    return triton.compile(source, target=TARGET, options={"num_warps": WARPS})
 
 
-def layouts(text: str) -> Counter[str]:
+def layouts(text: str, columns: int) -> Counter[str]:
     """Count the layouts of what loads and stores a block of rows, in Triton's GPU dialect."""
     known = re.findall(r"^(#\w+) = .*sizePerThread = \[1, (\d+)\].*order = \[(\d)", text, re.M)
     named = {name: f"{('columns', 'rows')[int(first)]} x{wide}" for name, wide, first in known}
-    block = rf"tt\.(?:load|store) .*tensor<{ROWS}x{TILE}x!tt.ptr<\w+>, (#\w+)>"
+    block = rf"tt\.(?:load|store) .*tensor<{ROWS}x{columns}x!tt.ptr<\w+>, (#\w+)>"
     return Counter(named.get(found, "other") for found in re.findall(block, text))
 
 
@@ -101,21 +115,23 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print a list instead of a table")
     args = parser.parse_args()
     found = []
-    for module in MODULES:
+    for kind in BLUEPRINTS:
         for name in ("forward", "backward"):
             for chunk in args.chunks:
-                made = compiled(module, name, chunk, args.dtype)
+                plan = plan_of(kind, chunk, args.dtype)
+                made = compiled(plan, name)
                 text = instructions(made.asm["ptx"])
-                row = {"kernel": f"{module} {name}", "chunk": chunk}
+                row = {"kernel": f"{kind} {name}", "chunk": chunk}
                 row |= {"registers": registers(made.asm["cubin"]), "instructions": len(text)}
-                row["layouts"] = dict(layouts(made.asm["ttgir"]))
+                row["hints"] = made.asm["ttir"].count("tt.contiguity")
+                row["layouts"] = dict(layouts(made.asm["ttgir"], plan.tiling.columns))
                 row["digest"] = hashlib.sha256("\n".join(text).encode()).hexdigest()[:12]
                 found.append(row)
     if args.json:
         print(json.dumps(found))
         return 0
     print(f"triton {triton.__version__}, {TARGET}, {args.dtype}\n")
-    print(f"| {' | '.join(found[0])} |\n|---|{'---:|' * 3}---|---|")
+    print(f"| {' | '.join(found[0])} |\n|---|{'---:|' * 4}---|---|")
     for row in found:
         print("| " + " | ".join(str(value) for value in row.values()) + " |")
     return 0

@@ -17,8 +17,8 @@ Training and evaluation both return the loss. The columns:
 - first call: the first training step, which compiles forward and backward
 - step: forward, backward and AdamW (fused on CUDA) on the device, steps queued in a row
 - host: on CUDA until a step is queued, with none before it; on a CPU all threads' processor time
-- one thread: the same with ``torch.autograd.set_multithreading_enabled(False)``: backward in the
-  thread that asks for it
+- in one thread: step and host with ``torch.autograd.set_multithreading_enabled(False)``: backward
+  in the thread that asks for it
 - kernels: on CUDA the sum of the times of a step's kernels, by torch's profiler
 - eval: a warm forward in evaluation, without gradients
 - peak: what CUDA's allocator gave out at most in warm training steps
@@ -67,7 +67,8 @@ COLUMNS = {
     "first call s": ("first_s", ".1f"),
     "step ms": ("step_ms", ".2f"),
     "host ms": ("host_ms", ".2f"),
-    "one thread ms": ("one_thread_ms", ".2f"),
+    "step in one thread ms": ("step_in_one_ms", ".2f"),
+    "host in one thread ms": ("host_in_one_ms", ".2f"),
     "kernels ms": ("kernels_ms", ".2f"),
     "eval ms": ("eval_ms", ".2f"),
     "peak MiB": ("peak_mib", ",.0f"),
@@ -201,7 +202,8 @@ def training(model: nn.Module, batch: Sequence[Tensor], args: Any) -> dict[str, 
     clock = time.perf_counter if cuda else time.process_time
     found["host_ms"] = clocked_ms(step, args.steps, clock)
     with torch.autograd.set_multithreading_enabled(False):
-        found["one_thread_ms"] = clocked_ms(step, args.steps, clock)
+        found["step_in_one_ms"] = device_ms(step, args.steps)
+        found["host_in_one_ms"] = clocked_ms(step, args.steps, clock)
     found["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
     found["kernels_ms"] = sum(kernel_microseconds(step, 5).values()) / 1e3 if cuda else None
     losses.append(float(step()))

@@ -195,10 +195,10 @@ class GraphInputs:
         return changed
 
     def with_params(self, params: Sequence[Tensor]) -> GraphInputs:
-        """Return the same tables with the parameters that are registered now, if they have any."""
+        """Return the same tables with the parameters that are registered now."""
         changed = GraphInputs.__new__(GraphInputs)
         changed.__dict__.update(self.__dict__)
-        changed.params = list(params) if self.params else []
+        changed.params = list(params)
         return changed
 
 

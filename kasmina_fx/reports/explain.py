@@ -46,6 +46,9 @@ CALLS: Final = {
 }
 
 
+_RESTS: Final = "none of its seeds has grown yet; it joins with the first"
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One layer, or one target that was left alone.
@@ -216,9 +219,6 @@ def _report(
         flops=sum(2 * rows * b.seeds.numel() * _multiplies(b) for b in banks),
         candidates=lowering.candidates,
     )
-
-
-_RESTS: Final = "none of its seeds has grown yet; it joins with the first"
 
 
 def bytes_of(layer: KasminaLayer) -> int:

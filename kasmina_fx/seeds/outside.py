@@ -53,7 +53,7 @@ def inputs_now(store: SeedStore) -> GraphInputs:
     Raises:
         LayoutMismatch: They are the state of no layer.
     """
-    shown = store.shown.with_params(store.stacks())
+    shown = store.shown.with_params(store.shown_stacks())
     if not store.registered.state_replaced:
         return shown
     with outside_of_transforms():

@@ -27,12 +27,14 @@ class Registered:
     """The registered tensors of a layer at the moment when forwards were last told of them.
 
     Args:
-        state: Dicts of buffers, and the names of what may only be replaced, never written to.
+        state: Modules, and the names of buffers that may only be replaced, never written to.
         banks: Of the layer: their stacks, and their ``slots``, which belong to the state.
     """
 
-    def __init__(self, state: Iterable[Place], banks: Sequence[nn.Module]) -> None:
-        places = [*state, *((bank._buffers, "slots") for bank in banks)]
+    def __init__(self, state: Iterable[tuple[nn.Module, str]], banks: Sequence[nn.Module]) -> None:
+        places: list[Place] = [
+            (m._buffers, name) for m, name in (*state, *((b, "slots") for b in banks))
+        ]
         self._stacks = [
             (bank._parameters, name, stack)
             for bank in banks

@@ -105,6 +105,10 @@ class SeedStore(Float32Module):
         """The registered stacks of all banks, in order."""
         return [stack for bank in self.bank_list() for stack in bank.tensors()]
 
+    def shown_stacks(self) -> list[StackedParameter]:
+        """Those of them that forwards read."""
+        return self.stacks() if self.takes_part else []
+
     def bank_of(self, seed_id: int) -> tuple[Bank, int] | None:
         """The bank and slot that hold a seed's blueprint, or None."""
         blueprint_id = self.state.blueprint_ids[seed_id : seed_id + 1]
@@ -128,7 +132,7 @@ class SeedStore(Float32Module):
             except BaseException:
                 for bank in self.bank_list():  # some of them newer than the transaction
                     bank.give_back(before.get(bank, bank.held[:0]))
-                if not self.shown.shows(self.stacks()):  # they grew, and stay as large
+                if not self.shown.shows(self.shown_stacks()):  # they grew, and stay as large
                     with self.siblings.threads.forwards.publication():
                         self.publish_stacks()
                 raise
@@ -184,14 +188,12 @@ class SeedStore(Float32Module):
     def _inputs(self, faults: Tensor, loss_scale: Tensor, *squares: Tensor | None) -> GraphInputs:
         banks = self.bank_list() if self.takes_part else []
         specs, tables = [bank.spec for bank in banks], [bank.tables() for bank in banks]
-        stacks = [stack for bank in banks for stack in bank.tensors()]
         layer = LayerTables(self.state.alpha, self.roles, faults, loss_scale)
-        return GraphInputs(layer, specs, tables, stacks, *squares)
+        return GraphInputs(layer, specs, tables, self.shown_stacks(), *squares)
 
     def _show(self, inputs: GraphInputs) -> None:
-        places = [(self.state._buffers, n) for n in ("state_tensor", "alpha")]
-        places.append((self._buffers, "seal"))
-        self.shown, self.registered = inputs, Registered(places, self.bank_list())
+        state = [(self.state, "state_tensor"), (self.state, "alpha"), (self, "seal")]
+        self.shown, self.registered = inputs, Registered(state, self.bank_list())
         self.folded = None
         self.siblings.folding.forget()
         if self.key is not None:
@@ -232,10 +234,7 @@ class SeedStore(Float32Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is shown: it is derived again."""
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        state.pop("shown", None)
-        state.pop("registered", None)
-        state.pop("folded", None)
-        return state
+        return {k: v for k, v in state.items() if k not in ("shown", "registered", "folded")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's, unannotated

@@ -24,7 +24,7 @@ from kasmina_fx import KasminaLayer, kasmina_layers, kasminify
 from kasmina_fx.lowerings import tiles
 from kasmina_fx.lowerings.plan import KERNELS
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS
-from kasmina_fx.lowerings.tiles import FUSED
+from kasmina_fx.lowerings.tiles import _PROGRAMS, FUSED, _Launch
 from kasmina_fx.passes import passes_for, run_passes
 from kasmina_fx.passes.infra.metadata import origin_of
 from kasmina_fx.testing import graft
@@ -38,6 +38,16 @@ pytestmark = [
 
 def kinds(kind: str) -> dict[int, str]:
     return dict.fromkeys(STAGES, kind)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "rows", "parts"),
+    [(3, 16_384, 256), (15, 16_384, 256), (16, 16_384, 512), (256, 16_384, 33), (16, 40, 3)],
+)
+def test_rows_fall_into_twice_as_many_parts_where_tiles_are_many(
+    tiles: int, rows: int, parts: int
+) -> None:
+    assert _Launch(rows, tiles, tiles, 1).parts(_PROGRAMS[0]) == parts
 
 
 @pytest.mark.parametrize("size", [1, 3, pytest.param(4, marks=pytest.mark.slow), 20])

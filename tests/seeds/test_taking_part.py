@@ -39,6 +39,7 @@ def taking_part(model: Any) -> list[int]:
     for store in layers:
         stacks = store.stacks() if store.takes_part else []
         assert store.shown.shows(stacks)
+        assert store.shown_stacks() == stacks
         assert store.shown.banks == " ".join(str(b.spec) for b in store.bank_list() if stacks)
     return [number for number, store in enumerate(layers) if store.takes_part]
 
