@@ -51,7 +51,7 @@ def gradients_of(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 def expected_rms(gradients: Sequence[Tensor], rows: int = 1024) -> Tensor:
     """Of each chunk, from a layer's gradients in all steps that are looked at."""
-    seen = [g[sampled_places(len(g), rows, torch.device("cpu"))] for g in gradients]
+    seen = [g.cpu()[sampled_places(len(g), rows, torch.device("cpu"))] for g in gradients]
     chunks = torch.cat(seen).split([3, 2, 2], 1)
     return torch.stack([c.square().mean().sqrt() for c in chunks])
 

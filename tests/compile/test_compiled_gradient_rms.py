@@ -37,22 +37,27 @@ def assert_sees(
 
 
 @pytest.mark.parametrize(
-    "compiler",
-    [pytest.param("plain aot_eager", marks=pytest.mark.slow), "aot_eager", "inductor"],
+    ("compiler", "device"),
+    [
+        pytest.param("plain aot_eager", "cpu", marks=pytest.mark.slow),
+        ("aot_eager", "cpu"),
+        ("inductor", "cpu"),
+        pytest.param("inductor", "cuda", marks=pytest.mark.gpu),
+    ],
 )
-def test_a_life_looks_at_gradients_without_a_recompile(compiler: str) -> None:
+def test_a_life_looks_at_gradients_without_a_recompile(compiler: str, device: str) -> None:
     torch._dynamo.reset()
-    model = net(POLICY, reserve=4)
+    model = net(POLICY, reserve=4).to(device)
     backend: Any = compiler.removeprefix("plain ")
     backend = backend if compiler.startswith("plain") else RecordingBackend(backend)
     run = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
     seen: list[list[Tensor]] = []
-    assert_sees(model, run, [torch.randn(n, 5) for n in (6, 9)], seen)
+    assert_sees(model, run, [torch.randn(n, 5, device=device) for n in (6, 9)], seen)
     with assert_no_recompiles():
         graft(layers_of(model)[0], [0, 2], alpha=0.7)
-        assert_sees(model, run, [torch.randn(n, 5) for n in (6, 40, 9, 33)], seen)
+        assert_sees(model, run, [torch.randn(n, 5, device=device) for n in (6, 40, 9, 33)], seen)
         graft(layers_of(model)[1], 1, alpha=1.0)
-        assert_sees(model, run, [torch.randn(n, 5) for n in (12, 7)], seen)
+        assert_sees(model, run, [torch.randn(n, 5, device=device) for n in (12, 7)], seen)
 
 
 def test_a_frozen_layer_and_evaluation_compile_to_no_gradient() -> None:
