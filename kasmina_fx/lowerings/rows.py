@@ -194,7 +194,7 @@ def fused_rows_backward(
     """Compute ``kasmina::fused_rows_backward``, see above."""
     asked, kernels = Plan.parse(plan), KERNELS[Plan.parse(plan).kind]
     _, seeds, positions, modes, alpha, roles, _, loss_scale = tables
-    dy, *found = _results(dout, tables, params, asked)
+    dy, *found = _results(dout, tables, params, asked, then)
     features, (slots, places), tiling = y.shape[-1], seeds.shape, asked.tiling
     grid = _Grid.of(BACKWARD, y.numel() // features, features, asked)
     width = sum(numbers_of(params)) + 2
@@ -204,7 +204,7 @@ def fused_rows_backward(
     number = ACTIVATIONS.index(then)
     launched = launching(f"rows_{kernels.module}", "backward", grid.shape.warps)
     kernel = launched[(grid.tiles, grid.parts)]
-    common = (dout.contiguous(), y.contiguous(), dy, sums, positions, alpha, roles, modes)
+    common = (y.contiguous(), dy, sums, positions, alpha, roles, modes)
     if kernels.module == "affine":
         kernel(
             *common, loss_scale, *params, *sizes, asked.size, tiling.seeds, tiling.columns,
@@ -220,15 +220,22 @@ def fused_rows_backward(
     return [dy, *found]
 
 
-def _results(dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: Plan) -> list[Tensor]:
-    dy = torch.empty_like(dout, memory_format=torch.contiguous_format)
-    return [dy, *gradients(tables, params, plan)]
+def _results(
+    dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: Plan, then: str
+) -> list[Tensor]:
+    """Return ``dout`` to be changed in place, which Inductor makes of a copy, and gradients' room.
+
+    An activation is mostly followed by a product, whose gradient is a buffer: a clone of it
+    vanishes, where a multiplication would be a kernel. For what is no buffer see tiles.py.
+    """
+    dy = dout.contiguous()
+    return [dy.clone() if then else dy * 1, *gradients(tables, params, plan)]
 
 
 @fused_rows_backward.register_fake
 def _(dout: Tensor, *others: Any) -> list[Tensor]:
-    _, tables, params, plan, _ = others
-    return _results(dout, tables, params, Plan.parse(plan))
+    _, tables, params, plan, then = others
+    return _results(dout, tables, params, Plan.parse(plan), then)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
