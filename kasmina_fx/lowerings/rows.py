@@ -44,19 +44,23 @@ KEEP_THEIR_INPUT: Final = ("gelu", "gelu_tanh", "silu")
 class Shape(NamedTuple):
     """Says how rows are handed out: a program's blocks, its warps, loads in flight, and programs.
 
-    The last is about how many programs there are in all; each has an equal part of the rows.
+    ``masked`` loads are in flight where a tile's columns are not all features. ``programs`` is
+    about how many there are in all; each has an equal part of the rows.
     """
 
     rows: int
     warps: int
     stages: int
     programs: int
+    masked: int | None = None
 
 
 #: Of narrow tiles, of wide ones, and of narrow ones in float32, whose products tensor cores do not
 #: do; each of a backward's programs has sums of its own. Chosen by what Triton 3.6 compiles for an
-#: H100: no spill in an inner loop, 34 instructions an element forward, 54 backward (`mlp`, GELU).
-FORWARD: Final = [Shape(32, 2, 4, 4224), Shape(16, 4, 2, 4224), Shape(16, 4, 2, 4224)]
+#: H100: no spill in an inner loop, 34 instructions an element forward, 54 backward (`mlp`, GELU);
+#: loads in flight by time, 4 and 2: 164 and 258 us of 4,096 features in chunks of 4, 262 and 190 us
+#: of 3,072 in chunks of 12.
+FORWARD: Final = [Shape(32, 2, 4, 4224, masked=2), Shape(16, 4, 2, 4224), Shape(16, 4, 2, 4224)]
 BACKWARD: Final = [Shape(32, 2, 3, 2112), Shape(16, 8, 2, 264), Shape(16, 4, 2, 1056)]
 #: Of a sample, whose programs have few rows each to read their weights for.
 SAMPLE: Final = [shape._replace(stages=2, programs=1056) for shape in FORWARD]
@@ -85,6 +89,8 @@ class _Grid(NamedTuple):
         whole = step == tiling.columns and plan.offset % step == 0 and features % step == 0
         if isinstance(rows, int) and rows == 0:  # there is no row to read ahead
             whole = False
+        if not whole and shape.masked is not None:
+            shape = shape._replace(stages=shape.masked)
         return cls(shape, rows, left, tiles, parts, whole, even(plan, step, features))
 
 
@@ -194,7 +200,7 @@ def fused_rows_backward(
     """Compute ``kasmina::fused_rows_backward``, see above."""
     asked, kernels = Plan.parse(plan), KERNELS[Plan.parse(plan).kind]
     _, seeds, positions, modes, alpha, roles, _, loss_scale = tables
-    dy, *found = _results(dout, tables, params, asked, then)
+    dy, *found = _results(dout, tables, params, asked)
     features, (slots, places), tiling = y.shape[-1], seeds.shape, asked.tiling
     grid = _Grid.of(BACKWARD, y.numel() // features, features, asked)
     width = sum(numbers_of(params)) + 2
@@ -204,7 +210,7 @@ def fused_rows_backward(
     number = ACTIVATIONS.index(then)
     launched = launching(f"rows_{kernels.module}", "backward", grid.shape.warps)
     kernel = launched[(grid.tiles, grid.parts)]
-    common = (y.contiguous(), dy, sums, positions, alpha, roles, modes)
+    common = (dout.contiguous(), y.contiguous(), dy, sums, positions, alpha, roles, modes)
     if kernels.module == "affine":
         kernel(
             *common, loss_scale, *params, *sizes, asked.size, tiling.seeds, tiling.columns,
@@ -220,22 +226,15 @@ def fused_rows_backward(
     return [dy, *found]
 
 
-def _results(
-    dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: Plan, then: str
-) -> list[Tensor]:
-    """Return ``dout`` to be changed in place, which Inductor makes of a copy, and gradients' room.
-
-    An activation is mostly followed by a product, whose gradient is a buffer: a clone of it
-    vanishes, where a multiplication would be a kernel. For what is no buffer see tiles.py.
-    """
-    dy = dout.contiguous()
-    return [dy.clone() if then else dy * 1, *gradients(tables, params, plan)]
+def _results(dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: Plan) -> list[Tensor]:
+    dy = torch.empty_like(dout, memory_format=torch.contiguous_format)
+    return [dy, *gradients(tables, params, plan)]
 
 
 @fused_rows_backward.register_fake
 def _(dout: Tensor, *others: Any) -> list[Tensor]:
-    _, tables, params, plan, then = others
-    return _results(dout, tables, params, Plan.parse(plan), then)
+    _, tables, params, plan, _ = others
+    return _results(dout, tables, params, Plan.parse(plan))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -20,10 +20,13 @@ from kasmina_fx.physical.layout import power_of_two
 #: features, half of them active, a step took 460 us where tiles and a GELU took 940. ``FILLED``:
 #: the same without a backward, where chunks fill tiles (of 4, 8, 16, ... features, loaded several
 #: at a time). With one, a pass over 6 % took 1.14 times the host's step, tiles 1.18, but 1.30
-#: times its memory, tiles 1.00. ``ALONE``: where no activation rides. Of chunks of 12, 9 and 3
-#: features, 16,384 rows, tiles and a pass broke even at 0.52, 0.75 and above 1.
+#: times its memory, tiles 1.00. ``ODD``: with a backward, of chunks whose features are loaded one
+#: by one: of 9 and 3 features they broke even at 0.6 and above 0.9.
 SHARE: Final = 0.25
 FILLED: Final = 0.05
+ODD: Final = 0.6
+#: The same where no activation rides: of chunks of 12, 9 and 3 features, 16,384 rows, tiles and a
+#: pass broke even at 0.52, 0.75 and above 1.
 ALONE: Final = 0.6
 
 
@@ -40,9 +43,14 @@ def why_no_pass(site: Site) -> str | None:
 def why_tiles(site: Site) -> str | None:
     """Say why tiles alone are quicker than such a pass, or None if the pass is."""
     rides = site.then in KEEP_THEIR_INPUT
-    filled = all(p.size >= 4 and p.size == power_of_two(p.size) for p in plans_of(site))
-    early = filled and not site.training
-    if site.share >= (ALONE if not rides else FILLED if early else SHARE):
+    if site.share >= (_with_activation(site) if rides else ALONE):
         return None
     beside = "" if rides else ", and no activation that keeps its input rides along"
     return f"{site.share:.0%} of the features run: tiles touch these alone{beside}"
+
+
+def _with_activation(site: Site) -> float:
+    plans = plans_of(site)
+    if site.training:
+        return ODD if any(plan.size % 2 and not plan.wide for plan in plans) else SHARE
+    return FILLED if all(p.size >= 4 and p.size == power_of_two(p.size) for p in plans) else SHARE

@@ -17,6 +17,8 @@ CASES: dict[str, tuple[int, str, bool, int]] = {
     "filled tiles, training": (4, "gelu", True, 25),
     "others, evaluation": (3, "silu", False, 25),
     "others, training": (12, "gelu_tanh", True, 25),
+    "loaded one by one, training": (3, "gelu", True, 60),
+    "wide ones, training": (33, "gelu", True, 25),
     "no activation": (4, "", False, 60),
     "an activation that keeps what it returns": (4, "relu", True, 60),
 }

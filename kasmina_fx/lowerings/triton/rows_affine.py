@@ -87,12 +87,12 @@ def forward(
 
 @triton.jit
 def backward(
-    y, dy, sums, positions, alpha, roles, modes, loss_scale, scale, shift,
+    dout, y, dy, sums, positions, alpha, roles, modes, loss_scale, scale, shift,
     features, offset, first_seed, count, places, rows, splits, left,
     c: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, P: tl.constexpr,
     EVEN: tl.constexpr, WHOLE: tl.constexpr, THEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Turn ``dy`` from the gradient of the output to that of ``y``, and sum those of the slots."""
+    """Write the gradient of ``y`` and sum those of the slots."""
     inf = float("inf")
     FAST: tl.constexpr = y.dtype.element_ty != tl.float32
     tile, split = tl.program_id(0) - left, tl.program_id(1)
@@ -114,7 +114,7 @@ def backward(
             here = here & there[None, :]
         at = row[:, None] * features + col[None, :]
         raw = tl.load(y + at, mask=here, other=0.0)
-        came = tl.load(dy + at, mask=here, other=0.0)
+        came = tl.load(dout + at, mask=here, other=0.0)
         z = raw.to(tl.float32)
         f = z * gain[None, :] + more[None, :]
         delta = f - z

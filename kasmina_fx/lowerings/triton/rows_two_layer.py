@@ -4,17 +4,14 @@ A program handles a tile (see :mod:`kasmina_fx.lowerings.triton.shared`), whethe
 not, and every R-th block of rows. Weights stand block-diagonally in registers, as in
 :mod:`kasmina_fx.lowerings.triton.two_layer`.
 
-The inner loop takes it that everything is finite. Forward, sums that it needs anyway tell at the
-end if it was: what is not finite makes them so. Only then all blocks are computed again, seed by
-seed and element by element; nothing is written that is read, so that this is right. Backward writes
-what it reads, for a second tensor of that size would be the most that a model holds: there each
-block says if it is usual, and from the first on that is not, all are computed that way.
+The inner loop takes it that everything is finite. Sums that it needs anyway tell at the end if it
+was: what is not finite makes them so. Only then all blocks are computed again, seed by seed and
+element by element. Nothing is written that is read, so that this is right.
 """
 
 import triton
 import triton.language as tl
 
-from kasmina_fx.lowerings.triton.chunks import most
 from kasmina_fx.lowerings.triton.products import back, back_alone, made, made_alone, weights
 from kasmina_fx.lowerings.triton.shared import (
     activated,
@@ -145,17 +142,14 @@ def forward(
 
 @triton.jit
 def backward(
-    y, dy, sums, positions, alpha, roles, modes, loss_scale, w1, b1, w2, b2,
+    dout, y, dy, sums, positions, alpha, roles, modes, loss_scale, w1, b1, w2, b2,
     features, offset, first_seed, count, places, rows, splits, left,
     c: tl.constexpr, h: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, HIDDEN: tl.constexpr,
     ROWS: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     DOT: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
     THEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Turn ``dy`` from the gradient of the output to that of ``y``, and sum those of the slots.
-
-    The hidden layer is made again.
-    """
+    """Write the gradient of ``y`` and sum those of the slots; the hidden layer is made again."""
     inf = float("inf")
     PRODUCT: tl.constexpr = tl.float32 if DOT == 0 else (tl.bfloat16 if DOT == 1 else tl.float16)
     FAST: tl.constexpr = y.dtype.element_ty != tl.float32
@@ -171,7 +165,7 @@ def backward(
                 here = here & there[None, :]
             at = row[:, None] * features + col[None, :]
             raw = tl.load(y + at, mask=here, other=0.0)
-            came = tl.load(dy + at, mask=here, other=0.0)
+            came = tl.load(dout + at, mask=here, other=0.0)
             dz = sent_back(came.to(tl.float32), raw.to(tl.float32), THEN, FAST)
             tl.store(dy + at, dz.to(came.dtype), mask=here)
     else:
@@ -198,10 +192,8 @@ def backward(
         stays, added = 1.0 - ab, tl.where(blends, 1.0, 0.0)
         g1, g2 = tl.zeros([TILE, HIDDEN], tl.float32), tl.zeros([HIDDEN, TILE], tl.float32)
         gb1, gb2 = tl.zeros([16, HIDDEN], tl.float32), tl.zeros([16, TILE], tl.float32)
+        doubt = tl.zeros([ROWS, TILE], tl.float32)
         ones = tl.full([16, ROWS], 1.0, PRODUCT)
-        usual = tl.where(tl.sum((~(tl.abs(a) <= 1)).to(tl.int32)) == 0, 1, 0)
-        exist = tl.full([TILE], 1, tl.int32) if WHOLE else there.to(tl.int32)
-        begin = split  # the first block that is still to do
         # Triton keeps loads in flight by itself, but not one that two products read in two ways.
         ahead = block_of(y, split, rows, there, col, features, ROWS, WHOLE)
         for block in tl.range(split, full, splits, num_stages=STAGES):
@@ -210,10 +202,10 @@ def backward(
             row = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
             at = row[:, None] * features + col[None, :]
             if WHOLE:
-                came = tl.load(dy + at)
+                came = tl.load(dout + at)
             else:
                 here = (row >= 0)[:, None] & there[None, :]
-                came = tl.load(dy + at, mask=here, other=0.0)
+                came = tl.load(dout + at, mask=here, other=0.0)
             z = raw.to(tl.float32)
             u, hidden, f = made(raw, z, W1, B1, W2, B2, ACT, RESIDUAL, PRODUCT)
             delta = f - z
@@ -222,25 +214,28 @@ def backward(
             dh, dx = back(df, u, W1t, W2t, ACT, PRODUCT)
             if RESIDUAL:
                 dx += df
-            # Zero, or NaN where something is not finite or near to leave the dtype.
-            if y.dtype.element_ty == tl.float16:
-                doubt = (f * 5.2e33 + dx) * 0.0
-            else:
-                doubt = (delta * 1.2676506e30 + dx) * 0.0
-            usual = tl.where(most(doubt) == 0, usual, 0)
             total = (stays[None, :] * dz + added[None, :] * dx).to(came.dtype)
-            tl.store(dy + at, total, mask=(row >= 0)[:, None] & ((exist & usual) > 0)[None, :])
-            # Not so raw: what is not finite there spoils gradients of its own seed alone, as it must.
-            hidden = tl.where(usual > 0, hidden, 0.0)
-            df, dh = tl.where(usual > 0, df, 0.0).to(PRODUCT), tl.where(usual > 0, dh, 0.0)
+            if WHOLE:
+                tl.store(dy + at, total)
+            else:
+                tl.store(dy + at, total, mask=here)
+            df = df.to(PRODUCT)
             g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh, g1, input_precision="ieee")
             g2 = tl.dot(tl.trans(hidden), df, g2, input_precision="ieee")
             gb1 = tl.dot(ones, dh, gb1, input_precision="ieee")
             gb2 = tl.dot(ones, df, gb2, input_precision="ieee")
-            begin = tl.where(usual > 0, block + splits, begin)
+            # Zero, or NaN where something is not finite or near to leave the dtype.
+            if y.dtype.element_ty == tl.float16:
+                doubt += (f * 5.2e33 + dx) * 0.0
+            else:
+                doubt += (delta * 1.2676506e30 + dx) * 0.0
         no, bad = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
         sum1, sum2 = tl.sum(gb1, 0) * 0.0625, tl.sum(gb2, 0) * 0.0625
-        if begin < blocks:  # the last rows, or all from the first that are not usual
+        sound = tl.abs(tl.sum(sum1) + tl.sum(sum2) + tl.sum(doubt)) < inf
+        sound = sound & (tl.sum((~(tl.abs(a) <= 1)).to(tl.int32)) == 0)
+        begin = first_left(sound, split, splits, full)
+        if begin < blocks:  # the last rows, or all of them again
+            g1, g2 = tl.where(sound, g1, 0.0), tl.where(sound, g2, 0.0)
             r1, r2 = tl.zeros([FEW, HIDDEN], tl.float32), tl.zeros([FEW, TILE], tl.float32)
             flags = tl.zeros([FEW, TILE], tl.int32)  # 1: refused something; 2: z is not finite
             for few in range(begin * (ROWS // FEW), blocks * (ROWS // FEW)):
@@ -249,7 +244,7 @@ def backward(
                     here = (row < rows)[:, None] & there[None, :]
                     at = row[:, None] * features + col[None, :]
                     raw = tl.load(y + at, mask=here, other=0.0)
-                    came = tl.load(dy + at, mask=here, other=0.0)
+                    came = tl.load(dout + at, mask=here, other=0.0)
                     z = raw.to(tl.float32)
                     u, hidden, f = made_alone(
                         raw, z, W1, B1, W2, B2, member, member_h, PER, ACT, RESIDUAL, PRODUCT
@@ -278,7 +273,8 @@ def backward(
                     r2 += df
                     flags |= tl.where(here & ~sent, 1, 0)
                     flags |= tl.where(here & ~(tl.abs(z) < inf), 2, 0)
-            sum1, sum2 = sum1 + tl.sum(r1, 0), sum2 + tl.sum(r2, 0)
+            sum1 = tl.where(sound, sum1, 0.0) + tl.sum(r1, 0)
+            sum2 = tl.where(sound, sum2, 0.0) + tl.sum(r2, 0)
             no = tl.max(flags & 1, 0).to(tl.float32)
             bad = tl.max(flags & 2, 0).to(tl.float32)
         # Not a product where nothing is learnt: what is not finite would be 0 x Inf.
