@@ -27,7 +27,8 @@ CASES: dict[str, tuple[int, str, bool, int]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_the_share_decides_between_tiles_and_a_pass_over_all(case: str) -> None:
     size, then, training, first = CASES[case]
-    given: dict[str, Any] = {"chunks": f"dim=-1 runs=100x{size}", "then": then}
+    given: dict[str, Any] = {"chunks": f"dim=-1 runs=100x{size}", "dtype": torch.bfloat16}
+    given["then"] = then
     below = site(**given, training=training, places=(first - 1,))
     above = site(**given, training=training, places=(first,))
     assert f"{first - 1}% of the features run: tiles touch these alone" in (why_tiles(below) or "")
