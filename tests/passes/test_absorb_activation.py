@@ -227,7 +227,7 @@ def test_the_dense_lowering_takes_the_activation_along(name: str, then: Then) ->
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("then", [F.gelu, F.relu, used_twice])
 def test_auto_is_dense_where_the_activation_keeps_its_input(then: Then) -> None:
-    gm = graph(then, seeds=4 if then is F.gelu else 12)
+    gm = graph(then, seeds=3 if then is F.gelu else 12)
     matches = find_matches(gm)
     run_passes(gm)
     chosen = lowering_of(matches[0].node)
@@ -237,7 +237,7 @@ def test_auto_is_dense_where_the_activation_keeps_its_input(then: Then) -> None:
     if then is F.gelu:
         assert chosen.name == "dense"
         assert chosen.why == (
-            "the quickest by prediction; not fused: 50% of the features run: one pass over all "
+            "the quickest by prediction; not fused: 67% of the features run: one pass over all "
             "takes less"
         )
     else:

@@ -70,7 +70,7 @@ def test_a_near_miss_is_not_lowered_and_the_reason_says_why(near: str, lowering:
 
 
 @pytest.mark.usefixtures("interpreter")
-@pytest.mark.parametrize(("seeds", "chosen"), [([0, 2], "fused"), ([0, 1, 3, 6], "dense")])
+@pytest.mark.parametrize(("seeds", "chosen"), [([0, 2], "fused"), ([0, 1, 3, 4, 6], "dense")])
 def test_the_share_of_seeds_that_run_decides_where_no_activation_does(
     seeds: list[int], chosen: str
 ) -> None:
