@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from untraced import untraced
+from untraced import keep_compilers_from_coverage, untraced
 
 # Before anything imports Triton, whose own functions become the interpreter's then.
 if not torch.cuda.is_available():
@@ -44,18 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Take the tracer off; pytest-cov's own marker does nothing in workers (pytest-cov 7.1)."""
-    if sys.gettrace() is not None and "torch._inductor.graph" in sys.modules:
-        _keep_inductor_from_coverage()
+    if sys.gettrace() is not None:
+        keep_compilers_from_coverage()
     with untraced() if item.get_closest_marker("untraced") else nullcontext():
         return (yield)
-
-
-@functools.cache
-def _keep_inductor_from_coverage() -> None:
-    """Inductor runs next to nothing of ours once it has a graph; done once."""
-    lowering: Any = sys.modules["torch._inductor.graph"].GraphLowering
-    for name in ("run", "compile_to_module"):
-        setattr(lowering, name, untraced()(getattr(lowering, name)))
 
 
 @pytest.fixture(autouse=True)

@@ -184,6 +184,10 @@ def assert_the_same_and_learning(legacy: list[float], chunked: list[float]) -> N
     assert chunked[-1] < 0.9 * chunked[0]
 
 
+LONGEST = "an attention block"
+LONGEST_IS_SLOW = [pytest.param(n, marks=[pytest.mark.slow] * (n == LONGEST)) for n in SCENARIOS]
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_older_calls_train_to_the_same_loss_in_both(name: str) -> None:
     build, _, shape = SCENARIOS[name]
@@ -194,7 +198,7 @@ def test_older_calls_train_to_the_same_loss_in_both(name: str) -> None:
     assert largest(without, chunked[:5]) > 100 * SAME
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", LONGEST_IS_SLOW)
 def test_hybrid_layers_train_to_the_same_loss_in_both(name: str) -> None:
     _, plain, shape = SCENARIOS[name]
 

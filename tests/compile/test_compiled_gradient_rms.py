@@ -74,6 +74,7 @@ def test_a_frozen_layer_and_evaluation_compile_to_no_gradient() -> None:
     assert not model.requires_grad_(False)(torch.randn(4, 5)).requires_grad
 
 
+@pytest.mark.slow
 def test_inductor_writes_the_sums_out() -> None:
     torch._dynamo.reset()
     model = net(POLICY)

@@ -43,6 +43,12 @@ class Mine(nn.Module):
 KINDS = (None, "lora", "affine", "bottleneck")
 
 
+@pytest.mark.parametrize(
+    "_defaults",
+    [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)],
+    ids=str,
+    indirect=True,
+)
 def test_a_whole_life(path: Path) -> None:
     host = nn.Sequential(
         nn.Linear(8, 21, device="cpu", dtype=torch.float32), nn.GELU(),

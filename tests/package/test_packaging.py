@@ -120,6 +120,9 @@ def test_sdist_holds_plain_files_only(dists: Dists) -> None:
     assert not any(name.startswith("kasmina_fx/passes/") for name in inner)
 
 
+@pytest.mark.parametrize(
+    "wheel", ["wheel", pytest.param("wheel_of_sdist", marks=pytest.mark.slow)], indirect=True
+)
 def test_installed_wheel_compiles_by_name(wheel: Path, tmp_path: Path) -> None:
     new = tmp_path / "venv"
     venv.create(new, symlinks=True)

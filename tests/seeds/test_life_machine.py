@@ -74,7 +74,9 @@ class Plain:
 
     def may(self, seed: Seed, stage: S) -> bool:
         rests = seed.stage is S.CULLED and seed.epochs < self.embargo
-        return stage in NEXT[seed.stage] and not rests
+        # "affine" starts as the identity; nobody knows what a shared one has learnt.
+        skips = seed.stage is S.GERMINATED and seed.blueprint not in (0, self.shared_id)
+        return (stage in NEXT[seed.stage] and not rests) or (skips and stage is S.GRAFTING)
 
     def germinate(self, ids: list[int], shared: bool, strategy: int) -> Any:
         if any(seed.stage is not S.DORMANT for seed in self.of(ids)):
