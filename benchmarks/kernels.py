@@ -79,9 +79,9 @@ def layer(features: int, count: int, one_in: int, dense: bool) -> list[float]:
     chunks = str(ChunkLayout.of([features // count] * count, -1))
 
     def in_place() -> None:
-        _, kept, _ = fused_tiles(y, tables, stacks, None, plan, True, True)
+        _, kept, _ = fused_tiles(y, tables, stacks, None, plan, True, True, False)
         OBSERVE_ROWS(y, None, telemetry, chunks, 1, 1024)
-        fused_tiles_backward(grad, kept, tables, stacks, plan)
+        fused_tiles_backward(grad, kept, tables, stacks, plan, False)
 
     def in_one_pass() -> None:
         fused_rows(y, tables, stacks, None, plan, "gelu", True)

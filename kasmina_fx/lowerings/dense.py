@@ -55,7 +55,8 @@ class Dense(Lowering):
         banks.sort(key=lambda bank: layout.runs[bank.spec.run].width)  # stable
         for bank in banks[:-1]:
             run, before = layout.runs[bank.spec.run], told[bank.spec.run]
-            out, told[bank.spec.run] = run_bank(out, before, bank, whole, run, wanted)
+            how = (whole, run, wanted)
+            out, told[bank.spec.run] = run_bank(out, before, bank, *how, followed=True)
         last = banks[-1]
         run, before = layout.runs[last.spec.run], told[last.spec.run]
         tables, plan = tables_of(last, whole, run), str(plan_of(out, last, run))

@@ -72,10 +72,12 @@ class Fused(Lowering):
         """See :mod:`kasmina_fx.lowerings.tiles`: banks act on one output, one after the other."""
         layout, whole = ChunkLayout.parse(asked.chunks), LayerTables(*asked.layer)
         banks, out, notes = asked.bank_inputs(), asked.y, []
+        left = len(banks)
         for index, run in enumerate(layout.runs):
             told: Tensor | None = None
             for bank in (bank for bank in banks if bank.spec.run == index):
-                out, told = run_bank(out, told, bank, whole, run, wanted)
+                left -= 1
+                out, told = run_bank(out, told, bank, whole, run, wanted, followed=left > 0)
             notes.append(no_notes(asked.y, run.count) if told is None else told)
         return out, torch.cat(notes, 1) if len(notes) > 1 else notes[0]
 
@@ -107,10 +109,15 @@ def run_bank(
     whole: LayerTables,
     run: Run,
     wanted: Wanted,
+    followed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Blend one bank in place; return the output and notes, ``told`` being those so far."""
+    """Blend one bank in place; return the output and notes, ``told`` being those so far.
+
+    ``followed``: a kernel of another bank takes the output next.
+    """
     given, plan = tables_of(bank, whole, run), str(plan_of(out, bank, run))
-    out, _, told = FUSED(out, given, list(bank.params), told, plan, wanted.backward, wanted.notes)
+    how = (plan, wanted.backward, wanted.notes, followed)
+    out, _, told = FUSED(out, given, list(bank.params), told, *how)
     return out, told
 
 

@@ -1,15 +1,17 @@
 """One operator a bank: active chunks alone are read, blended and written, in place.
 
-``kasmina::fused_tiles(y, tables, params, before, plan, keep, notes) -> (out, kept, notes)``
-    The blend of one bank. ``y`` ``(..., D)`` is contiguous; ``out`` is like it. It is functional,
-    and made so that Inductor sees through: ``out = y.clone(); kernel(out)``, of which it drops the
-    copy where nobody else needs ``y``. ``kept``, in one dim ``(rows * active * size,)``: the chunks
-    of the active seeds as they were, which with tables and parameters is all that backward needs;
-    empty unless ``keep`` (a CPU's kernels lay it out by blocks of rows, and pad these). ``notes``
-    float32 ``(3, n)``: those of a blend, of seeds that this bank does not run as ``before`` says
-    (None: nothing ran); empty unless ``notes``.
-``kasmina::fused_tiles_backward(dout, kept, tables, params, plan) -> [dy, blame, *dparams]``
-    Sums of a slot's gradients are float32, in a fixed order: the same bits every time.
+``kasmina::fused_tiles(y, tables, params, before, plan, keep, notes, followed)``
+    Returns ``(out, kept, notes)``, the blend of one bank. ``y`` ``(..., D)`` is contiguous; ``out``
+    is like it. It is functional, and made so that Inductor sees through: ``out = y.clone();
+    kernel(out)``, of which it drops the copy where nobody else needs ``y``. ``kept``, in one dim
+    ``(rows * active * size,)``: the chunks of the active seeds as they were, which with tables and
+    parameters is all that backward needs; empty unless ``keep`` (a CPU's kernels lay it out by
+    blocks of rows, and pad these). ``notes`` float32 ``(3, n)``: those of a blend, of seeds that
+    this bank does not run as ``before`` says (None: nothing ran); empty unless ``notes``.
+    ``followed``: a kernel of another bank takes ``out`` next, and its buffer is what comes back.
+``kasmina::fused_tiles_backward(dout, kept, tables, params, plan, followed)``
+    Returns ``[dy, blame, *dparams]``. Sums of a slot's gradients are float32, in a fixed order: the
+    same bits every time.
 
 ``tables`` are those of :data:`kasmina_fx.lowerings.launches.TABLES`. Neither operator knows
 how many seeds are active: that is the length of ``order``, a dynamic dimension.
@@ -84,6 +86,7 @@ def fused_tiles(
     plan: str,
     keep: bool,
     notes: bool,
+    followed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``kasmina::fused_tiles``, see above."""
     out, kept, told = _outputs(y, tables, plan, keep, notes)
@@ -141,16 +144,21 @@ def _outputs(
 
 @fused_tiles.register_fake
 def _(y: Tensor, tables: list[Tensor], _params: Any, _before: Any, *how: Any) -> Any:
-    return _outputs(y, tables, *how)
+    return _outputs(y, tables, *how[:3])
 
 
 @triton_op("kasmina::fused_tiles_backward", mutates_args={})
 def fused_tiles_backward(
-    dout: Tensor, kept: Tensor, tables: list[Tensor], params: list[Tensor], plan: str
+    dout: Tensor,
+    kept: Tensor,
+    tables: list[Tensor],
+    params: list[Tensor],
+    plan: str,
+    followed: bool,
 ) -> list[Tensor]:
     """Compute ``kasmina::fused_tiles_backward``, see above."""
     order, seeds, _, modes, alpha, roles, _, loss_scale = tables
-    dy, *found = _gradients(dout, tables, params, plan)
+    dy, *found = _gradients(dout, tables, params, plan, followed)
     if natively(dout.device):
         TILES_BACKWARD(dy, found[0], found[1:], kept, tables, params, plan)
         return [dy, *found]
@@ -184,9 +192,17 @@ def fused_tiles_backward(
     return [dy, *found]
 
 
-def _gradients(dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: str) -> list[Tensor]:
-    # A clone would vanish, and the kernel change what is no buffer yet: Inductor then copies twice.
-    return [dout * 1, *gradients(tables, params, Plan.parse(plan))]
+def _gradients(
+    dout: Tensor, tables: list[Tensor], params: list[Tensor], plan: str, followed: bool
+) -> list[Tensor]:
+    """Return ``dout`` to be changed in place, and room for the other gradients.
+
+    Of what a kernel wrote a clone vanishes, where a multiplication would be a pass over memory. Of
+    anything else it would vanish too, and the kernel change what is no buffer yet, which Inductor
+    copies twice.
+    """
+    dy = dout.clone() if followed else dout * 1
+    return [dy, *gradients(tables, params, Plan.parse(plan))]
 
 
 @fused_tiles_backward.register_fake
@@ -195,20 +211,20 @@ def _(dout: Tensor, _kept: Tensor, *others: Any) -> list[Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, tables, params, _, plan, keep, _ = inputs
+    _, tables, params, _, plan, keep, _, followed = inputs
     if not keep:
         raise RuntimeError("compiled for inference, without what a backward needs")
     ctx.save_for_backward(output[1], *tables, *params)
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
-    ctx.plan = plan
+    ctx.how = plan, followed
 
 
 def _backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
     kept, *others = ctx.saved_tensors
     tables, params = others[: len(TABLES)], others[len(TABLES) :]
-    dy, blame, *grads = fused_tiles_backward(dout.contiguous(), kept, tables, params, ctx.plan)
-    return dy, sent_to_tables(blame), grads, None, None, None, None
+    dy, blame, *grads = fused_tiles_backward(dout.contiguous(), kept, tables, params, *ctx.how)
+    return dy, sent_to_tables(blame), grads, None, None, None, None, None
 
 
 fused_tiles.register_autograd(_backward, setup_context=_save)

@@ -66,10 +66,12 @@ def graphs() -> list[fx.Graph]:
 
     def both(x: Tensor, *inputs: Tensor) -> list[Tensor]:
         given, stacks = list(inputs[: len(tables)]), list(inputs[len(tables) :])
-        out, kept, notes = tiles.fused_tiles(x @ x.T @ x, given, stacks, None, plan, True, True)
-        grads = tiles.fused_tiles_backward(out.sin(), kept, given, stacks, plan)
+        out, kept, notes = tiles.fused_tiles(
+            x @ x.T @ x, given, stacks, None, plan, True, True, False
+        )
+        grads = tiles.fused_tiles_backward(out.sin(), kept, given, stacks, plan, False)
         # Of what is returned too: this launch has to copy.
-        again = tiles.fused_tiles(out, given, stacks, None, plan, False, False)[0]
+        again = tiles.fused_tiles(out, given, stacks, None, plan, False, False, False)[0]
         return [out, notes, again, *grads]
 
     try:

@@ -207,12 +207,19 @@ def test_a_graph_for_inference_keeps_nothing_and_refuses_a_backward() -> None:
     plan = "affine size=4 hidden=0 offset=0 first_seed=0 count=9 dot=float32"
     params = [p.detach() for p in asked.params]
     out, kept, notes = FUSED(
-        asked.y, [*tables[:6], tables[6].detach(), tables[7]], params, None, plan, False, False
+        asked.y,
+        [*tables[:6], tables[6].detach(), tables[7]],
+        params,
+        None,
+        plan,
+        False,
+        False,
+        False,
     )
     assert torch.equal(out, fused(asked)[0])
     assert kept.numel() == notes.numel() == 0
     with pytest.raises(RuntimeError, match="for inference"):
-        FUSED(asked.y.requires_grad_(), tables, params, None, plan, False, False)
+        FUSED(asked.y.requires_grad_(), tables, params, None, plan, False, False, False)
 
 
 def test_the_number_of_nodes_depends_on_banks_alone() -> None:

@@ -133,7 +133,8 @@ def test_operators_of_a_blend_pass_opcheck(kind: str) -> None:
     plan = str(plan_of(asked.y, bank, layout.runs[0]))
     params = [p.detach().requires_grad_() for p in asked.params]
     y = asked.y.detach().requires_grad_()
-    torch.library.opcheck(FUSED, (y, tables, params, None, plan, True, True))
+    for followed in (False, True):
+        torch.library.opcheck(FUSED, (y, tables, params, None, plan, True, True, followed))
 
 
 def test_the_operator_of_statistics_passes_opcheck() -> None:
