@@ -1,13 +1,14 @@
 """How long each kernel of the fused lowering takes, one layer at a time.
 
-    python benchmarks/kernels.py [--device cuda|cpu]
+    python benchmarks/kernels.py [--device cuda|cpu] [--shares]
 
 On a GPU: layers of 16,384 rows in bfloat16 with `mlp` blueprints: those of a GPT-2 (768 wide, 256
 seeds) with 5 % of the seeds active, and one of 4,096 features and 1,024 seeds with 6 %, half and
 all of them. "tiles" touch active chunks alone, "rows" pass over the output and compute a GELU too;
 its sample is of the 1,024 rows that statistics look at. Times are microseconds on the device, means
 of 10 calls seen by torch's profiler; "copy" is of 100 MB, "gelu" of the last layer's output, both
-ways.
+ways. With ``--shares`` instead: the layers of a GPT-2 with a quarter, half and all of their seeds
+active, "alone" a pass without an activation, and what a GELU takes.
 
 On a CPU: layers of 512 rows in float32. Times are microseconds of a call, medians of 100, with the
 notes in "forward" and the sums in "backward"; "frozen" is a backward in which no seed learns (as
@@ -45,6 +46,7 @@ KERNELS = ("forward", "report", "sample", "observe", "backward", "finish")
 ON_CPU = ("forward", "backward", "frozen", "statistics", "plain", "copy")
 #: Features, seeds, and of how many seeds one is active.
 LAYERS = ((768, 256, 20), (2304, 256, 20), (3072, 256, 20), *((4096, 1024, n) for n in (16, 2, 1)))
+SHARES = tuple((features, 256, n) for features in (768, 2304, 3072) for n in (4, 2, 1))
 LAYERS_ON_CPU = ((4096, 1024, 16), (4096, 1024, 1), (4096, 4096, 1), (4096, 64, 1), (64, 16, 4))
 
 
@@ -71,7 +73,7 @@ def microseconds(call: Callable[[], Any]) -> dict[str, float]:
     return kernel_microseconds(call, CALLS["cuda"])
 
 
-def layer(features: int, count: int, one_in: int, dense: bool) -> list[float]:
+def layer(features: int, count: int, one_in: int, shape: str) -> list[float]:
     """Return what each of KERNELS takes in a layer."""
     tables, stacks, plan = bank(features, count, one_in, "cuda")
     y = torch.randn(ROWS["cuda"], features, device="cuda", dtype=DTYPE["cuda"])
@@ -84,13 +86,14 @@ def layer(features: int, count: int, one_in: int, dense: bool) -> list[float]:
         fused_tiles_backward(grad, kept, tables, stacks, plan, False)
 
     def in_one_pass() -> None:
-        fused_rows(y, tables, stacks, None, plan, "gelu", True)
+        fused_rows(y, tables, stacks, None, plan, then, True)
         OBSERVE_ROWS(y, None, telemetry, chunks, 1, 1024)
-        fused_rows_backward(grad, y, tables, stacks, plan, "gelu")
+        fused_rows_backward(grad, y, tables, stacks, plan, then)
 
-    found = microseconds(in_one_pass if dense else in_place)
+    then = "gelu" if shape == "rows" else ""
+    found = microseconds(in_place if shape == "tiles" else in_one_pass)
     times = {k: sum(t for name, t in found.items() if name.startswith(k)) for k in KERNELS}
-    if dense:
+    if shape != "tiles":
         sample = microseconds(lambda: blended_rows(y, tables, stacks, plan, 1, 1024))
         times["sample"] = sum(sample.values())
     return [*times.values()]
@@ -146,17 +149,26 @@ def line(first: str, one: tuple[int, int, int], times: Sequence[float]) -> None:
     print(f"|{first} {features:,} | {count:,} | {-(-count // one_in):,} | {numbers} |", flush=True)
 
 
-def on_gpu() -> None:
-    table(" shape |", KERNELS)
-    for one in LAYERS:
-        for shape in ("tiles", "rows"):
-            line(f" {shape} |", one, layer(*one, shape == "rows"))
-    megabytes = torch.empty(50_000_000, device="cuda", dtype=DTYPE["cuda"])
-    print(f"copy: {sum(microseconds(megabytes.clone).values()):.1f}")
-    y = torch.randn(ROWS["cuda"], 4096, device="cuda", dtype=DTYPE["cuda"])
+def gelu(features: int) -> str:
+    """Return what a GELU takes, forward and backward."""
+    y = torch.randn(ROWS["cuda"], features, device="cuda", dtype=DTYPE["cuda"])
     forward = microseconds(lambda: torch.nn.functional.gelu(y))
     backward = microseconds(lambda: torch.ops.aten.gelu_backward(y, y))
-    print(f"gelu: {sum(forward.values()):.1f}, {sum(backward.values()):.1f}")
+    return f"{sum(forward.values()):.1f}, {sum(backward.values()):.1f}"
+
+
+def on_gpu(shares: bool) -> None:
+    table(" shape |", KERNELS)
+    for one in SHARES if shares else LAYERS:
+        for shape in ("tiles", "rows", "alone") if shares else ("tiles", "rows"):
+            line(f" {shape} |", one, layer(*one, shape))
+    if shares:
+        for features in (768, 2304, 3072):
+            print(f"gelu of {features:,}: {gelu(features)}")
+        return
+    megabytes = torch.empty(50_000_000, device="cuda", dtype=DTYPE["cuda"])
+    print(f"copy: {sum(microseconds(megabytes.clone).values()):.1f}")
+    print(f"gelu: {gelu(4096)}")
 
 
 def on_cpu() -> None:
@@ -168,13 +180,15 @@ def on_cpu() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="How long each kernel takes.")
     parser.add_argument("--device", choices=tuple(ROWS), default="cuda")
-    device = parser.parse_args().device
+    parser.add_argument("--shares", action="store_true", help="other shares of seeds, on a GPU")
+    args = parser.parse_args()
+    device = args.device
     if device == "cuda" and not torch.cuda.is_available():
         print("needs a CUDA device", file=sys.stderr)
         return 1
     print(", ".join(f"{key} {value}" for key, value in machine(device).items()))
     if device == "cuda":
-        on_gpu()
+        on_gpu(args.shares)
     else:
         on_cpu()
     return 0

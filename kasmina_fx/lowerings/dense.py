@@ -55,8 +55,9 @@ class Dense(Lowering):
         banks.sort(key=lambda bank: layout.runs[bank.spec.run].width)  # stable
         for bank in banks[:-1]:
             run, before = layout.runs[bank.spec.run], told[bank.spec.run]
-            how = (whole, run, wanted)
-            out, told[bank.spec.run] = run_bank(out, before, bank, *how, followed=True)
+            out, told[bank.spec.run] = run_bank(
+                out, before, bank, whole, run, wanted, followed=True
+            )
         last = banks[-1]
         run, before = layout.runs[last.spec.run], told[last.spec.run]
         tables, plan = tables_of(last, whole, run), str(plan_of(out, last, run))

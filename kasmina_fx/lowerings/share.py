@@ -21,7 +21,7 @@ from kasmina_fx.physical.layout import power_of_two
 #: the same without a backward, where chunks fill tiles (of 4, 8, 16, ... features, loaded several
 #: at a time). With one, a pass over 6 % took 1.14 times the host's step, tiles 1.18, but 1.30
 #: times its memory, tiles 1.00. ``ODD``: with a backward, of chunks whose features are loaded one
-#: by one: of 9 and 3 features they broke even at 0.6 and above 0.9.
+#: by one: of 9 and 3 features they broke even at about 0.6 and above 0.9.
 SHARE: Final = 0.25
 FILLED: Final = 0.05
 ODD: Final = 0.6

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-
-class _Compilations(threading.local):
-    """Holds what traced before each of a thread's compilations under way."""
-
-    def __init__(self) -> None:
-        self.before: list[Any] = []
-
-
-_COMPILATIONS = _Compilations()
 
 
 @contextmanager
@@ -59,16 +48,12 @@ def _keep_dynamo() -> None:
     reads, calls = translator.run, graph.call_user_compiler
 
     def run(self: Any) -> Any:
-        _COMPILATIONS.before.append(sys.gettrace())
-        try:
-            with untraced():
-                return reads(self)
-        finally:
-            _COMPILATIONS.before.pop()
+        self.output.tracer_before = sys.gettrace()
+        with untraced():
+            return reads(self)
 
     def call_user_compiler(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = _COMPILATIONS.before
-        with tracing(before[-1] if before else sys.gettrace()):
+        with tracing(self.tracer_before):
             return calls(self, *args, **kwargs)
 
     translator.run, graph.call_user_compiler = run, call_user_compiler

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from kasmina_fx import KasminaLayer, kasmina_layers, kasminify
 from kasmina_fx.lowerings import Wanted, lowering_named, rows
-from kasmina_fx.lowerings.rows import ACTIVATIONS, BLENDED_ROWS, ROWS
+from kasmina_fx.lowerings.plan import Plan
+from kasmina_fx.lowerings.rows import ACTIVATIONS, BLENDED_ROWS, FORWARD, ROWS, _Grid
 from kasmina_fx.passes import passes_for, run_passes
 from kasmina_fx.physical.blend import blend
 from kasmina_fx.testing import graft
@@ -51,6 +52,12 @@ def test_every_kernel_computes_its_blueprint(kind: str, size: int) -> None:
 @pytest.mark.parametrize("then", ACTIVATIONS)
 def test_every_activation_rides_along(then: str, kind: str) -> None:
     assert_dense_is_right(Blend([4] * 9, kinds(kind)), then)
+
+
+@pytest.mark.parametrize(("size", "stages"), [(4, 4), (8, 4), (3, 2), (12, 2), (64, 2)])
+def test_fewer_loads_are_in_flight_where_tiles_have_gaps(size: int, stages: int) -> None:
+    plan = Plan("mlp", size, 2 * size, 0, 0, 16, "bfloat16")
+    assert _Grid.of(FORWARD, 100, 16 * size, plan).shape.stages == stages
 
 
 def test_every_activation_has_a_function_to_be_compared_with() -> None:
