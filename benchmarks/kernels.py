@@ -82,12 +82,12 @@ def layer(features: int, count: int, one_in: int, shape: str) -> list[float]:
 
     def in_place() -> None:
         _, kept, _ = fused_tiles(y, tables, stacks, None, plan, True, True, False)
-        OBSERVE_ROWS(y, None, telemetry, chunks, 1, 1024)
+        OBSERVE_ROWS([y], [None], [telemetry], chunks, [1], [1024])
         fused_tiles_backward(grad, kept, tables, stacks, plan, False)
 
     def in_one_pass() -> None:
         fused_rows(y, tables, stacks, None, plan, then, True)
-        OBSERVE_ROWS(y, None, telemetry, chunks, 1, 1024)
+        OBSERVE_ROWS([y], [None], [telemetry], chunks, [1], [1024])
         fused_rows_backward(grad, y, tables, stacks, plan, then)
 
     then = "gelu" if shape == "rows" else ""

@@ -21,6 +21,7 @@ from kasmina_fx.passes.absorb_activation import AbsorbActivation
 from kasmina_fx.passes.choose_lowerings import ChooseLowerings
 from kasmina_fx.passes.eliminate_dead_code import EliminateDeadCode
 from kasmina_fx.passes.eliminate_dormant import EliminateDormant
+from kasmina_fx.passes.group_telemetry import GroupTelemetry
 from kasmina_fx.passes.infra.copying import copy_graph_module
 from kasmina_fx.passes.infra.matching import Match, find_matches, has_markers
 from kasmina_fx.passes.infra.metadata import propagate_if_missing
@@ -51,6 +52,7 @@ DEFAULT_PASSES: Final[tuple[GraphPass, ...]] = (
     EliminateDormant(),  # a layer without a blueprint slot is its base
     LowerBlend(),  # the others become a chunked subgraph over their banks
     PlaceTelemetry(),  # statistics of the output, merged into their buffer
+    GroupTelemetry(),  # kernels for statistics of several layers become one
     EliminateDeadCode(),  # of what was inserted, only what is used stays
     Verify(),  # metadata, leftovers, isolation
 )

@@ -5,7 +5,7 @@
             %merged = stack([count, mean, ...])     from sums over rows, then over chunks
             copy_(telemetry, %merged)
     or, where a kernel was chosen for it,
-            kasmina.observe_rows.default(%y, %notes, telemetry, ...)
+            kasmina.observe_rows.default([%y], [%notes], [telemetry], ...)
 
 The write is the last of the inserted nodes and the only one; nothing of the host reads what it
 wrote. All of it stands behind an activation that reads the output, see :func:`_behind`.
@@ -94,6 +94,9 @@ class _Observe(Meaning):
     def __call__(self, *tensors: Tensor) -> tuple[()]:
         y, *notes, telemetry = tensors  # notes may be missing
         said = notes[0] if notes else None
-        how = OBSERVE_ROWS if self.in_one_kernel else statistics.observe
-        how(y, said, telemetry, self.chunks, self.one_in, self.rows)
+        if self.in_one_kernel:
+            how = (self.chunks, [self.one_in], [self.rows])
+            OBSERVE_ROWS([y], [said], [telemetry], *how)
+        else:
+            statistics.observe(y, said, telemetry, self.chunks, self.one_in, self.rows)
         return ()

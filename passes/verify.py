@@ -11,7 +11,7 @@ With networkx, on the graph of data flow:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import networkx as nx
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 
 from kasmina_fx._torch.tracing import written_by
 from kasmina_fx.errors import RewriteError
+from kasmina_fx.passes.group_telemetry import GroupTelemetry
 from kasmina_fx.passes.infra.matching import find_matches, graph_modules
 from kasmina_fx.passes.infra.metadata import has_value, lowering_of, origin_of, value_of
 from kasmina_fx.passes.infra.pass_base import GraphPass
@@ -72,8 +73,12 @@ def _why(node: Node, reason: str | None) -> str:
     return reason or (lowering.why if lowering else "a pass was disabled")
 
 
-def _inserted_by(flow: nx.DiGraph, name: str) -> set[Node]:
-    return {node for node in flow if (origin := origin_of(node)) is not None and origin.by == name}
+#: Who inserts telemetry.
+_TELEMETRY: Final = (PlaceTelemetry.name, GroupTelemetry.name)
+
+
+def _inserted_by(flow: nx.DiGraph, *names: str) -> set[Node]:
+    return {node for node in flow if (origin := origin_of(node)) is not None and origin.by in names}
 
 
 def _check_values(flow: nx.DiGraph) -> None:
@@ -86,14 +91,14 @@ def _check_writes(flow: nx.DiGraph) -> None:
     for node in _inserted_by(flow, LowerBlend.name):
         if written_by(node):
             raise RewriteError(f"{node.name} of a blend writes to {written_by(node)}")
-    for node in _inserted_by(flow, PlaceTelemetry.name):
+    for node in _inserted_by(flow, *_TELEMETRY):
         for target in written_by(node):
             if target.op not in ("placeholder", "get_attr"):
                 raise RewriteError(f"telemetry's {node.name} writes to {target.name}, not a buffer")
 
 
 def _check_telemetry(flow: nx.DiGraph) -> None:
-    inserted = _inserted_by(flow, PlaceTelemetry.name)
+    inserted = _inserted_by(flow, *_TELEMETRY)
     # Whoever depends on an inserted node reads one, or reads one that does.
     for node, reader in nx.edge_boundary(flow, inserted):
         raise RewriteError(

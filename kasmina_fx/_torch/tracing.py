@@ -157,13 +157,12 @@ def written_by(node: torch.fx.Node) -> list[torch.fx.Node]:
     if not isinstance(node.target, Operator) or not node.target._schema.is_mutable:
         return []
     arguments = zip(node.target._schema.arguments, node.args, strict=False)
-    return [
-        arg
+    written = [
+        arg if isinstance(arg, list | tuple) else [arg]
         for described, arg in arguments
-        if isinstance(arg, torch.fx.Node)
-        and described.alias_info is not None
-        and described.alias_info.is_write
+        if described.alias_info is not None and described.alias_info.is_write
     ]
+    return [one for args in written for one in args if isinstance(one, torch.fx.Node)]
 
 
 @contextlib.contextmanager

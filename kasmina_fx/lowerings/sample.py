@@ -1,11 +1,12 @@
-"""Statistics of an output in one kernel, which writes them where they are kept.
+"""Statistics of outputs in one kernel, which writes them where they are kept.
 
 ``kasmina::observe_rows(y, notes, telemetry, chunks, one_in, rows)`` is what ``kasmina::observe``
-is (:mod:`kasmina_fx.physical.markers`), for a ``y`` ``(..., D)`` that is contiguous.
+is (:mod:`kasmina_fx.physical.markers`), for several layers: lists of as many, ``chunks`` with a
+``;`` between two layouts. Each ``y`` ``(..., D)`` is contiguous, and no ``telemetry`` comes twice.
 """
 
 import math
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ _WARPS: Final = 8
 #: Features that are loaded at once, where rows allow it: 16 bytes of a 16-bit dtype.
 _EVEN: Final = 8
 _SQUARES: Final = 46_340
+#: Layers of a launch: as many as the kernel has arguments for.
+TOGETHER: Final = 4
 
 
 def rows_seen(y: Tensor, one_in: int, rows: int) -> tuple[Any, Any]:
@@ -36,25 +39,57 @@ def rows_seen(y: Tensor, one_in: int, rows: int) -> tuple[Any, Any]:
 
 @triton_op("kasmina::observe_rows", mutates_args={"telemetry"})
 def observe_rows(
-    y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int, rows: int
+    y: list[Tensor],
+    notes: list[Tensor | None],
+    telemetry: list[Tensor],
+    chunks: str,
+    one_in: list[int],
+    rows: list[int],
 ) -> None:
     """Compute ``kasmina::observe_rows``, see above."""
-    if natively(y.device):
+    if natively(y[0].device):
         OBSERVE(telemetry, y, notes, chunks, one_in, rows)
         return
-    features, seeds = y.shape[-1], telemetry.shape[1]
+    layers = list(zip(y, notes, telemetry, one_in, rows, strict=True))
+    layouts = [ChunkLayout.parse(layout) for layout in chunks.split(";")]
+    # A layer's runs in different launches: what is written must not be given twice.
+    for turn in range(max(len(layout.runs) for layout in layouts)):
+        launches = [
+            _launch(*layer, layout.runs[turn])
+            for layer, layout in zip(layers, layouts, strict=True)
+            if turn < len(layout.runs)
+        ]
+        together = len(launches) // TOGETHER * TOGETHER
+        for first in range(0, together, TOGETHER):
+            several = launches[first : first + TOGETHER]
+            arguments = [argument for launch in several for argument in launch.arguments]
+            programs = sum(launch.programs for launch in several)
+            launching("notes", "observe_together", _WARPS)[(programs,)](*arguments)
+        for launch in launches[together:]:
+            launching("notes", "observe", _WARPS)[(launch.programs,)](*launch.arguments)
+
+
+class _Launch(NamedTuple):
+    """Holds what the kernel takes for one run of one layer."""
+
+    programs: int
+    arguments: list[Any]
+
+
+def _launch(
+    y: Tensor, notes: Tensor | None, telemetry: Tensor, one_in: int, rows: int, run: Run
+) -> _Launch:
+    features = y.shape[-1]
     count, seen = rows_seen(y, one_in, rows)
     wide = rows > _SQUARES  # else 32 bits hold the product of two row numbers
-    kernel = launching("notes", "observe", _WARPS)
     said = y if notes is None else notes  # never telemetry, which is written
     even = math.gcd(features, _EVEN)
-    for run in ChunkLayout.parse(chunks).runs:
-        tile, together = _programs(run, even)
-        block = min(_BLOCK // tile, power_of_two(seen) if isinstance(seen, int) else 1024)
-        kernel[((run.count + together - 1) // together,)](
-            telemetry, y, said, features, run.offset, run.first_seed, run.count, seeds, count, seen,
-            run.size, together, power_of_two(together), tile, block, even, notes is not None, wide,
-        )  # fmt: skip
+    tile, together = _programs(run, even)
+    block = min(_BLOCK // tile, power_of_two(seen) if isinstance(seen, int) else 1024)
+    sizes = [features, run.offset, run.first_seed, run.count, telemetry.shape[1], count, seen]
+    fixed = [run.size, together, power_of_two(together), tile, block, even]
+    arguments = [telemetry, y, said, *sizes, *fixed, notes is not None, wide]
+    return _Launch((run.count + together - 1) // together, arguments)
 
 
 def _programs(run: Run, even: int) -> tuple[int, int]:
@@ -72,7 +107,12 @@ def _programs(run: Run, even: int) -> tuple[int, int]:
 
 @observe_rows.register_fake
 def _(
-    y: Tensor, notes: Tensor | None, telemetry: Tensor, chunks: str, one_in: int, rows: int
+    y: list[Tensor],
+    notes: list[Tensor | None],
+    telemetry: list[Tensor],
+    chunks: str,
+    one_in: list[int],
+    rows: list[int],
 ) -> None:
     return None
 

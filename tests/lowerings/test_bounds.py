@@ -77,7 +77,7 @@ def test_statistics_touch_their_tensors_alone(chunks: str, rows: int, watch: Wat
     seeds, features = sum(n for n, _ in runs), sum(n * size for n, size in runs)
     telemetry = torch.zeros(ROWS, seeds)
     for notes in (None, torch.zeros(3, seeds)):
-        OBSERVE_ROWS(torch.randn(rows, features), notes, telemetry, chunks, 1, 16)
+        OBSERVE_ROWS([torch.randn(rows, features)], [notes], [telemetry], chunks, [1], [16])
     assert bool(telemetry.any()) == (rows > 0)
 
 
@@ -142,7 +142,7 @@ def test_statistics_may_look_at_rows_beyond_what_32_bits_reach(watch: Watch) -> 
         return {"count": 1}, (1,)
 
     watch.changes = {("notes", "observe"): far}
-    OBSERVE_ROWS(y, None, telemetry, f"dim=-1 runs={WIDE // 1024}x1024", 1, 1024)
+    OBSERVE_ROWS([y], [None], [telemetry], f"dim=-1 runs={WIDE // 1024}x1024", [1], [1024])
     assert telemetry[0, 0] == 33 * 1024
 
 

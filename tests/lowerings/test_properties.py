@@ -119,7 +119,7 @@ def test_statistics_of_a_sample_are_the_definition(
     expected = found.clone()
     for _ in range(steps):
         y = torch.randn(rows, layout.width) * 3 + 1
-        OBSERVE_ROWS(y, None, found, str(layout), one_in, seen)
+        OBSERVE_ROWS([y], [None], [found], str(layout), [one_in], [seen])
         expected = merge_statistics(y, None, expected, layout, one_in, seen)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
@@ -140,7 +140,8 @@ def test_operators_of_a_blend_pass_opcheck(kind: str) -> None:
 def test_the_operator_of_statistics_passes_opcheck() -> None:
     layout = ChunkLayout.of([3] * 5 + [2] * 4, -1)
     telemetry, notes = torch.zeros(ROWS, 9), torch.rand(3, 9)
-    torch.library.opcheck(OBSERVE_ROWS, (torch.randn(20, 23), notes, telemetry, str(layout), 2, 7))
+    y = torch.randn(20, 23)
+    torch.library.opcheck(OBSERVE_ROWS, ([y], [notes], [telemetry], str(layout), [2], [7]))
 
 
 @pytest.mark.parametrize("rows", [(0,), (0, 5), (3, 0), (2, 3)])

@@ -35,7 +35,7 @@ def test_the_kernel_merges_what_plain_operators_do(
         if notes is not None:
             notes[1, 0] = -1  # its blueprint did not run
         expected = merge_statistics(y, notes, expected, layout, one_in, rows)
-        OBSERVE_ROWS(y, notes, found, str(layout), one_in, rows)
+        OBSERVE_ROWS([y], [notes], [found], str(layout), [one_in], [rows])
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-3, equal_nan=True)
 
 
@@ -43,6 +43,29 @@ def test_row_numbers_beyond_32_bits_are_right() -> None:
     layout, rows = ChunkLayout.of([1], -1), 60_000
     y = torch.arange(100_000.0).view(-1, 1)
     found = torch.zeros(ROWS, 1)
-    OBSERVE_ROWS(y, None, found, str(layout), 1, rows)
+    OBSERVE_ROWS([y], [None], [found], str(layout), [1], [rows])
     expected = merge_statistics(y, None, torch.zeros(ROWS, 1), layout, 1, rows)
     torch.testing.assert_close(found[:7], expected[:7], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("layers", [2, 4, 9])
+def test_a_launch_for_several_layers_merges_what_one_a_layer_does(layers: int) -> None:
+    torch.manual_seed(0)
+    of_runs = [[4] * 5, [3, 3, 2, 2], [5, 1, 7], [8] * 3]
+    sizes = [of_runs[layer % 4] for layer in range(layers)]
+    layouts = [ChunkLayout.of(size, -1) for size in sizes]
+    rows, one_in = (
+        [16 + layer for layer in range(layers)],
+        [1 + layer % 2 for layer in range(layers)],
+    )
+    y = [torch.randn(6, 9 + layer, at.width) for layer, at in enumerate(layouts)]
+    notes = [torch.rand(3, at.num_seeds) if layer % 3 else None for layer, at in enumerate(layouts)]
+    together, alone = ([torch.zeros(ROWS, at.num_seeds) for at in layouts] for _ in range(2))
+    for _ in range(2):
+        OBSERVE_ROWS(y, notes, together, ";".join(map(str, layouts)), one_in, rows)
+        for layer, at in enumerate(layouts):
+            told = ([y[layer]], [notes[layer]], [alone[layer]], str(at))
+            OBSERVE_ROWS(*told, [one_in[layer]], [rows[layer]])
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one, other)
+        assert one.any()

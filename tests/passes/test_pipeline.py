@@ -44,6 +44,7 @@ GOLDENS_OF_NO_CASE = {
     "choose_lowerings/reasons",
     "eliminate_dead_code/before_after",
     "eliminate_dead_code/one_class",
+    "group_telemetry/two_layers",
     "lower_blend/dense",
     "lower_blend/fused",
     "lower_blend/fused_on_cpu",

@@ -5,7 +5,7 @@
     ``(3, n)`` are written too, unless they are empty.
 ``kasmina::tiles_on_cpu_backward(dy!, blame!, grads!, kept, tables, params, plan)``
     Makes the gradient of ``y`` out of that of ``out`` in ``dy``, and writes all of the others.
-``kasmina::observe_on_cpu(telemetry!, y, notes, chunks, one_in, rows)``
+``kasmina::observe_on_cpu(telemetry![], y[], notes[], chunks, one_in[], rows[])``
     What ``kasmina::observe_rows`` is (:mod:`kasmina_fx.lowerings.sample`).
 
 All floating tensors are float32 and contiguous. They are registered without autograd, which has
@@ -35,8 +35,8 @@ _LIBRARY.define(
     "Tensor[] tables, Tensor[] params, str plan) -> ()"
 )
 _LIBRARY.define(
-    "observe_on_cpu(Tensor(a!) telemetry, Tensor y, Tensor? notes, str chunks, int one_in, "
-    "int rows) -> ()"
+    "observe_on_cpu(Tensor(a!)[] telemetry, Tensor[] y, Tensor?[] notes, str chunks, "
+    "int[] one_in, int[] rows) -> ()"
 )
 
 
@@ -75,14 +75,27 @@ def _backward(
 
 
 def _observe(
-    telemetry: Tensor, y: Tensor, notes: Tensor | None, chunks: str, one_in: int, rows: int
+    telemetry: list[Tensor],
+    y: list[Tensor],
+    notes: list[Tensor | None],
+    chunks: str,
+    one_in: list[int],
+    rows: list[int],
+) -> None:
+    layouts = map(ChunkLayout.parse, chunks.split(";"))
+    for layer in zip(telemetry, y, notes, layouts, one_in, rows, strict=True):
+        _observe_layer(*layer)
+
+
+def _observe_layer(
+    telemetry: Tensor, y: Tensor, notes: Tensor | None, layout: ChunkLayout, one_in: int, rows: int
 ) -> None:
     features, threads = y.shape[-1], torch.get_num_threads()
     count = rows_looked_at(y, one_in)
     seen = min(rows, count) if rows else count
     if not seen:
         return
-    for run in ChunkLayout.parse(chunks).runs:
+    for run in layout.runs:
         numbers = [features, run.offset, run.first_seed, run.count, telemetry.shape[1]]
         numbers += [count, seen, run.size, threads]
         functions().observe(

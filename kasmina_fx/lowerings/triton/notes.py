@@ -4,7 +4,11 @@ import triton
 import triton.language as tl
 
 #: See :mod:`kasmina_fx.lowerings.triton.two_layer`.
-WRITES = {"report": {"notes": None}, "observe": {"telemetry": None}}
+WRITES = {
+    "report": {"notes": None},
+    "observe": {"telemetry": None},
+    "observe_together": {f"telemetry{layer}": None for layer in range(4)},
+}
 
 
 @triton.jit
@@ -48,8 +52,8 @@ def report(
 
 
 @triton.jit
-def observe(
-    telemetry, y, notes, features, offset, first_seed, count, num_seeds, rows, seen,
+def merge(
+    program, telemetry, y, notes, features, offset, first_seed, count, num_seeds, rows, seen,
     c: tl.constexpr, SEEDS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
     ROWS: tl.constexpr, EVEN: tl.constexpr, NOTES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +64,7 @@ def observe(
     first element of a chunk that is looked at.
     """
     inf = float("inf")
-    first = tl.program_id(0) * SEEDS
+    first = program * SEEDS
     begins = offset + first * c
     col = begins // EVEN * EVEN + tl.arange(0, TILE)
     member = (col - offset) // c - first
@@ -147,3 +151,62 @@ def observe(
         tl.store(t + 11 * num_seeds, runs + 1, mask=there & ran)
         tl.store(t + 12 * num_seeds, losses + weight * (loss - losses), mask=there & ran)
         tl.store(t + 13 * num_seeds, deltas + weight * (new - deltas), mask=there & ran)
+
+
+@triton.jit
+def observe(
+    telemetry, y, notes, features, offset, first_seed, count, num_seeds, rows, seen,
+    c: tl.constexpr, SEEDS: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+    ROWS: tl.constexpr, EVEN: tl.constexpr, NOTES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Merge the statistics of one layer."""
+    merge(
+        tl.program_id(0), telemetry, y, notes, features, offset, first_seed, count, num_seeds,
+        rows, seen, c, SEEDS, PADDED, TILE, ROWS, EVEN, NOTES, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
+def observe_together(
+    telemetry0, y0, notes0, features0, offset0, first_seed0, count0, num_seeds0,
+    rows0, seen0, c0: tl.constexpr, SEEDS0: tl.constexpr, PADDED0: tl.constexpr,
+    TILE0: tl.constexpr, ROWS0: tl.constexpr, EVEN0: tl.constexpr, NOTES0: tl.constexpr,
+    WIDE0: tl.constexpr,
+    telemetry1, y1, notes1, features1, offset1, first_seed1, count1, num_seeds1,
+    rows1, seen1, c1: tl.constexpr, SEEDS1: tl.constexpr, PADDED1: tl.constexpr,
+    TILE1: tl.constexpr, ROWS1: tl.constexpr, EVEN1: tl.constexpr, NOTES1: tl.constexpr,
+    WIDE1: tl.constexpr,
+    telemetry2, y2, notes2, features2, offset2, first_seed2, count2, num_seeds2,
+    rows2, seen2, c2: tl.constexpr, SEEDS2: tl.constexpr, PADDED2: tl.constexpr,
+    TILE2: tl.constexpr, ROWS2: tl.constexpr, EVEN2: tl.constexpr, NOTES2: tl.constexpr,
+    WIDE2: tl.constexpr,
+    telemetry3, y3, notes3, features3, offset3, first_seed3, count3, num_seeds3,
+    rows3, seen3, c3: tl.constexpr, SEEDS3: tl.constexpr, PADDED3: tl.constexpr,
+    TILE3: tl.constexpr, ROWS3: tl.constexpr, EVEN3: tl.constexpr, NOTES3: tl.constexpr,
+    WIDE3: tl.constexpr,
+):  # fmt: skip
+    """Merge the statistics of four layers: programs of one after those of the other."""
+    first = (count0 + SEEDS0 - 1) // SEEDS0
+    second = first + (count1 + SEEDS1 - 1) // SEEDS1
+    third = second + (count2 + SEEDS2 - 1) // SEEDS2
+    program = tl.program_id(0)
+    if program < first:
+        merge(
+            program, telemetry0, y0, notes0, features0, offset0, first_seed0, count0,
+            num_seeds0, rows0, seen0, c0, SEEDS0, PADDED0, TILE0, ROWS0, EVEN0, NOTES0, WIDE0,
+        )  # fmt: skip
+    elif program < second:
+        merge(
+            program - first, telemetry1, y1, notes1, features1, offset1, first_seed1, count1,
+            num_seeds1, rows1, seen1, c1, SEEDS1, PADDED1, TILE1, ROWS1, EVEN1, NOTES1, WIDE1,
+        )  # fmt: skip
+    elif program < third:
+        merge(
+            program - second, telemetry2, y2, notes2, features2, offset2, first_seed2, count2,
+            num_seeds2, rows2, seen2, c2, SEEDS2, PADDED2, TILE2, ROWS2, EVEN2, NOTES2, WIDE2,
+        )  # fmt: skip
+    else:
+        merge(
+            program - third, telemetry3, y3, notes3, features3, offset3, first_seed3, count3,
+            num_seeds3, rows3, seen3, c3, SEEDS3, PADDED3, TILE3, ROWS3, EVEN3, NOTES3, WIDE3,
+        )  # fmt: skip

@@ -1,0 +1,71 @@
+"""Which nodes of a host might write to a tensor that is there already."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Final
+
+from torch.fx import Node
+
+from kasmina_fx._torch.tracing import Operator
+from kasmina_fx.passes.infra.metadata import origin_of
+
+_ITEM: Final = frozenset({"setitem", "__setitem__", "delitem", "__delitem__"})
+#: ``operator.iadd`` and its like, as functions and as methods.
+_AUGMENTED: Final = frozenset(
+    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"}
+    | {"iand", "ior", "ixor", "ilshift", "irshift", "iconcat"}
+)
+
+_KNOWN: Final = ("torch", "_operator", "builtins", "math")
+_OPERATORS: Final = ("torch.ops", "torch._ops", "torch._higher_order_ops")
+
+
+def may_write(node: Node) -> bool:
+    """Say whether a node of the host surely writes to nothing (False), or might.
+
+    Torch names what writes with an underscore at the end, or asks for it by ``inplace`` and
+    ``out``. Modules and operators that hold graphs might do anything.
+    """
+    if node.op in ("placeholder", "get_attr", "output") or origin_of(node) is not None:
+        return False
+    if node.op == "call_module" or node.kwargs.get("inplace") or "out" in node.kwargs:
+        return True
+    if isinstance(node.target, Operator):
+        return bool(node.target._schema.is_mutable)
+    if node.op == "call_method":
+        return _writes_by_name(str(node.target))
+    return _function_writes(node)
+
+
+def _writes_by_name(name: str) -> bool:
+    plain = name.strip("_")
+    if name.startswith("__") and name.endswith("__"):
+        return name in _ITEM or plain in _AUGMENTED
+    return name in _ITEM or name in _AUGMENTED or name.endswith("_")
+
+
+def _function_writes(node: Node) -> bool:
+    function: Any = node.target
+    name = getattr(function, "__name__", "")
+    if _writes_by_name(name) or not _is_a_known_kind(function):
+        return True
+    place = _place_of_inplace(function)
+    return place is not None and place < len(node.args) and bool(node.args[place])
+
+
+def _is_a_known_kind(function: Any) -> bool:
+    """Say whether it is a function of torch's or Python's, and no operator over graphs."""
+    module = str(getattr(function, "__module__", None))
+    return module.partition(".")[0] in _KNOWN and not module.startswith(_OPERATORS)
+
+
+@cache
+def _place_of_inplace(function: Callable[..., Any]) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # one in C, none of which has that argument
+        return None
+    return names.index("inplace") if "inplace" in names else None
