@@ -4,8 +4,10 @@
 #
 #     [PYTHON=python] benchmarks/gpu_check.sh [FOLDER [PART ...]]
 #
-# FOLDER is docs/measurements by default. Parts: tests, overhead, gpt, kernels, choice, memcheck; all by default. A
-# part that fails stops no other one; the exit status is 1 if any has failed.
+# FOLDER is docs/measurements by default. Parts, in this order by default: tests, gpt, memcheck,
+# choice, kernels, overhead, about 25 minutes with 16 cores; and, where they are named, depth (gpt.py
+# for 3 and 6 blocks) and graphs (with CUDA graphs). A part that fails stops no other one; the exit
+# status is 1 if any has failed.
 set -euo pipefail
 
 python=${PYTHON:-python}
@@ -15,11 +17,14 @@ mkdir -p "${1:-$root/docs/measurements}"
 folder=$(cd "${1:-$root/docs/measurements}" && pwd)
 shift $(($# > 0 ? 1 : 0))
 parts=("$@")
-[[ $# -gt 0 ]] || parts=(tests overhead gpt kernels choice memcheck)
+[[ $# -gt 0 ]] || parts=(tests gpt memcheck choice kernels overhead)
 for part in "${parts[@]}"; do
     case $part in
-    tests | overhead | gpt | kernels | choice | memcheck) ;;
-    *) echo "unknown part $part: there are tests, overhead, gpt, kernels, choice, memcheck" >&2 && exit 2 ;;
+    tests | gpt | memcheck | choice | kernels | overhead | depth | graphs) ;;
+    *)
+        known="tests, gpt, memcheck, choice, kernels, overhead, depth, graphs"
+        echo "unknown part $part: there are $known" >&2 && exit 2
+        ;;
     esac
 done
 cd "$root"
@@ -48,9 +53,9 @@ driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
 revision=$(git describe --always --dirty 2>/dev/null) || revision="not available"
 slug=$(tr -cs '[:alnum:]' - <<<"$card" | tr '[:upper:]' '[:lower:]' | sed 's/^-*//; s/-*$//')
 file="$folder/$(date -u +%F)-$slug-torch$torch.md"
-failed=() workers=()
+failed=() workers=() cases=("dormant+telemetry" "active 5%")
 if "$python" -c "import xdist" 2>/dev/null; then
-    workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist load)
+    workers=(-n "$(($(nproc) < 14 ? $(nproc) : 14))" --dist worksteal)
 fi
 
 # Takes out what names the machine: a path in the checkout becomes relative, one of a package starts
@@ -102,11 +107,9 @@ for part in "${parts[@]}"; do
     case $part in
     tests) run python -m pytest -q -m gpu "${workers[@]}" ;;
     overhead) run python benchmarks/overhead.py --device cuda --seeds 1024 ;;
-    gpt)
-        run python benchmarks/gpt.py --blocks 12
-        run python benchmarks/gpt.py --blocks 3 6 --cases plain "dormant+telemetry" "active 5%"
-        run python benchmarks/gpt.py --blocks 12 --mode reduce-overhead --cases plain "active 5%"
-        ;;
+    gpt) run python benchmarks/gpt.py --blocks 12 --cases plain "${cases[@]}" "active 50%" ;;
+    depth) run python benchmarks/gpt.py --blocks 3 6 --cases plain "${cases[@]}" ;;
+    graphs) run python benchmarks/gpt.py --blocks 12 --mode reduce-overhead --cases plain "active 5%" ;;
     kernels) run python benchmarks/kernels.py ;;
     choice) run python benchmarks/choice.py --device cuda ;;
     memcheck) memcheck ;;

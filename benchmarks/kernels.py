@@ -5,14 +5,15 @@
 On a GPU: layers of 16,384 rows in bfloat16 with `mlp` blueprints: those of a GPT-2 (768 wide, 256
 seeds) with 5 % of the seeds active, and one of 4,096 features and 1,024 seeds with 6 %, half and
 all of them. "tiles" touch active chunks alone, "rows" pass over the output and compute a GELU too;
-its sample is of the 1,024 rows that statistics look at. Times are microseconds on the device, means
-of 10 calls seen by torch's profiler; "copy" is of 100 MB, "gelu" of the last layer's output, both
-ways. With ``--shares`` instead: the layers of a GPT-2 with a quarter, half and all of their seeds
-active, "alone" a pass without an activation, and what a GELU takes.
+its sample is of the 1,024 rows that statistics look at. "frozen" is a backward in which no seed
+learns (as FOSSILIZED ones don't). Times are microseconds on the device, means of 10 calls seen by
+torch's profiler; "copy" is of 100 MB, "gelu" of the last layer's output, both ways, and "four
+layers" are the statistics of a GPT-2's block in one launch. With ``--shares`` instead: the layers
+of a GPT-2 with a quarter, half and all of their seeds active, "alone" a pass without an activation,
+and what a GELU takes.
 
 On a CPU: layers of 512 rows in float32. Times are microseconds of a call, medians of 100, with the
-notes in "forward" and the sums in "backward"; "frozen" is a backward in which no seed learns (as
-FOSSILIZED ones don't), "plain" is what Inductor makes of the same
+notes in "forward" and the sums in "backward"; "plain" is what Inductor makes of the same
 statistics, "copy" is of the layer's output into memory that is there.
 """
 
@@ -42,7 +43,7 @@ from kasmina_fx.physical.statistics import merge_statistics
 
 ROWS, CALLS = {"cuda": 16_384, "cpu": 512}, {"cuda": 10, "cpu": 100}
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}
-KERNELS = ("forward", "report", "sample", "observe", "backward", "finish")
+KERNELS = ("forward", "report", "sample", "observe", "backward", "finish", "frozen")
 ON_CPU = ("forward", "backward", "frozen", "statistics", "plain", "copy")
 #: Features, seeds, and of how many seeds one is active.
 LAYERS = ((768, 256, 20), (2304, 256, 20), (3072, 256, 20), *((4096, 1024, n) for n in (16, 2, 1)))
@@ -73,6 +74,27 @@ def microseconds(call: Callable[[], Any]) -> dict[str, float]:
     return kernel_microseconds(call, CALLS["cuda"])
 
 
+def started(times: dict[str, float], kernel: str) -> float:
+    """Return the sum of the times of kernels whose names begin like that."""
+    return sum(t for name, t in times.items() if name.startswith(kernel))
+
+
+def without_learning(tables: list[Tensor]) -> list[Tensor]:
+    """Return tables of the same bank with all slots frozen."""
+    at = TABLES.index("modes")
+    return [*tables[:at], torch.zeros_like(tables[at]), *tables[at + 1 :]]
+
+
+def block_statistics() -> float:
+    """Return what the statistics of a GPT-2's block take."""
+    layouts = [ChunkLayout.of([n // 256] * 256, -1) for n in (2304, 768, 3072, 768)]
+    y = [torch.randn(ROWS["cuda"], at.width, device="cuda", dtype=DTYPE["cuda"]) for at in layouts]
+    kept = [torch.zeros(STATISTICS, 256, device="cuda") for _ in layouts]
+    chunks = ";".join(map(str, layouts))
+    call = lambda: OBSERVE_ROWS(y, [None] * 4, kept, chunks, [1] * 4, [1024] * 4)  # noqa: E731
+    return started(microseconds(call), "observe")
+
+
 def layer(features: int, count: int, one_in: int, shape: str) -> list[float]:
     """Return what each of KERNELS takes in a layer."""
     tables, stacks, plan = bank(features, count, one_in, "cuda")
@@ -91,9 +113,16 @@ def layer(features: int, count: int, one_in: int, shape: str) -> list[float]:
         fused_rows_backward(grad, y, tables, stacks, plan, then)
 
     then = "gelu" if shape == "rows" else ""
+
+    def frozen() -> None:
+        kept = fused_tiles(y, tables, stacks, None, plan, True, False, False)[1]
+        fused_tiles_backward(grad, kept, without_learning(tables), stacks, plan, False)
+
     found = microseconds(in_place if shape == "tiles" else in_one_pass)
-    times = {k: sum(t for name, t in found.items() if name.startswith(k)) for k in KERNELS}
-    if shape != "tiles":
+    times = {kernel: started(found, kernel) for kernel in KERNELS}
+    if shape == "tiles":
+        times["frozen"] = started(microseconds(frozen), "backward")
+    else:
         sample = microseconds(lambda: blended_rows(y, tables, stacks, plan, 1, 1024))
         times["sample"] = sum(sample.values())
     return [*times.values()]
@@ -118,8 +147,7 @@ def layer_on_cpu(features: int, count: int, one_in: int) -> list[float]:
     kept = torch.empty(ROWS["cpu"], len(tables[0]) * features // count)
     notes, grads = torch.empty(3, count), [torch.empty_like(stack) for stack in stacks]
     layout = ChunkLayout.of([features // count] * count, -1)
-    at = TABLES.index("modes")
-    frozen = [*tables[:at], torch.zeros_like(tables[at]), *tables[at + 1 :]]
+    frozen = without_learning(tables)
 
     @torch.compile
     def plain(y: Tensor, telemetry: Tensor) -> None:
@@ -129,7 +157,7 @@ def layer_on_cpu(features: int, count: int, one_in: int) -> list[float]:
         lambda: TILES(out, kept, notes, None, tables, stacks, plan),
         lambda: TILES_BACKWARD(grad, blame, grads, kept, tables, stacks, plan),
         lambda: TILES_BACKWARD(grad, blame, grads, kept, frozen, stacks, plan),
-        lambda: OBSERVE(telemetry, y, None, str(layout), 1, 1024),
+        lambda: OBSERVE([telemetry], [y], [None], str(layout), [1], [1024]),
         lambda: plain(y, telemetry),
         lambda: out.copy_(y),
     )
@@ -169,6 +197,7 @@ def on_gpu(shares: bool) -> None:
     megabytes = torch.empty(50_000_000, device="cuda", dtype=DTYPE["cuda"])
     print(f"copy: {sum(microseconds(megabytes.clone).values()):.1f}")
     print(f"gelu: {gelu(4096)}")
+    print(f"four layers: {block_statistics():.1f}")
 
 
 def on_cpu() -> None:

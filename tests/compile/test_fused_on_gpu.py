@@ -23,6 +23,9 @@ from kasmina_fx import explain, kasmina_layers, kasminify
 from kasmina_fx._torch import triton
 from kasmina_fx._torch.launches import written_arguments
 from kasmina_fx.lowerings.plan import KERNELS
+from kasmina_fx.lowerings.sample import OBSERVE_ROWS
+from kasmina_fx.physical.layout import ChunkLayout
+from kasmina_fx.physical.statistics import ROWS
 from kasmina_fx.testing import graft
 
 pytestmark = pytest.mark.gpu
@@ -122,7 +125,8 @@ def test_torch_finds_the_writes_that_kernels_declare(monkeypatch: pytest.MonkeyP
                 declared = set(written_arguments(function, kwargs))
                 assert declared <= set(names)
                 # Of a kernel that calls another function, torch 2.11 takes all for written.
-                assert declared == set(names) or function.__name__ in ("forward", "backward")
+                calls = ("forward", "backward", "observe")
+                assert declared == set(names) or function.__name__ in calls
                 compared.append(function.__name__)
             return found
 
@@ -138,3 +142,25 @@ def test_torch_finds_the_writes_that_kernels_declare(monkeypatch: pytest.MonkeyP
     with fresh_cache():  # of a graph that was compiled before nothing is analysed
         life("fused", torch.float32, "mlp", "cuda")
     assert set(compared) == {"forward", "backward", "finish", "report", "observe"}
+
+
+def test_statistics_of_layers_that_share_a_launch_are_those_of_one_a_layer() -> None:
+    torch.manual_seed(0)
+    layouts = [ChunkLayout.of(sizes, -1) for sizes in ([3] * 20, [9] * 7, [4] * 16, [5, 5, 4, 4])]
+    y = [torch.randn(2000, at.width, device="cuda", dtype=torch.bfloat16) for at in layouts]
+    notes = [torch.rand(3, at.num_seeds, device="cuda") for at in layouts]
+    together, alone = (
+        [torch.zeros(ROWS, at.num_seeds, device="cuda") for at in layouts] for _ in range(2)
+    )
+    read = [*y, *notes]
+    before = [t.clone() for t in read]
+    call = torch.compile(OBSERVE_ROWS, fullgraph=True)
+    for _ in range(2):
+        call(y, [*notes[:3], None], together, ";".join(map(str, layouts)), [1] * 4, [1024] * 4)
+        for layer, at in enumerate(layouts):
+            said = [notes[layer] if layer < 3 else None]
+            OBSERVE_ROWS([y[layer]], said, [alone[layer]], str(at), [1], [1024])
+    for one, other in zip(together, alone, strict=True):  # multiply-adds are put together anew
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert one[0].all()
+    assert same_bits(read, before)

@@ -61,6 +61,8 @@ def test_a_launch_for_several_layers_merges_what_one_a_layer_does(layers: int) -
     y = [torch.randn(6, 9 + layer, at.width) for layer, at in enumerate(layouts)]
     notes = [torch.rand(3, at.num_seeds) if layer % 3 else None for layer, at in enumerate(layouts)]
     together, alone = ([torch.zeros(ROWS, at.num_seeds) for at in layouts] for _ in range(2))
+    read = [*y, *(told for told in notes if told is not None)]
+    before = [tensor.clone() for tensor in read]
     for _ in range(2):
         OBSERVE_ROWS(y, notes, together, ";".join(map(str, layouts)), one_in, rows)
         for layer, at in enumerate(layouts):
@@ -69,3 +71,4 @@ def test_a_launch_for_several_layers_merges_what_one_a_layer_does(layers: int) -
     for one, other in zip(together, alone, strict=True):
         assert torch.equal(one, other)
         assert one.any()
+    assert all(map(torch.equal, read, before))

@@ -160,6 +160,7 @@ def backward(
     blocks, full = blocks_of(place, rows, ROWS)
     usual = tl.where(tl.sum((~(tl.abs(a) <= 1)).to(tl.int32)) == 0, 1, 0)
     moves = blends.to(tl.int32)
+    learns = tl.max(tl.where(mode > 0, 1, 0))
     begin = split  # the first block that is still to do
     first = split.to(tl.int64) * ROWS
     here = ((first + r) < rows)[:, None] & on[None, :]
@@ -191,13 +192,15 @@ def backward(
         total = (dz - ab[None, :] * dz) + dx
         where = dy + first * features + at
         tl.store(where, total.to(came.dtype), mask=(moves[None, :] & usual) > 0)
-        # Not so raw: what is not finite there spoils gradients of its own seed alone, as it must.
-        hidden = tl.where(usual > 0, hidden, 0.0).to(PRODUCT)
-        df, dh = tl.where(usual > 0, df, 0.0), tl.where(usual > 0, dh, 0.0)
-        g1 = tl.dot(tl.trans(raw.to(PRODUCT)), dh.to(PRODUCT), g1, input_precision="ieee")
-        g2 = tl.dot(tl.trans(hidden), df.to(PRODUCT), g2, input_precision="ieee")
-        gb1 += dh
-        gb2 += df
+        # An `if` in Triton 3.6 lost a gradient. Not so raw, for what is not finite there spoils
+        # gradients of its own seed alone, as it must.
+        for _ in range(learns):
+            own_hidden = tl.where(usual > 0, hidden, 0.0).to(PRODUCT)
+            own_df, own_dh = tl.where(usual > 0, df, 0.0), tl.where(usual > 0, dh, 0.0)
+            g1 = tl.dot(tl.trans(raw.to(PRODUCT)), own_dh.to(PRODUCT), g1, input_precision="ieee")
+            g2 = tl.dot(tl.trans(own_hidden), own_df.to(PRODUCT), g2, input_precision="ieee")
+            gb1 += own_dh
+            gb2 += own_df
         begin = tl.where(usual > 0, block + splits, begin)
     no, bad = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
     if begin < blocks:
