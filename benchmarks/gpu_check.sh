@@ -29,6 +29,7 @@ for part in "${parts[@]}"; do
 done
 cd "$root"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # whatever else is installed: a warning of its is an error
 
 { read -r card && read -r versions && read -r torch; } < <("$python" - <<'PY'
 import platform
@@ -55,7 +56,7 @@ slug=$(tr -cs '[:alnum:]' - <<<"$card" | tr '[:upper:]' '[:lower:]' | sed 's/^-*
 file="$folder/$(date -u +%F)-$slug-torch$torch.md"
 failed=() workers=() cases=("dormant+telemetry" "active 5%")
 if "$python" -c "import xdist" 2>/dev/null; then
-    workers=(-n "$(($(nproc) < 14 ? $(nproc) : 14))" --dist worksteal)
+    workers=(-p xdist -n "$(($(nproc) < 14 ? $(nproc) : 14))" --dist worksteal)
 fi
 
 # Takes out what names the machine: a path in the checkout becomes relative, one of a package starts

@@ -19,14 +19,26 @@ from kasmina_fx.lowerings.native.library import why_none
 from kasmina_fx.lowerings.native.operators import OBSERVE
 from kasmina_fx.physical.layout import ChunkLayout, Run, power_of_two
 
-#: Features of a program at least, the numbers it holds at once, and how wide a chunk may be.
-_COLUMNS, _BLOCK, _WIDEST = 16, 4096, 1024
-_WARPS: Final = 8
+#: Features of a program at least, and how wide a chunk may be.
+_COLUMNS, _WIDEST = 16, 1024
 #: Features that are loaded at once, where rows allow it: 16 bytes of a 16-bit dtype.
 _EVEN: Final = 8
 _SQUARES: Final = 46_340
 #: Layers of a launch: as many as the kernel has arguments for.
 TOGETHER: Final = 4
+
+
+class _Shape(NamedTuple):
+    """Holds how many numbers a program has at once, and its warps."""
+
+    block: int
+    warps: int
+
+
+#: Tuned on an H100: the programs of one layer are too few to keep it busy, so that each should do
+#: much at once; those of four layers are more than there is room for.
+_ALONE: Final = _Shape(4096, 8)
+_MANY: Final = _Shape(1024, 4)
 
 
 def rows_seen(y: Tensor, one_in: int, rows: int) -> tuple[Any, Any]:
@@ -54,19 +66,20 @@ def observe_rows(
     layouts = [ChunkLayout.parse(layout) for layout in chunks.split(";")]
     # A layer's runs in different launches: what is written must not be given twice.
     for turn in range(max(len(layout.runs) for layout in layouts)):
-        launches = [
-            _launch(*layer, layout.runs[turn])
+        runs = [
+            (*layer, layout.runs[turn])
             for layer, layout in zip(layers, layouts, strict=True)
             if turn < len(layout.runs)
         ]
-        together = len(launches) // TOGETHER * TOGETHER
+        together = len(runs) // TOGETHER * TOGETHER
         for first in range(0, together, TOGETHER):
-            several = launches[first : first + TOGETHER]
+            several = [_launch(*run, _MANY.block) for run in runs[first : first + TOGETHER]]
             arguments = [argument for launch in several for argument in launch.arguments]
             programs = sum(launch.programs for launch in several)
-            launching("notes", "observe_together", _WARPS)[(programs,)](*arguments)
-        for launch in launches[together:]:
-            launching("notes", "observe", _WARPS)[(launch.programs,)](*launch.arguments)
+            launching("notes", "observe_together", _MANY.warps)[(programs,)](*arguments)
+        for run in runs[together:]:
+            launch = _launch(*run, _ALONE.block)
+            launching("notes", "observe", _ALONE.warps)[(launch.programs,)](*launch.arguments)
 
 
 class _Launch(NamedTuple):
@@ -77,7 +90,13 @@ class _Launch(NamedTuple):
 
 
 def _launch(
-    y: Tensor, notes: Tensor | None, telemetry: Tensor, one_in: int, rows: int, run: Run
+    y: Tensor,
+    notes: Tensor | None,
+    telemetry: Tensor,
+    one_in: int,
+    rows: int,
+    run: Run,
+    numbers: int,
 ) -> _Launch:
     features = y.shape[-1]
     count, seen = rows_seen(y, one_in, rows)
@@ -85,7 +104,7 @@ def _launch(
     said = y if notes is None else notes  # never telemetry, which is written
     even = math.gcd(features, _EVEN)
     tile, together = _programs(run, even)
-    block = min(_BLOCK // tile, power_of_two(seen) if isinstance(seen, int) else 1024)
+    block = min(max(2, numbers // tile), power_of_two(seen) if isinstance(seen, int) else 1024)
     sizes = [features, run.offset, run.first_seed, run.count, telemetry.shape[1], count, seen]
     fixed = [run.size, together, power_of_two(together), tile, block, even]
     arguments = [telemetry, y, said, *sizes, *fixed, notes is not None, wide]

@@ -51,7 +51,7 @@ def test_row_numbers_beyond_32_bits_are_right() -> None:
 @pytest.mark.parametrize("layers", [2, 4, 9])
 def test_a_launch_for_several_layers_merges_what_one_a_layer_does(layers: int) -> None:
     torch.manual_seed(0)
-    of_runs = [[4] * 5, [3, 3, 2, 2], [5, 1, 7], [8] * 3]
+    of_runs = [[4] * 5, [3, 3, 2, 2], [5, 1, 7], [3, 1021]]
     sizes = [of_runs[layer % 4] for layer in range(layers)]
     layouts = [ChunkLayout.of(size, -1) for size in sizes]
     rows, one_in = (
