@@ -44,10 +44,13 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx  # seconds to import: only where it compiles
     from torch._inductor.decomposition import select_decomp_table
 
+    from kasmina_fx._torch.padding import ViewsOfProducts
+
     quicken_inductor()
+    patches = {"joint_custom_post_pass": ViewsOfProducts()} | patches
     # Into the table, and not as compile_fx's argument, with which nothing is cached (torch 2.13).
     select_decomp_table().update(decompositions)
     tag = f"{torch.compiler.config.cache_key_tag}{cache_tag}"
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
+        compiled = compile_fx(gm, example_inputs, config_patches=patches)
     return cast("Callable[..., Any]", compiled)  # the rest of the union is for ahead-of-time use

@@ -1,0 +1,67 @@
+"""Inductor pads small products on a GPU; here it is made to pad them on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor import config
+from torch._inductor.fx_passes import pad_mm
+from torch._inductor.utils import fresh_inductor_cache
+from torch.fx import Graph
+
+from kasmina_fx import kasminify
+from kasmina_fx._torch.padding import ViewsOfProducts
+
+pytestmark = pytest.mark.untraced
+
+
+@pytest.fixture
+def padded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let Inductor pad what it can; return what it has padded."""
+    asked: list[Any] = []
+
+    def should_pad(_match: Any, *operands: Any) -> bool:
+        asked.append([tuple(t.shape) for t in operands if isinstance(t, Tensor)])
+        return True
+
+    monkeypatch.setattr(pad_mm, "check_device", lambda *_: True)
+    monkeypatch.setattr(pad_mm, "has_triton", lambda: True)
+    monkeypatch.setattr(pad_mm, "_should_pad", should_pad)
+    return asked
+
+
+def backward_at_two_sizes() -> None:
+    def product(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        return torch.bmm(torch.bmm(x, down), up)
+
+    torch._dynamo.reset()
+    down, up = torch.randn(3, 4, 2, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
+    run = torch.compile(product)
+    for rows in (512, 700):
+        x = torch.randn(3, rows, 4)
+        torch._dynamo.mark_dynamic(x, 1)
+        run(x, down, up).sum().backward()
+
+
+def test_views_of_a_padded_product_have_its_strides(padded: list[Any]) -> None:
+    with fresh_inductor_cache(), config.patch(joint_custom_post_pass=ViewsOfProducts()):
+        backward_at_two_sizes()
+    assert len(padded) > 1
+
+
+def test_torch_alone_still_forgets_them(padded: list[Any]) -> None:
+    """Where this fails the pass is needed no longer."""
+    with fresh_inductor_cache(), pytest.raises(AssertionError, match="stride 2800==2048"):
+        backward_at_two_sizes()
+
+
+def test_graphs_with_layers_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Graph] = []
+    monkeypatch.setattr(ViewsOfProducts, "__call__", lambda _, graph: seen.append(graph))
+    model: Any = kasminify(nn.Sequential(nn.Linear(5, 14)), num_seeds=2, telemetry=False)
+    with fresh_inductor_cache():
+        model(torch.randn(3, 5))
+    assert seen
