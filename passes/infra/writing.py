@@ -27,14 +27,15 @@ def may_write(node: Node) -> bool:
     """Say whether a node of the host surely writes to nothing (False), or might.
 
     Torch names what writes with an underscore at the end, or asks for it by ``inplace`` and
-    ``out``. Modules and operators that hold graphs might do anything.
+    ``out``. Modules and operators that hold graphs might do anything; what changes streams is taken
+    for one that writes, for nothing may be moved past it either.
     """
     if node.op in ("placeholder", "get_attr", "output") or origin_of(node) is not None:
         return False
     if node.op == "call_module" or node.kwargs.get("inplace") or "out" in node.kwargs:
         return True
     if isinstance(node.target, Operator):
-        return bool(node.target._schema.is_mutable)
+        return bool(node.target._schema.is_mutable) or node.target.namespace == "streams"
     if node.op == "call_method":
         return _writes_by_name(str(node.target))
     return _function_writes(node)
@@ -50,7 +51,7 @@ def _writes_by_name(name: str) -> bool:
 def _function_writes(node: Node) -> bool:
     function: Any = node.target
     name = getattr(function, "__name__", "")
-    if _writes_by_name(name) or not _is_a_known_kind(function):
+    if _writes_by_name(name) or "stream" in name or not _is_a_known_kind(function):
         return True
     place = _place_of_inplace(function)
     return place is not None and place < len(node.args) and bool(node.args[place])

@@ -122,6 +122,12 @@ def test_a_module_that_is_called_may_write() -> None:
     assert [node.op for node in gm.graph.nodes if may_write(node)] == ["call_module"]
 
 
+def test_nothing_moves_past_a_change_of_streams() -> None:
+    graph = torch.fx.Graph()
+    assert may_write(graph.call_function(torch.cuda.set_stream, (None,)))
+    assert not may_write(graph.call_function(torch.cuda.is_available))
+
+
 def test_a_layer_that_is_called_twice_has_two_calls() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
