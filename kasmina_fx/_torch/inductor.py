@@ -47,10 +47,11 @@ def compile_with_inductor(
     from kasmina_fx._torch.padding import ViewsOfProducts
 
     quicken_inductor()
-    patches = {"joint_custom_post_pass": ViewsOfProducts()} | patches
+    if inductor_config.joint_custom_post_pass is None:  # else it is a user's own
+        patches = {"joint_custom_post_pass": ViewsOfProducts()} | patches
     # Into the table, and not as compile_fx's argument, with which nothing is cached (torch 2.13).
     select_decomp_table().update(decompositions)
     tag = f"{torch.compiler.config.cache_key_tag}{cache_tag}"
     with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]
-        compiled = compile_fx(gm, example_inputs, config_patches=patches)
+        compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     return cast("Callable[..., Any]", compiled)  # the rest of the union is for ahead-of-time use

@@ -37,7 +37,8 @@ class ViewsOfProducts(CustomGraphPass):
 def _look_again(node: Node) -> None:
     """Compute anew what the views of a node are, and theirs."""
     for user in list(node.users):
-        if not getattr(user.target, "is_view", False) or user.args[0] is not node:
+        is_view = getattr(user.target, "is_view", False) and user.args[0] is node
+        if not is_view or not isinstance(user.meta.get("val"), torch.Tensor):
             continue
         given: Any = (map_aggregate(user.args, _value), map_aggregate(user.kwargs, _value))
         (args, kwargs), target = given, cast("Any", user.target)

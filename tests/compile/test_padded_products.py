@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.fx_passes import pad_mm
 from torch._inductor.utils import fresh_inductor_cache
 from torch.fx import Graph
@@ -58,10 +59,26 @@ def test_torch_alone_still_forgets_them(padded: list[Any]) -> None:
         backward_at_two_sizes()
 
 
-def test_graphs_with_layers_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+class Own(CustomGraphPass):
+    """A pass of a user's."""
+
+    def __call__(self, graph: Graph) -> None:
+        """Do nothing."""
+
+    def uuid(self) -> str:
+        return "own"
+
+
+def test_graphs_with_layers_are_looked_at_unless_a_user_has_a_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[Graph] = []
     monkeypatch.setattr(ViewsOfProducts, "__call__", lambda _, graph: seen.append(graph))
     model: Any = kasminify(nn.Sequential(nn.Linear(5, 14)), num_seeds=2, telemetry=False)
     with fresh_inductor_cache():
         model(torch.randn(3, 5))
-    assert seen
+        assert len(seen) == 1
+        monkeypatch.setattr(config, "joint_custom_post_pass", Own())
+        torch._dynamo.reset()
+        model(torch.randn(3, 5))
+    assert len(seen) == 1
