@@ -156,7 +156,7 @@ def assert_statistics_are_right(
     for step in range(steps):
         said = torch.rand(3, layout.num_seeds) - 0.2 if notes else None
         now = y * (1 + step)
-        OBSERVE(found, now, said, chunks, one_in, rows)
+        OBSERVE([found], [now], [said], chunks, [one_in], [rows])
         expected = merge_statistics(now, said, expected, layout, one_in, rows)
     for statistics in (found, expected):  # the mean itself: where it is counted from may differ
         statistics[1] += statistics[3]
@@ -185,7 +185,7 @@ def test_statistics_of_a_sample_and_without_a_blueprint() -> None:
     assert_statistics_are_right(y, "dim=-1 runs=4x3", one_in=2, rows=64, notes=False)
     assert_statistics_are_right(y, "dim=-1 runs=4x3", rows=1000)
     empty, telemetry = torch.empty(0, 12), torch.zeros(ROWS, 4)
-    OBSERVE(telemetry, empty, None, "dim=-1 runs=4x3", 1, 0)
+    OBSERVE([telemetry], [empty], [None], "dim=-1 runs=4x3", [1], [0])
     assert not telemetry.any()
 
 
@@ -207,7 +207,7 @@ def test_the_operators_are_what_they_say() -> None:
     for operator, given in (
         (TILES, (asked.y, kept, told, None, tables, params, plan)),
         (TILES_BACKWARD, (asked.y, torch.empty(9), grads, kept, tables, params, plan)),
-        (OBSERVE, (torch.zeros(ROWS, 9), asked.y, told, "dim=-1 runs=9x4", 1, 0)),
+        (OBSERVE, ([torch.zeros(ROWS, 9)], [asked.y], [told], "dim=-1 runs=9x4", [1], [0])),
     ):
         torch.library.opcheck(operator, given, test_utils=("test_schema", "test_faketensor"))
     wide = torch.randn(37, 72)[:, ::2]
