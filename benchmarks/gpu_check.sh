@@ -6,8 +6,8 @@
 #
 # FOLDER is docs/measurements by default. Parts, in this order by default: tests, gpt, memcheck,
 # choice, kernels, overhead, about 25 minutes with 16 cores; and, where they are named, depth (gpt.py
-# for 3 and 6 blocks) and graphs (with CUDA graphs). A part that fails stops no other one; the exit
-# status is 1 if any has failed.
+# for 3 and 6 blocks), graphs (with CUDA graphs) and lives (memcheck of models that grow). A part that
+# fails stops no other one; the exit status is 1 if any has failed.
 set -euo pipefail
 
 python=${PYTHON:-python}
@@ -20,9 +20,9 @@ parts=("$@")
 [[ $# -gt 0 ]] || parts=(tests gpt memcheck choice kernels overhead)
 for part in "${parts[@]}"; do
     case $part in
-    tests | gpt | memcheck | choice | kernels | overhead | depth | graphs) ;;
+    tests | gpt | memcheck | choice | kernels | overhead | depth | graphs | lives) ;;
     *)
-        known="tests, gpt, memcheck, choice, kernels, overhead, depth, graphs"
+        known="tests, gpt, memcheck, choice, kernels, overhead, depth, graphs, lives"
         echo "unknown part $part: there are $known" >&2 && exit 2
         ;;
     esac
@@ -88,16 +88,18 @@ skip() {
     printf '\n%s\n' "$1" >>"$file"
 }
 
+# memcheck TESTS: those tests with each access looked at.
 memcheck() {
+    local few=("${workers[@]}")
     if ! command -v compute-sanitizer >/dev/null; then
         skip "No memcheck: compute-sanitizer is not installed."
-    elif ! "$python" -m pytest -q -m gpu -k fused --collect-only >/dev/null 2>&1; then
-        skip "No memcheck: no gpu test has fused in its name, or collecting them failed."
     else
-        # Each tensor is an allocation of its own, so that a write past its end is seen.
+        # Each tensor is an allocation of its own, so that a write past its end is seen. Workers take
+        # long to start: more than 8 are slower.
+        [[ ${#few[@]} -eq 0 ]] || few[3]=$(($(nproc) < 8 ? $(nproc) : 8))
         run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
-            --target-processes all --error-exitcode 86 python -m pytest -q -m gpu -k "fused or dense" \
-            "${workers[@]}"
+            --target-processes all --error-exitcode 86 python -m pytest -q -m gpu -k "$1" \
+            "${few[@]}"
     fi
 }
 
@@ -113,7 +115,8 @@ for part in "${parts[@]}"; do
     graphs) run python benchmarks/gpt.py --blocks 12 --mode reduce-overhead --cases plain "active 5%" ;;
     kernels) run python benchmarks/kernels.py ;;
     choice) run python benchmarks/choice.py --device cuda ;;
-    memcheck) memcheck ;;
+    memcheck) memcheck "(fused or dense) and not life" ;;
+    lives) memcheck "(fused or dense) and life" ;;
     esac
 done
 if [[ ${#failed[@]} -gt 0 ]]; then
