@@ -78,7 +78,7 @@ def test_graphs_with_layers_are_looked_at_unless_a_user_has_a_pass(
     with fresh_inductor_cache():
         model(torch.randn(3, 5))
         assert len(seen) == 1
-        monkeypatch.setattr(config, "joint_custom_post_pass", Own())
         torch._dynamo.reset()
-        model(torch.randn(3, 5))
+        with config.patch(joint_custom_post_pass=Own()):
+            model(torch.randn(3, 5))
     assert len(seen) == 1
