@@ -125,14 +125,7 @@ def _programs(run: Run, even: int) -> tuple[int, int]:
 
 
 @observe_rows.register_fake
-def _(
-    y: list[Tensor],
-    notes: list[Tensor | None],
-    telemetry: list[Tensor],
-    chunks: str,
-    one_in: list[int],
-    rows: list[int],
-) -> None:
+def _(*_: Any) -> None:
     return None
 
 

@@ -15,8 +15,8 @@ from torch.fx import GraphModule, Node
 from kasmina_fx import capture, kasmina_layers
 from kasmina_fx.graphs.text import graph_text
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS, TOGETHER
-from kasmina_fx.passes import records_of, run_passes
-from kasmina_fx.passes.group_telemetry import GroupTelemetry
+from kasmina_fx.passes import passes_for, records_of, run_passes
+from kasmina_fx.passes.group_telemetry import GroupTelemetry, _Call
 from kasmina_fx.passes.infra.writing import may_write
 from kasmina_fx.passes.place_telemetry import PlaceTelemetry
 from kasmina_fx.testing import RecordingBackend, assert_golden, graft
@@ -120,6 +120,14 @@ def test_what_only_reads_may_lie_between(name: str) -> None:
 def test_a_module_that_is_called_may_write() -> None:
     gm = torch.fx.symbolic_trace(nn.Sequential(nn.ReLU()))
     assert [node.op for node in gm.graph.nodes if may_write(node)] == ["call_module"]
+
+
+def test_layers_of_a_call_are_on_one_device() -> None:
+    gm = captured(Layers(2))
+    run_passes(gm, passes_for(disabled=[GroupTelemetry.name]))
+    first, second = (_Call.of(node) for node in calls(gm))
+    assert second.fits([first])
+    assert not second._replace(device=torch.device("meta")).fits([first])
 
 
 def test_nothing_moves_past_a_change_of_streams() -> None:

@@ -192,8 +192,8 @@ def backward(
         total = (dz - ab[None, :] * dz) + dx
         where = dy + first * features + at
         tl.store(where, total.to(came.dtype), mask=(moves[None, :] & usual) > 0)
-        # An `if` in Triton 3.6 lost a gradient. Not so raw, for what is not finite there spoils
-        # gradients of its own seed alone, as it must.
+        # An `if` is slower, and around sums lost a gradient (Triton 3.6). Not so raw, for what is
+        # not finite there spoils gradients of its own seed alone, as it must.
         for _ in range(learns):
             own_hidden = tl.where(usual > 0, hidden, 0.0).to(PRODUCT)
             own_df, own_dh = tl.where(usual > 0, df, 0.0), tl.where(usual > 0, dh, 0.0)
