@@ -115,7 +115,7 @@ for part in "${parts[@]}"; do
     graphs) run python benchmarks/gpt.py --blocks 12 --mode reduce-overhead --cases plain "active 5%" ;;
     kernels) run python benchmarks/kernels.py ;;
     choice) run python benchmarks/choice.py --device cuda ;;
-    memcheck) memcheck "(fused or dense) and not life" ;;
+    memcheck) memcheck "(fused or dense) and not life and not reduce" ;;
     lives) memcheck "(fused or dense) and life" ;;
     esac
 done
