@@ -45,7 +45,7 @@ def _look_again(node: Node) -> None:
         try:
             with user.meta["val"].fake_mode:
                 user.meta["val"] = target(*args, **kwargs)
-        except RuntimeError:  # no view of what is cut; Inductor copies it
+        except (RuntimeError, ValueError):  # no view of what is cut; Inductor copies it
             continue
         _look_again(user)
 

@@ -59,6 +59,20 @@ def test_torch_alone_still_forgets_them(padded: list[Any]) -> None:
         backward_at_two_sizes()
 
 
+def test_what_is_no_view_of_a_cut_product_stays(padded: list[Any]) -> None:
+    """All elements in one row: what is cut has gaps, and Inductor copies it."""
+
+    def flat(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(x, weight).view(-1)
+
+    torch._dynamo.reset()
+    x, weight = torch.randn(512, 6), torch.randn(6, 7)
+    with fresh_inductor_cache(), config.patch(joint_custom_post_pass=ViewsOfProducts()):
+        out = torch.compile(flat)(x, weight)
+    assert len(padded) == 1
+    torch.testing.assert_close(out, flat(x, weight))
+
+
 class Own(CustomGraphPass):
     """A pass of a user's."""
 
