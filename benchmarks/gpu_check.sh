@@ -94,8 +94,8 @@ memcheck() {
     if ! command -v compute-sanitizer >/dev/null; then
         skip "No memcheck: compute-sanitizer is not installed."
     else
-        # Each tensor is an allocation of its own, so that a write past its end is seen. Workers take
-        # long to start: more than 8 are slower.
+        # Each tensor is an allocation of its own, so that a write past its end is seen; CUDA graphs
+        # ("reduce-overhead") can't be recorded so. Workers take long to start: more than 8 are slower.
         [[ ${#few[@]} -eq 0 ]] || few[3]=$(($(nproc) < 8 ? $(nproc) : 8))
         run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
             --target-processes all --error-exitcode 86 python -m pytest -q -m gpu -k "$1" \
