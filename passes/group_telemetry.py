@@ -8,7 +8,8 @@
                                          'dim=-1 runs=8x4;dim=-1 runs=8x8', [1, 1], [1024, 1024])
 
 It stands where the last of them stood. Outputs live until then, so that only a few layers come
-together; nothing between them may write to what they read, and no buffer is written twice.
+together; nothing between them may write to what they read, no buffer is written twice, and none
+that anything else in the graph reads or writes.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ class GroupTelemetry(GraphPass):
 
 
 class _Call(NamedTuple):
-    """Holds a call for some layers: what it reads on which device, and the buffers it writes."""
+    """Holds a call for some layers: what it reads on which device, and the buffers it writes.
+
+    Two nodes may read one attribute, so that a buffer goes by what its nodes read.
+    """
 
     node: Node
     layers: int
@@ -68,8 +72,7 @@ class _Call(NamedTuple):
     @classmethod
     def of(cls, node: Node) -> _Call:
         read: Any = node.args[0]
-        # Two nodes may read one attribute.
-        buffers = frozenset((buffer.op, str(buffer.target)) for buffer in written_by(node))
+        buffers = frozenset(map(_read_by, written_by(node)))
         return cls(node, len(read), value_of(read[0]).device, buffers)
 
     def fits(self, group: list[_Call]) -> bool:
@@ -81,12 +84,29 @@ class _Call(NamedTuple):
         )
 
 
+def _read_by(node: Node) -> tuple[str, str]:
+    return node.op, str(node.target)
+
+
+def _used_by_others(gm: GraphModule) -> set[tuple[str, str]]:
+    """Return what of inputs and attributes anything but such calls reads or writes."""
+    return {
+        _read_by(node)
+        for node in gm.graph.nodes
+        if node.op in ("placeholder", "get_attr")
+        and any(user.target is not OBSERVE_ROWS for user in node.users)
+    }
+
+
 def _groups(gm: GraphModule) -> list[list[_Call]]:
     """Return the calls that can be one, where there are several."""
     groups: list[list[_Call]] = [[]]
+    used = _used_by_others(gm)
     for node in gm.graph.nodes:
         if node.target is OBSERVE_ROWS:
             call = _Call.of(node)
+            if call.buffers & used:
+                continue
             if groups[-1] and not call.fits(groups[-1]):
                 groups.append([])
             groups[-1].append(call)

@@ -9,6 +9,7 @@ next batch size backward raises "expected size 3==3, stride 2800==2048" (torch 2
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Final, cast
 
 import torch
@@ -35,19 +36,28 @@ class ViewsOfProducts(CustomGraphPass):
 
 
 def _look_again(node: Node) -> None:
-    """Compute anew what the views of a node are, and theirs."""
+    """Compute anew what the views of a node are, and theirs; ``split`` returns several."""
     for user in list(node.users):
-        is_view = getattr(user.target, "is_view", False) and user.args[0] is node
-        if not is_view or not isinstance(user.meta.get("val"), torch.Tensor):
+        if not getattr(user.target, "is_view", False) or user.args[0] is not node:
             continue
         given: Any = (map_aggregate(user.args, _value), map_aggregate(user.kwargs, _value))
         (args, kwargs), target = given, cast("Any", user.target)
         try:
-            with user.meta["val"].fake_mode:
+            with node.meta["val"].fake_mode:
                 user.meta["val"] = target(*args, **kwargs)
         except (RuntimeError, ValueError):  # no view of what is cut; Inductor copies it
             continue
-        _look_again(user)
+        _look_at_all(user)
+
+
+def _look_at_all(view: Node) -> None:
+    if isinstance(view.meta["val"], torch.Tensor):
+        _look_again(view)
+        return
+    for item in view.users:
+        if item.target is operator.getitem:
+            item.meta["val"] = view.meta["val"][item.args[1]]
+            _look_again(item)
 
 
 def _value(arg: Any) -> Any:

@@ -45,7 +45,7 @@ def rows_seen(y: Tensor, one_in: int, rows: int) -> tuple[Any, Any]:
     """Return how many rows of ``y`` ``(..., D)`` count, from the first, and how many are seen."""
     count = y.numel() // y.shape[-1]
     if one_in > 1 and y.dim() > 1:
-        count = (y.shape[0] + one_in - 1) // one_in * (count // y.shape[0])
+        count = (y.shape[0] + one_in - 1) // one_in * math.prod(y.shape[1:-1])
     return count, torch.sym_min(rows, count) if rows else count
 
 

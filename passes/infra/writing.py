@@ -20,15 +20,19 @@ _AUGMENTED: Final = frozenset(
 )
 
 _KNOWN: Final = ("torch", "_operator", "builtins", "math")
-_OPERATORS: Final = ("torch.ops", "torch._ops", "torch._higher_order_ops")
+#: Operators over graphs; and what stands for numpy's functions, by names that Dynamo made.
+_OTHERS: Final = ("torch.ops", "torch._ops", "torch._higher_order_ops", "torch._dynamo")
+#: Arguments that ask a function to write, and those that some write to: a host's own state mostly.
+_ASKING: Final = ("inplace", "max_norm")
+_STATE: Final = ("running_mean", "running_var")
 
 
 def may_write(node: Node) -> bool:
     """Say whether a node of the host surely writes to nothing (False), or might.
 
-    Torch names what writes with an underscore at the end, or asks for it by ``inplace`` and
-    ``out``. Modules and operators that hold graphs might do anything; what changes streams is taken
-    for one that writes, for nothing may be moved past it either.
+    Torch names what writes with an underscore at the end, or asks for it by ``inplace``, ``out``
+    or ``max_norm``. Modules and operators that hold graphs might do anything; what changes streams
+    is taken for one that writes, for nothing may be moved past it either.
     """
     if node.op in ("placeholder", "get_attr", "output") or origin_of(node) is not None:
         return False
@@ -53,20 +57,25 @@ def _function_writes(node: Node) -> bool:
     name = getattr(function, "__name__", "")
     if _writes_by_name(name) or "stream" in name or not _is_a_known_kind(function):
         return True
-    place = _place_of_inplace(function)
-    return place is not None and place < len(node.args) and bool(node.args[place])
+    given = {**dict(zip(_names_of(function), node.args, strict=False)), **node.kwargs}
+    state = [given.get(name) for name in _STATE]
+    return any(given.get(name) for name in _ASKING) or not all(map(_is_kept, state))
 
 
 def _is_a_known_kind(function: Any) -> bool:
-    """Say whether it is a function of torch's or Python's, and no operator over graphs."""
+    """Say whether it is a function of torch's or Python's that means what its name says."""
     module = str(getattr(function, "__module__", None))
-    return module.partition(".")[0] in _KNOWN and not module.startswith(_OPERATORS)
+    return module.partition(".")[0] in _KNOWN and not module.startswith(_OTHERS)
+
+
+def _is_kept(state: Any) -> bool:
+    """Say whether it is no tensor that the graph computes."""
+    return not isinstance(state, Node) or state.op in ("get_attr", "placeholder")
 
 
 @cache
-def _place_of_inplace(function: Callable[..., Any]) -> int | None:
+def _names_of(function: Callable[..., Any]) -> tuple[str, ...]:
     try:
-        names = list(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # one in C, none of which has that argument
-        return None
-    return names.index("inplace") if "inplace" in names else None
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # one in C, none of which asks by an argument
+        return ()

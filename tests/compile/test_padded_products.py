@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,12 +35,20 @@ def padded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return asked
 
 
-def backward_at_two_sizes() -> None:
-    def product(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        return torch.bmm(torch.bmm(x, down), up)
+def whole(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return torch.bmm(torch.bmm(x, down), up)
 
+
+def in_pieces(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    q, k, v = torch.bmm(x, down).split(2, -1)
+    out: Tensor = torch.bmm(torch.bmm(q, up[:, :2]) + torch.bmm(k, up[:, 2:4]), up[:, 2:].mT)
+    return out + v[..., :1]
+
+
+def backward_at_two_sizes(product: Callable[..., Tensor] = whole, width: int = 2) -> None:
     torch._dynamo.reset()
-    down, up = torch.randn(3, 4, 2, requires_grad=True), torch.randn(3, 2, 4, requires_grad=True)
+    down = torch.randn(3, 4, width, requires_grad=True)
+    up = torch.randn(3, width, 4, requires_grad=True)
     run = torch.compile(product)
     for rows in (512, 700):
         x = torch.randn(3, rows, 4)
@@ -47,9 +56,12 @@ def backward_at_two_sizes() -> None:
         run(x, down, up).sum().backward()
 
 
-def test_views_of_a_padded_product_have_its_strides(padded: list[Any]) -> None:
+@pytest.mark.parametrize(("product", "width"), [(whole, 2), (in_pieces, 6)])
+def test_views_of_a_padded_product_have_its_strides(
+    product: Callable[..., Tensor], width: int, padded: list[Any]
+) -> None:
     with fresh_inductor_cache(), config.patch(joint_custom_post_pass=ViewsOfProducts()):
-        backward_at_two_sizes()
+        backward_at_two_sizes(product, width)
     assert len(padded) > 1
 
 

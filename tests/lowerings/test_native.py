@@ -185,7 +185,8 @@ def test_statistics_of_a_sample_and_without_a_blueprint() -> None:
     assert_statistics_are_right(y, "dim=-1 runs=4x3", one_in=2, rows=64, notes=False)
     assert_statistics_are_right(y, "dim=-1 runs=4x3", rows=1000)
     empty, telemetry = torch.empty(0, 12), torch.zeros(ROWS, 4)
-    OBSERVE([telemetry], [empty], [None], "dim=-1 runs=4x3", [1], [0])
+    for one_in in (1, 2):
+        OBSERVE([telemetry], [empty], [None], "dim=-1 runs=4x3", [one_in], [0])
     assert not telemetry.any()
 
 

@@ -39,6 +39,15 @@ def test_the_kernel_merges_what_plain_operators_do(
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=1e-3, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 9), (6, 0)], ids=str)
+@pytest.mark.parametrize("one_in", [1, 2])
+def test_an_empty_batch_says_nothing(shape: tuple[int, ...], one_in: int) -> None:
+    layout = ChunkLayout.of([4] * 5, -1)
+    found = torch.zeros(ROWS, 5)
+    OBSERVE_ROWS([torch.zeros(*shape, 20)], [None], [found], str(layout), [one_in], [16])
+    assert not found.any()
+
+
 def test_row_numbers_beyond_32_bits_are_right() -> None:
     layout, rows = ChunkLayout.of([1], -1), 60_000
     y = torch.arange(100_000.0).view(-1, 1)

@@ -84,6 +84,23 @@ def _added(x: Tensor) -> Tensor:
     return x
 
 
+def _filled(x: Tensor) -> Tensor:
+    numbers = x.detach().numpy()
+    numbers.fill(7.0)
+    return x
+
+
+def _looked_up(x: Tensor, **how: Any) -> Tensor:
+    return x + F.embedding(torch.tensor([0, 1, 2]), x.detach(), **how)
+
+
+MEAN, VARIANCE = torch.zeros(8), torch.ones(8)
+
+
+def _normed(x: Tensor, mean: Tensor) -> Tensor:
+    return F.batch_norm(x, mean, VARIANCE, training=True)
+
+
 WRITING: dict[str, Callable[[Tensor], Tensor]] = {
     "method": lambda x: x.mul_(2),
     "function": lambda x: torch.relu_(x),
@@ -95,12 +112,17 @@ WRITING: dict[str, Callable[[Tensor], Tensor]] = {
     "overload": lambda x: torch.ops.aten.add_.Tensor(x, 1.0),
     "packet": lambda x: torch.ops.aten.add_(x, 1.0),
     "out": lambda x: torch.add(x.detach(), 1.0, out=torch.empty(3, 8)),
+    "numpy": _filled,
+    "norms of rows": lambda x: _looked_up(x, max_norm=1.0),
+    "running mean": lambda x: _normed(x, x.detach()[0]),
 }
 READING: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda x: F.dropout(x, 0.5, True),
     "view": lambda x: x.view(-1).view(3, 8).transpose(0, 1).t(),
     "norm": lambda x: F.layer_norm(x, (8,)),
     "arithmetic": lambda x: x + 2 * x.pow(2),
+    "lookup": _looked_up,
+    "batch norm": lambda x: _normed(x, MEAN),
     "attention": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0],
     "overload": lambda x: torch.ops.aten.add.Tensor(x, 1.0),
     "size": lambda x: x.reshape(x.shape[0], x.size(1)).abs().__add__(1),
@@ -165,6 +187,29 @@ def test_golden_of_two_layers() -> None:
     gm = capture(model_of_two(), torch.randn(3, 8))
     run_passes(gm)
     assert_golden(graph_text(gm), "group_telemetry/two_layers", golden_dir=GOLDEN)
+
+
+class Read(nn.Module):
+    """Two layers, between which the forward reads what was measured of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.first(x)
+        measured: Any = self.first
+        counts = measured.kasmina.telemetry.accumulated[0] + 0
+        return self.second(y), counts
+
+
+@pytest.mark.untraced
+def test_statistics_that_the_forward_reads_are_there_when_it_does() -> None:
+    model = wrapped(Read(), telemetry=True)
+    run = torch.compile(model, backend=RecordingBackend("eager"), fullgraph=True)
+    for step in range(1, 3):
+        seen: Any = run(torch.randn(3, 8))[1]
+        assert seen.tolist() == [step * 3 * 8 / seen.numel()] * seen.numel()
 
 
 @pytest.mark.untraced

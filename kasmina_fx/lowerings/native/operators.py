@@ -15,6 +15,7 @@ been seen to above: a call costs a few microseconds.
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import lru_cache
 from typing import Final
 
@@ -107,7 +108,7 @@ def rows_looked_at(y: Tensor, one_in: int) -> int:
     """Return how many rows the first of ``one_in`` equal parts of a batch ``(..., D)`` has."""
     count = y.numel() // y.shape[-1]
     if one_in > 1 and y.dim() > 1:
-        count = (y.shape[0] + one_in - 1) // one_in * (count // y.shape[0])
+        count = (y.shape[0] + one_in - 1) // one_in * math.prod(y.shape[1:-1])
     return count
 
 
