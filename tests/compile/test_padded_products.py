@@ -41,8 +41,9 @@ def whole(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 def in_pieces(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     q, k, v = torch.bmm(x, down).split(2, -1)
-    out: Tensor = torch.bmm(torch.bmm(q, up[:, :2]) + torch.bmm(k, up[:, 2:4]), up[:, 2:].mT)
-    return out + v[..., :1]
+    blend = torch.bmm(q, up[:, :2]) + torch.bmm(k, up[:, 2:4])
+    out: Tensor = torch.bmm(blend, up[:, 2:].mT) + v[..., :1]
+    return out
 
 
 def backward_at_two_sizes(product: Callable[..., Tensor] = whole, width: int = 2) -> None:
