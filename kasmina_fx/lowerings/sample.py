@@ -16,7 +16,7 @@ from kasmina_fx._torch.triton import launches_on, launching
 from kasmina_fx.lowerings.base import Site
 from kasmina_fx.lowerings.launches import natively
 from kasmina_fx.lowerings.native.library import why_none
-from kasmina_fx.lowerings.native.operators import OBSERVE
+from kasmina_fx.lowerings.native.operators import OBSERVE, rows_looked_at
 from kasmina_fx.physical.layout import ChunkLayout, Run, power_of_two
 
 #: Features of a program at least, and how wide a chunk may be.
@@ -43,9 +43,7 @@ _MANY: Final = _Shape(1024, 4)
 
 def rows_seen(y: Tensor, one_in: int, rows: int) -> tuple[Any, Any]:
     """Return how many rows of ``y`` ``(..., D)`` count, from the first, and how many are seen."""
-    count = y.numel() // y.shape[-1]
-    if one_in > 1 and y.dim() > 1:
-        count = (y.shape[0] + one_in - 1) // one_in * math.prod(y.shape[1:-1])
+    count = rows_looked_at(y, one_in)
     return count, torch.sym_min(rows, count) if rows else count
 
 

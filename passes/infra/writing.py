@@ -25,6 +25,8 @@ _OTHERS: Final = ("torch.ops", "torch._ops", "torch._higher_order_ops", "torch._
 #: Arguments that ask a function to write, and those that some write to: a host's own state mostly.
 _ASKING: Final = ("inplace", "max_norm")
 _STATE: Final = ("running_mean", "running_var")
+#: In names of functions in C, whose arguments have none: they may write their state.
+_STATEFUL: Final = ("batch_norm", "instance_norm", "moving_avg")
 
 
 def may_write(node: Node) -> bool:
@@ -57,7 +59,10 @@ def _function_writes(node: Node) -> bool:
     name = getattr(function, "__name__", "")
     if _writes_by_name(name) or "stream" in name or not _is_a_known_kind(function):
         return True
-    given = {**dict(zip(_names_of(function), node.args, strict=False)), **node.kwargs}
+    names = _names_of(function)
+    if not names and any(part in name for part in _STATEFUL):
+        return True
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     state = [given.get(name) for name in _STATE]
     return any(given.get(name) for name in _ASKING) or not all(map(_is_kept, state))
 
@@ -77,5 +82,5 @@ def _is_kept(state: Any) -> bool:
 def _names_of(function: Callable[..., Any]) -> tuple[str, ...]:
     try:
         return tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # one in C, none of which asks by an argument
+    except (TypeError, ValueError):  # one in C
         return ()

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from kasmina_fx import capture, kasmina_layers
+from kasmina_fx._torch.tracing import written_by
 from kasmina_fx.graphs.text import graph_text
 from kasmina_fx.lowerings.sample import OBSERVE_ROWS, TOGETHER
 from kasmina_fx.passes import passes_for, records_of, run_passes
 from kasmina_fx.passes.group_telemetry import GroupTelemetry, _Call
+from kasmina_fx.passes.infra.metadata import inherit
 from kasmina_fx.passes.infra.writing import may_write
 from kasmina_fx.passes.place_telemetry import PlaceTelemetry
 from kasmina_fx.testing import RecordingBackend, assert_golden, graft
@@ -115,6 +117,9 @@ WRITING: dict[str, Callable[[Tensor], Tensor]] = {
     "numpy": _filled,
     "norms of rows": lambda x: _looked_up(x, max_norm=1.0),
     "running mean": lambda x: _normed(x, x.detach()[0]),
+    "running mean, in C": lambda x: torch.batch_norm(
+        x, None, None, x.detach()[0], VARIANCE, True, 0.1, 1e-5, False
+    ),
 }
 READING: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda x: F.dropout(x, 0.5, True),
@@ -187,6 +192,19 @@ def test_golden_of_two_layers() -> None:
     gm = capture(model_of_two(), torch.randn(3, 8))
     run_passes(gm)
     assert_golden(graph_text(gm), "group_telemetry/two_layers", golden_dir=GOLDEN)
+
+
+def test_a_layer_to_whose_statistics_anything_else_writes_has_its_own_call() -> None:
+    """As plain statistics do, where a layer is called again in a dtype without a kernel."""
+    gm = captured(Layers(3))
+    run_passes(gm, passes_for(disabled=[GroupTelemetry.name]))
+    first, second, _ = calls(gm)
+    (buffer,) = written_by(first)
+    with gm.graph.inserting_after(second):
+        copied = gm.graph.call_function(torch.ops.aten.copy_.default, (buffer, buffer))
+    inherit(copied, second, "place_telemetry")
+    GroupTelemetry()(gm)
+    assert [len(node.args[0]) for node in calls(gm)] == [1, 2]  # type: ignore[arg-type]  # a list
 
 
 class Read(nn.Module):

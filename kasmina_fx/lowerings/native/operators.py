@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import math
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -104,8 +104,11 @@ def _observe_layer(
         )
 
 
-def rows_looked_at(y: Tensor, one_in: int) -> int:
-    """Return how many rows the first of ``one_in`` equal parts of a batch ``(..., D)`` has."""
+def rows_looked_at(y: Tensor, one_in: int) -> Any:
+    """Return how many rows the first of ``one_in`` equal parts of a batch ``(..., D)`` has.
+
+    It is a symbol where a size is.
+    """
     count = y.numel() // y.shape[-1]
     if one_in > 1 and y.dim() > 1:
         count = (y.shape[0] + one_in - 1) // one_in * math.prod(y.shape[1:-1])
