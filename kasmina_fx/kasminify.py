@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal, TypeVar, overload
 
@@ -18,7 +18,7 @@ from kasmina_fx.bases import fast_paths
 from kasmina_fx.checkpoint import model_state_dict
 from kasmina_fx.class_swap import SwappedLayer, swap_in, swap_out
 from kasmina_fx.config import SeedConfig, TelemetryPolicy
-from kasmina_fx.errors import InvalidType, NoTargets, StillGrowing, shown
+from kasmina_fx.errors import InvalidType, StillGrowing, shown
 from kasmina_fx.layer import KasminaLayer
 from kasmina_fx.model import kasmina_layers, parameter_uses, seed_buffers
 from kasmina_fx.seeds import model_call
@@ -29,9 +29,10 @@ from kasmina_fx.targets import (
     SeedCounts,
     TargetReport,
     check_counts,
+    checked_targets,
     find_targets,
     keep_targets,
-    skipped_targets,
+    none_found,
     targets_of,
 )
 
@@ -93,7 +94,8 @@ def kasminify(
 
     Every target becomes a subclass of its own class that is a :class:`KasminaLayer` too. It stays
     the same object: shared and tied modules stay shared; names in the state dict, hooks, device,
-    dtype, training flag and ``requires_grad`` stay as they are. Calling it again changes nothing.
+    dtype, training flag and ``requires_grad`` stay as they are. Calling it again changes nothing,
+    but that a deep copy or an unpickled model, which left compiled code behind, is compiled.
 
     Args:
         model: Any module; it may be a target itself.
@@ -132,7 +134,7 @@ def kasminify(
     ['0.weight', '0.bias', '2.weight', '2.bias']
     """
     _check_arguments(model, num_seeds, filter_fn, config, dynamic, compile, dry_run)
-    wanted = _checked_targets(targets)
+    wanted = checked_targets(targets)
     _, patches = split_options(mode, options)
     if patches.get("triton.cudagraphs") and (config is None or config.pad is None):
         config = replace(config or SeedConfig(), pad=True)
@@ -140,10 +142,14 @@ def kasminify(
     layers = kasmina_layers(plain)
     if layers:
         taken = {name: layer.num_seeds for name, layer in layers.items()}
-        return (targets_of(plain) or TargetReport(taken, {})) if dry_run else model
+        if dry_run:
+            return targets_of(plain) or TargetReport(taken, {})
+        for call in model_call.left_uncompiled(plain) if compile else ():
+            call.compiled = _compiled(call.owner, mode, options, dynamic)
+        return model
     found = find_targets(plain, wanted, filter_fn)
     if not found.taken:
-        raise _none_found(plain, wanted, filter_fn is not None, found.left)
+        raise none_found(plain, wanted, filter_fn is not None, found.left)
     check_count("reserve", reserve)
     report = found.report(num_seeds)
     if dry_run:
@@ -183,15 +189,18 @@ def _finish(
     leave_to_each_rank(root, seed_buffers)
     announce_seed()
     fast_paths.turn_off(root, lambda module: isinstance(module, KasminaLayer))
-    compiled = None
-    if compile:
-        given = dict(options or {})
-        if mode is not None and given:  # torch.compile takes one of them: spell the mode out
-            mode, given = None, mode_options(mode) | given
-        compiled = compile_whole(
-            root, backend=kasmina, mode=mode, options=given or None, dynamic=dynamic
-        )
+    compiled = _compiled(root, mode, options, dynamic) if compile else None
     model_call.ModelCall(root, siblings, compiled)
+
+
+def _compiled(
+    root: nn.Module, mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None
+) -> Callable[..., Any]:
+    """What calls a model through the backend; its first call compiles."""
+    given = dict(options or {})
+    if mode is not None and given:  # torch.compile takes one of them: spell the mode out
+        mode, given = None, mode_options(mode) | given
+    return compile_whole(root, backend=kasmina, mode=mode, options=given or None, dynamic=dynamic)
 
 
 def unkasminify(model: M, *, fold: bool = False) -> M:
@@ -267,26 +276,6 @@ def _check_arguments(
             raise InvalidType(f"{name}={shown(given)}: give True or False")
     if dynamic not in (None, True, False):
         raise InvalidType(f"dynamic={shown(dynamic)}: give True, False or None")
-
-
-def _checked_targets(targets: Any) -> tuple[type[nn.Module], ...]:
-    given = tuple(targets) if isinstance(targets, Iterable) else (targets,)
-    for target in given:
-        if not (isinstance(target, type) and issubclass(target, nn.Module)):
-            raise InvalidType(f"targets holds {shown(target)}: give nn.Module classes")
-    return given
-
-
-def _none_found(
-    model: nn.Module, targets: Sequence[type[nn.Module]], filtered: bool, left: Mapping[str, str]
-) -> NoTargets:
-    seen = sorted({type(module).__name__ for module in model.modules()})
-    skipped = {name: left[name] for name, _ in skipped_targets(model, targets) if name in left}
-    return NoTargets(
-        f"no module to take: targets are {', '.join(t.__name__ for t in targets)}"
-        f"{' that pass filter_fn' if filtered else ''}; the model holds {', '.join(seen)}"
-        + "".join(f"; {name} is left alone: {why}" for name, why in skipped.items())
-    )
 
 
 def _replace(root: M, replacements: Mapping[nn.Module, nn.Module]) -> M:

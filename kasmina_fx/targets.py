@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from torch import nn
 
@@ -13,7 +13,7 @@ from kasmina_fx.arguments import check_count, is_int
 from kasmina_fx.bases.features import find_features
 from kasmina_fx.bases.probing import why_no_features
 from kasmina_fx.class_swap import why_not
-from kasmina_fx.errors import InvalidArgument, InvalidType, shown
+from kasmina_fx.errors import InvalidArgument, InvalidType, NoTargets, shown
 
 
 @dataclass(frozen=True)
@@ -176,3 +176,29 @@ def skipped_targets(
                 for path, child in inner.named_modules(prefix=f"{prefix}{adapter}"):
                     if isinstance(child, tuple(kinds)):
                         yield path, f"it is part of an adapter of {name or 'the model'}"
+
+
+def checked_targets(targets: Any) -> tuple[type[nn.Module], ...]:
+    """Return the classes of targets.
+
+    Raises:
+        InvalidType: What is given is no class of modules, and no iterable of such.
+    """
+    given = tuple(targets) if isinstance(targets, Iterable) else (targets,)
+    for target in given:
+        if not (isinstance(target, type) and issubclass(target, nn.Module)):
+            raise InvalidType(f"targets holds {shown(target)}: give nn.Module classes")
+    return given
+
+
+def none_found(
+    model: nn.Module, targets: Sequence[type[nn.Module]], filtered: bool, left: Mapping[str, str]
+) -> NoTargets:
+    """Return the error that says what a model holds, and why targets among it were left alone."""
+    seen = sorted({type(module).__name__ for module in model.modules()})
+    skipped = {name: left[name] for name, _ in skipped_targets(model, targets) if name in left}
+    return NoTargets(
+        f"no module to take: targets are {', '.join(t.__name__ for t in targets)}"
+        f"{' that pass filter_fn' if filtered else ''}; the model holds {', '.join(seen)}"
+        + "".join(f"; {name} is left alone: {why}" for name, why in skipped.items())
+    )

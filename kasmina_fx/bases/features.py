@@ -90,9 +90,9 @@ def find_features(base: nn.Module, feature_dim: int | None, total: int | None) -
     if found is None:
         if feature_dim is None or total is None:
             raise InvalidArgument(
-                f"can't tell the output features of a {type(base).__name__}; give chunk_sizes "
-                "(that sum to them) and feature_dim, or wrap one of "
-                f"{', '.join(kind.__name__ for kind, _ in _KNOWN)}"
+                f"can't tell the output features of a {type(base).__name__}; wrap it by hand, in "
+                "KasminaLayer(module, num_seeds, chunk_sizes=[...], feature_dim=...), whose sizes "
+                f"sum to them, or take one of {', '.join(kind.__name__ for kind, _ in _KNOWN)}"
             )
         found = Features(feature_dim, total, max(2, feature_dim + 1, -feature_dim))
     if total is not None and total != found.count:

@@ -18,6 +18,10 @@ _LOG: Final = logging.getLogger(__name__)
 
 #: Where a model keeps its own. The name under which torch looks for it is dropped by copies.
 KEPT: Final = "_kasmina_call"
+_EAGER: Final = (
+    "%s is a copy of a model that was compiled, and runs without the compiler, as copies do under "
+    "torch.compile; kasminify(model) compiles it, and so does torch.compile"
+)
 
 
 class ModelCall:
@@ -30,12 +34,18 @@ class ModelCall:
         model: Held weakly: it holds this.
         siblings: Of its layers.
         compiled: Run instead of the model's hooks and forward.
+        left_behind: This is the call of a copy, of a model that runs what was compiled.
     """
 
     def __init__(
-        self, model: nn.Module, siblings: Siblings[Any], compiled: Callable[..., Any] | None = None
+        self,
+        model: nn.Module,
+        siblings: Siblings[Any],
+        compiled: Callable[..., Any] | None = None,
+        left_behind: bool = False,
     ) -> None:
-        self._model, self._siblings, self._compiled = weakref.ref(model), siblings, compiled
+        self._model, self._siblings = weakref.ref(model), siblings
+        self.compiled, self._left_behind = compiled, left_behind
         self._first = True
         self._attach(model)
 
@@ -48,26 +58,35 @@ class ModelCall:
         self._siblings.enter()
         folds = False
         try:
-            folds = not replaced and finished.begin(self._siblings, self._owner().training)
+            folds = not replaced and finished.begin(self._siblings, self.owner.training)
             if replaced:
                 # Compiled code holds the tensors that were registered when it was compiled.
-                return _eagerly(self._owner(), *args, **kwargs)
-            if self._first and (self._compiled is not None or not dynamo_is_on()):
+                return _eagerly(self.owner, *args, **kwargs)
+            if self._first and (self.compiled is not None or not dynamo_is_on()):
                 self._first = False
-                return _watched(self._run, self._owner(), self._siblings, *args, **kwargs)
+                if self.lacks_compiled:
+                    _LOG.warning(_EAGER, type(self.owner).__name__)
+                return _watched(self._run, self.owner, self._siblings, *args, **kwargs)
             return self._run(*args, **kwargs)
         finally:
             if folds:
                 finished.end(self._siblings)
-            self._siblings.leave(self._compiled is not None or dynamo_is_on())
+            self._siblings.leave(self.compiled is not None or dynamo_is_on())
 
     @partial(not_traced, below=False)
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self._compiled is not None:
-            return self._compiled(*args, **kwargs)
-        return self._owner()._call_impl(*args, **kwargs)
+        if self.compiled is not None:
+            return self.compiled(*args, **kwargs)
+        return self.owner._call_impl(*args, **kwargs)
 
-    def _owner(self) -> nn.Module:
+    @property
+    def lacks_compiled(self) -> bool:
+        """Whether this runs eagerly what ran compiled before it was copied."""
+        return self._left_behind and self.compiled is None
+
+    @property
+    def owner(self) -> nn.Module:
+        """The model."""
         model = self._model()
         if model is None:
             raise ReferenceError("the model that this call was made for is gone")
@@ -78,7 +97,8 @@ class ModelCall:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled with the model, but for what was compiled, as torch does."""
-        return {"model": self._owner(), "siblings": self._siblings}
+        left_behind = self._left_behind or self.compiled is not None
+        return {"model": self.owner, "siblings": self._siblings, "left_behind": left_behind}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Guard the copy."""
@@ -126,10 +146,16 @@ def _eagerly(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return model._call_impl(*args, **kwargs)
 
 
+def left_uncompiled(model: nn.Module) -> list[ModelCall]:
+    """List the calls in a model that left compiled code behind as they were copied."""
+    calls = [part.__dict__.get(KEPT) for part in model.modules()]
+    return [call for call in calls if isinstance(call, ModelCall) and call.lacks_compiled]
+
+
 def runs_compiled(model: nn.Module) -> bool:
     """Say whether calling a model runs what was compiled of it as a whole."""
     call = model.__dict__.get("_compiled_call_impl")
-    return call is not None and not (isinstance(call, ModelCall) and call._compiled is None)
+    return call is not None and not (isinstance(call, ModelCall) and call.compiled is None)
 
 
 def remove(model: nn.Module) -> None:

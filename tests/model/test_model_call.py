@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import kasmina_fx
 from kasmina_fx import InsideForward, hold_seeds, kasmina_layers, kasminify, unkasminify
+from kasmina_fx._torch.dynamo import graphs_compiled
 from kasmina_fx.testing import RecordingBackend, assert_no_recompiles, graft
 from kasmina_fx.transactions.threads import _INSIDE
 
@@ -199,3 +200,35 @@ def test_only_a_compiled_forward_with_gradients_awaits_its_backward() -> None:
     assert not training.awaits_backward
     run(x)
     assert training.awaits_backward
+
+
+@pytest.mark.parametrize("name", [name for name in COPIES if name != "itself"])
+def test_a_copy_says_that_it_runs_eagerly_and_is_compiled_by_kasminify(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = grown(compile=True), torch.randn(2, 4)
+    copied = COPIES[name](model)
+    before = graphs_compiled()
+    out = copied(x)
+    assert [r for r in caplog.records if "kasminify(model) compiles it" in r.getMessage()]
+    caplog.clear()
+    assert kasminify(copied, compile=False) is copied
+    assert torch.equal(copied(x), out)
+    assert not caplog.records
+    assert graphs_compiled() == before
+    whole = nn.Sequential(copied)
+    assert kasminify(whole) is whole
+    assert torch.equal(whole(x), out)
+    assert graphs_compiled() == before + 1
+    assert kasminify(copied, options={"lowering": "loop"}) is copied  # compiled: left as it is
+    assert torch.equal(copied(x), out)
+    assert graphs_compiled() == before + 1
+
+
+def test_kasminify_compiles_no_model_that_was_made_without_the_compiler() -> None:
+    model, x = grown(), torch.randn(2, 4)
+    for called in (model, copy.deepcopy(model)):
+        assert kasminify(called) is called
+        before = graphs_compiled()
+        called(x)
+        assert graphs_compiled() == before

@@ -10,10 +10,7 @@ import torch
 from small_net_cases import Broken, PassesBy, Recurrent, X, net
 from torch import Tensor, nn
 
-from kasmina_fx import (
-    InvalidType,
-    kasminify,
-)
+from kasmina_fx import InvalidArgument, InvalidType, KasminaLayer, kasminify
 
 
 def test_a_dry_run_changes_nothing_and_names_what_is_left(
@@ -60,3 +57,18 @@ def test_behind_a_graph_break_a_first_forward_runs_and_accuses_nobody(
     with caplog.at_level(logging.WARNING, logger="kasmina_fx"):
         model(x)
     assert not [record for record in caplog.records if record.name.startswith("kasmina_fx")]
+
+
+class Doubled(nn.Module):
+    """It has features in its last dim, and nothing that says how many."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x], -1)
+
+
+def test_a_target_of_unknown_features_is_refused_with_what_makes_a_layer_of_it() -> None:
+    model = nn.Sequential(Doubled())
+    with pytest.raises(InvalidArgument, match=r"Doubled; wrap it by hand, in KasminaLayer\("):
+        kasminify(model, targets=(Doubled,), num_seeds=2)
+    model[0] = KasminaLayer(model[0], 2, chunk_sizes=[4, 4], feature_dim=-1)
+    assert torch.equal(model(X), Doubled()(X))
