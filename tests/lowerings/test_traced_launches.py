@@ -15,8 +15,10 @@ import torch
 from torch import fx
 from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor.codegen import wrapper
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from kasmina_fx._torch import launches
+from kasmina_fx._torch.tracing import SymbolicSizes
 
 CASES = Path(__file__).parents[1] / "cases"
 
@@ -119,3 +121,23 @@ def test_fakes_keep_shape_strides_and_dtype() -> None:
     real = torch.arange(6.0).reshape(2, 3).T
     assert torch.equal(copied(real), real)
     assert copied(real).data_ptr() != real.data_ptr()
+
+
+def test_strides_that_are_numbers_are_read_as_torch_reads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def evaluate(shape_env: ShapeEnv, code: str) -> Any:
+        asked.append(code)
+        return torchs(shape_env, code)
+
+    torchs: Any = getattr(ShapeEnv, launches._EVALUATE)
+    monkeypatch.setattr(ShapeEnv, launches._EVALUATE, evaluate)
+    launches._read_plain_numbers()
+    sizes = SymbolicSizes()
+    rows = sizes.symbol("rows", 6)
+    codes = ["0", "768", f"{rows}", f"3*{rows} + 1", "-1"]
+    read: Any = getattr(sizes.shape_env, launches._EVALUATE)
+    assert [read(code) for code in codes] == [0, 768, 6, 19, -1]
+    assert asked == codes[2:]
