@@ -163,7 +163,7 @@ def launch_in_place(graph: torch.fx.Graph) -> None:
 def _read_plain_numbers() -> None:
     """Read a stride that is a number at once, where torch spells every symbol of a model before.
 
-    A graph says the strides of its outputs as text, nearly all of it numbers; each bank brings
+    A graph says the strides of its outputs as text, nearly all of it numbers; a bank of mlp brings
     eight symbols. With 48 layers torch spelt 384 symbols 1,623 times.
     """
     read: Any = ShapeEnv.evaluate_symexpr

@@ -20,7 +20,7 @@ _LOG: Final = logging.getLogger(__name__)
 KEPT: Final = "_kasmina_call"
 _EAGER: Final = (
     "%s is a copy of a model that was compiled, and runs without the compiler, as copies do under "
-    "torch.compile; kasminify(model) compiles it, and so does torch.compile"
+    "torch.compile; kasminify(model) compiles it"
 )
 
 

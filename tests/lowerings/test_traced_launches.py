@@ -141,3 +141,8 @@ def test_strides_that_are_numbers_are_read_as_torch_reads_them(
     read: Any = getattr(sizes.shape_env, launches._EVALUATE)
     assert [read(code) for code in codes] == [0, 768, 6, 19, -1]
     assert asked == codes[2:]
+
+
+def test_a_compile_reads_them_so() -> None:
+    launches.quicken_inductor()
+    assert getattr(ShapeEnv, launches._EVALUATE).__module__ == launches.__name__
